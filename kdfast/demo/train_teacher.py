@@ -53,9 +53,7 @@ def train(settings: TeacherSettings, out: Path) -> None:
     tokenizer = train_tokenizer(corpus.train)
     stream = encode(tokenizer, corpus.train)
     held_out = sequences(encode(tokenizer, corpus.held_out), settings.context, 400)
-    config = GPTConfig(
-        tokenizer.get_vocab_size(), settings.width, settings.layers, settings.heads, settings.context
-    )
+    config = GPTConfig(tokenizer.get_vocab_size(), settings.width, settings.layers, settings.heads, settings.context)
     model = GPT(config)
     print(f"{model.parameter_count()} parameters, {stream.numel()} training tokens", flush=True)
     started = time.perf_counter()

@@ -1,0 +1,85 @@
+"""The `kdfast` command.
+
+The package itself needs torch and numpy only. A command that needs more says which extra to install, in place of a
+traceback, and `kdfast` itself does the same where typer is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+EXIT_USAGE = 2
+
+
+class Command(NamedTuple):
+    """Where a command lives, and the extra that brings what it imports."""
+
+    module: str  # the function has the command's name
+    extra: str
+
+
+#: Every command; a new one is a row here and a module with a function of that name.
+COMMANDS = {
+    "demo": Command("kdfast.cli.demo", "demo"),
+}
+
+
+def main() -> None:
+    """Runs the command line; the console script's entry point."""
+    try:
+        import typer
+    except ModuleNotFoundError as error:
+        _exit_missing("kdfast", error, "demo")
+    app = typer.Typer(
+        name="kdfast",
+        help="Fast, exact knowledge distillation for PyTorch.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def root() -> None:  # a callback keeps the command's name necessary while there is only one
+        pass
+
+    for name, command in COMMANDS.items():
+        app.command(name)(_load(name, command))
+    app(prog_name="kdfast")
+
+
+def _load(name: str, command: Command) -> Callable[..., Any]:
+    """Returns the command's function; a package missing inside it ends in a message, and breaks no other command."""
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(command.module), name)
+    except ModuleNotFoundError as error:
+        missing = error
+
+        def unavailable() -> None:
+            _exit_missing(f"kdfast {name}", missing, command.extra)
+
+        unavailable.__doc__ = f'(not installed: pip install "kdfast[{command.extra}]")'
+        return unavailable
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except ModuleNotFoundError as error:
+            _exit_missing(f"kdfast {name}", error, command.extra)
+
+    return run
+
+
+def _exit_missing(who: str, error: ModuleNotFoundError, extra: str) -> Any:
+    """Names the extra and exits; a missing module of our own is a broken installation and stays a traceback."""
+    package = (error.name or "").partition(".")[0]
+    if package in {"", "kdfast"}:
+        raise error
+    print(
+        f'{who} needs the package "{package}", which is not installed: pip install "kdfast[{extra}]"', file=sys.stderr
+    )
+    sys.exit(EXIT_USAGE)

@@ -1,0 +1,107 @@
+"""`kdfast demo`: distil a small GPT on the standard library's own source, and report."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+DEFAULT_OUT = Path("kdfast-report")
+
+
+def demo(
+    *,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The same path in under a minute; figures mean nothing.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="First seed: initial weights and order of the batches.", min=0)] = 0,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, counted up from the first.", min=1)] = 1,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of both distilled students.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the distillation term, 0 to 1.")] = None,
+    divergence: Annotated[str | None, typer.Option(help="Divergence of the third student.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each student.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of text the students train on.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if not given.", min=1)] = None,
+    out: Annotated[Path, typer.Option(help="Folder of report, results and checkpoint.")] = DEFAULT_OUT,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop an interrupted run and start over.")] = False,
+) -> None:
+    """Distil a small GPT on Python's own source code, and write a report.
+
+    Three students of one shape take the same steps on the same text: one learns from the labels, two from a teacher as
+    well. Ctrl-C leaves a checkpoint.
+    """
+    import jinja2  # noqa: F401 - what the run needs only at its end is looked for before it starts
+    import matplotlib  # noqa: F401
+    import torch
+    from rich.console import Console
+
+    from kdfast.demo.checkpoint import Interrupt, Interrupted
+    from kdfast.demo.display import Display, results_table
+    from kdfast.demo.run import REPORT_NAME, RESULTS_NAME, run_demo
+    from kdfast.demo.settings import DemoError, DemoSettings
+
+    console = Console()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        if resume and restart:
+            msg = "--resume and --restart contradict each other: give one of them"
+            raise DemoError(msg)
+        base = DemoSettings().shrunk() if quick else DemoSettings()
+        settings = base.changed(
+            seeds=tuple(range(seed, seed + seeds)),
+            temperature=temperature,
+            alpha=alpha,
+            divergence=divergence,
+            steps=steps,
+            train_sequences=None if tokens is None else tokens // base.context,
+        )
+        with Interrupt() as interrupt, Display(console) as display:
+            results = run_demo(
+                settings, out, display, resume=resume, restart=restart, interrupted=lambda: interrupt.requested
+            )
+    except Interrupted:
+        given = {
+            "--quick": quick,
+            "--seed": seed,
+            "--seeds": seeds,
+            "--temperature": temperature,
+            "--alpha": alpha,
+            "--divergence": divergence,
+            "--steps": steps,
+            "--tokens": tokens,
+            "--threads": threads,
+            "--out": None if out == DEFAULT_OUT else out,
+        }
+        console.print(f"\ninterrupted; go on with:\n  {_command(given)} --resume", highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (DemoError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(EXIT_USAGE) from None
+    console.print(results_table(results))
+    comparison = results["loss_comparison"]
+    console.print(
+        f"forward KL and cross-entropy with gradient, one batch: {comparison['kdfast_ms']:.1f} ms in kdfast, "
+        f"{comparison['eager_ms']:.1f} ms in plain PyTorch lines",
+        highlight=False,
+    )
+    console.print(
+        f"{results['seconds']:.0f} s in all; report: {out / REPORT_NAME}, figures: {out / RESULTS_NAME}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _command(given: dict[str, Any]) -> str:
+    words = ["kdfast", "demo"]
+    for name, value in given.items():
+        if value is True:
+            words.append(name)
+        elif value is not None and value is not False:
+            words += [name, str(value)]
+    return shlex.join(words)

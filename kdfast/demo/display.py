@@ -1,0 +1,125 @@
+"""What the terminal shows: a live line for each student, or sparse lines where the output is not a terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+LINES_PER_TASK = 5  # where the output is not a terminal
+SMOOTHED_STEPS = 20
+
+
+class Display:
+    """Progress of one run; a context manager, because a live line must be put away whatever happens."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._title = ""
+        self._total = 0
+        self._printed = 0
+
+    def __enter__(self) -> Display:
+        """Starts the live lines on a terminal."""
+        if self.console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description:<28}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leaves the lines as they stand."""
+        if self._live is not None:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def task(self, title: str, total: int) -> None:
+        """Begins a counted piece of work."""
+        self._title, self._total, self._printed = title, total, 0
+        if self._live is not None:
+            self._task = self._live.add_task(title, total=total, detail="")
+
+    def advance(self, done: int, detail: str = "") -> None:
+        """Reports how much of the current piece is done; `detail` is shown beside it."""
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=done, detail=detail)
+        elif self._live is None:
+            share = done * LINES_PER_TASK // self._total
+            if share > self._printed:
+                self._printed = share
+                self.note(f"{self._title}: {done}/{self._total} {detail}".rstrip())
+
+
+def terms_text(history: dict[str, list[float]]) -> str:
+    """Returns both loss terms, in nats, averaged over the last steps; a missing one is a dash."""
+    texts = []
+    for name in ("soft", "hard"):
+        values = history[name][-SMOOTHED_STEPS:]
+        texts.append(f"{name} {sum(values) / len(values):.3f}" if values else f"{name}   -  ")
+    return "  ".join(texts)
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """Returns the final table, one row for the teacher and one for each way of training."""
+    several = len(results["settings"]["seeds"]) > 1
+    title = "Held-out text" + (" (quick run: too short to mean anything)" if results["quick"] else "")
+    caption = f"mean ± standard deviation over {len(results['settings']['seeds'])} seeds" if several else "one seed"
+    table = Table(title=title, caption=caption)
+    table.add_column("model")
+    for name in (
+        "parameters",
+        "perplexity",
+        "nats/token",
+        "agrees with teacher",
+        "ECE",
+        "tokens/s",
+        "loss share of step",
+    ):
+        table.add_column(name, justify="right")
+    teacher = results["teacher"]
+    score = teacher["evaluation"]
+    table.add_row(
+        "teacher",
+        f"{teacher['parameters']:,}",
+        f"{score['perplexity']:.1f}",
+        f"{score['nats']:.3f}",
+        "",
+        f"{score['ece']:.3f}",
+        f"{teacher['speed']['tokens_per_second']:,.0f}",
+        "",
+    )
+    for row in results["summary"]:
+        table.add_row(
+            row["title"],
+            f"{results['student']['parameters']:,}",
+            spread(row["perplexity"], 1, several),
+            spread(row["nats"], 3, several),
+            spread(row["agreement"], 1, several, scale=100) + " %",
+            spread(row["ece"], 3, several),
+            f"{results['student']['speed']['tokens_per_second']:,.0f}",
+            spread(row["loss_share"], 1, several, scale=100) + " %",
+        )
+    return table
+
+
+def spread(value: dict[str, float], digits: int, several: bool, scale: float = 1.0) -> str:
+    """Formats a mean, with its standard deviation where there are several seeds."""
+    mean = f"{value['mean'] * scale:.{digits}f}"
+    return f"{mean} ± {value['std'] * scale:.{digits}f}" if several else mean

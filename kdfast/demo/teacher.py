@@ -1,0 +1,74 @@
+"""The teacher that ships with the package, and the labels it gives."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from kdfast.demo.model import GPT, GPTConfig
+from kdfast.demo.settings import DemoError
+from kdfast.demo.tokenizer import load_tokenizer
+
+TEACHER_FOLDER = Path(__file__).parent / "teacher"
+
+
+def load_teacher(folder: Path = TEACHER_FOLDER) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Returns the trained teacher, its tokenizer and the record of its training."""
+    record: dict[str, Any] = json.loads((folder / "teacher.json").read_text(encoding="utf-8"))
+    model = GPT(GPTConfig(**record["config"]))
+    model.load_state_dict(load_file(folder / "teacher.safetensors"))
+    return model.requires_grad_(requires_grad=False).eval(), load_tokenizer(folder / "tokenizer.json"), record
+
+
+def label(teacher: GPT, ids: Tensor, report: Callable[[int, int], None], batch: int = 8) -> Tensor:
+    """Runs the teacher once over every sequence.
+
+    Args:
+        teacher: the model to ask.
+        ids: (N, S + 1) int64; the last token of a sequence is a label only.
+        report: called with the number of sequences done and N after each batch.
+        batch: sequences at a time.
+
+    Returns:
+        (N, S, V) bf16 logits: N * S * V * 2 bytes of memory.
+
+    Raises:
+        DemoError: the machine has not that much memory to spare.
+    """
+    count, length = ids.shape[0], ids.shape[1] - 1
+    needed = count * length * teacher.config.vocab_size * 2
+    available = available_memory()
+    if available is not None and needed > 0.8 * available:
+        msg = (
+            f"the teacher's labels take {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free: "
+            f"ask for fewer with --tokens (now {count * length})"
+        )
+        raise DemoError(msg)
+    logits = torch.empty(count, length, teacher.config.vocab_size, dtype=torch.bfloat16)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, count, batch):
+            part = ids[start : start + batch]
+            logits[start : start + len(part)] = teacher(part[:, :-1])
+            report(start + len(part), count)
+    return logits
+
+
+def available_memory() -> int | None:
+    """Returns the bytes a new process could use without swapping, or None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not a POSIX system, or one without this name
+        return None

@@ -1,0 +1,1 @@
+"""Plots and HTML reports that open without a network: every figure is inside the page."""
