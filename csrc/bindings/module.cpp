@@ -1,0 +1,197 @@
+// The extension module: checks what arrives, releases the GIL, calls the core. Tensors cross as pointers, shapes and strides,
+// so the module neither links torch nor depends on its version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "core/error.h"
+#include "core/pages.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using kdfast::ArgumentError;
+using kdfast::DType;
+using kdfast::Rows;
+using kdfast::cpu::DenseCall;
+
+// A tensor as Python describes it. The caller keeps the memory alive during the call.
+struct View {
+    std::uintptr_t data;
+    std::string dtype;
+    std::vector<std::int64_t> shape;
+    std::vector<std::int64_t> strides;  // in elements
+
+    std::int64_t count() const {
+        std::int64_t n = 1;
+        for (const std::int64_t s : shape) n *= s;
+        return n;
+    }
+
+    Rows rows(const char* name, const std::vector<std::int64_t>& leading) const {
+        Rows r;
+        if (dtype == "float32") {
+            r.dtype = DType::f32;
+        } else if (dtype == "bfloat16") {
+            r.dtype = DType::bf16;
+        } else if (dtype == "float16") {
+            r.dtype = DType::f16;
+        } else {
+            throw ArgumentError(std::string(name) + ": dtype must be float32, bfloat16 or float16, got " + dtype);
+        }
+        if (shape.empty() || shape.size() != strides.size() || (strides.back() != 1 && shape.back() != 1))
+            throw ArgumentError(std::string(name) + " must be (..., V) with contiguous rows");
+        r.data = reinterpret_cast<std::byte*>(data);
+        r.columns = shape.back();
+        r.shape.assign(shape.begin(), shape.end() - 1);
+        r.strides.assign(strides.begin(), strides.end() - 1);
+        if (r.shape != leading) throw ArgumentError(std::string(name) + ": leading axes differ from the student's");
+        return r;
+    }
+
+    template <class T>
+    T* values(const char* name, const char* type, std::int64_t expected) const {
+        if (dtype != type) throw ArgumentError(std::string(name) + ": dtype must be " + type + ", got " + dtype);
+        std::int64_t step = 1;
+        for (std::size_t axis = shape.size(); axis-- > 0;) {
+            if (shape[axis] != 1 && strides[axis] != step) throw ArgumentError(std::string(name) + " must be contiguous");
+            step *= shape[axis];
+        }
+        if (count() != expected)
+            throw ArgumentError(std::string(name) + " must have " + std::to_string(expected) + " elements, got " +
+                                std::to_string(count()));
+        return reinterpret_cast<T*>(data);
+    }
+};
+
+using Optional = std::optional<View>;
+
+std::vector<kdfast::cpu::Term> parse_terms(const std::vector<std::string>& names, const std::vector<double>& weights,
+                                           const std::vector<double>& parameters) {
+    if (names.size() != weights.size() || names.size() != parameters.size())
+        throw ArgumentError("names, weights and parameters must have the same length");
+    std::vector<kdfast::cpu::Term> terms;
+    for (std::size_t i = 0; i < names.size(); ++i) {
+        const auto& known = kdfast::cpu::divergence_names;
+        const auto found = std::find(known.begin(), known.end(), names[i]);
+        if (found == known.end()) throw ArgumentError("unknown divergence " + names[i]);
+        terms.push_back({static_cast<kdfast::cpu::Divergence>(found - known.begin()), static_cast<float>(weights[i]),
+                         static_cast<float>(parameters[i])});
+    }
+    return terms;
+}
+
+void dense(bool backward, const View& student, const std::vector<View>& teachers, const Optional& teacher_weights,
+           const Optional& labels, const Optional& counted, double temperature, const std::vector<std::string>& names,
+           const std::vector<double>& weights, const std::vector<double>& parameters, bool mix_logits,
+           std::int64_t columns, double label_smoothing, const Optional& soft, const Optional& hard, const Optional& z2,
+           const Optional& dsoft_dtemperature, const Optional& stats, const Optional& grad, const Optional& c_soft,
+           const Optional& c_hard, const Optional& c_z, int threads) {
+    DenseCall call;
+    if (student.shape.empty()) throw ArgumentError("student must be (..., V)");
+    const std::vector<std::int64_t> leading(student.shape.begin(), student.shape.end() - 1);
+    call.rows = 1;
+    for (const std::int64_t s : leading) call.rows *= s;
+    call.student = student.rows("student", leading);
+    if (call.student.columns < 1) throw ArgumentError("student must have at least one column");
+    for (const View& t : teachers) {
+        call.teachers.push_back(t.rows("teacher", leading));
+        if (call.teachers.back().columns < columns) throw ArgumentError("teacher has fewer columns than the distillation term");
+    }
+    call.columns = columns;
+    if (columns < 1 || columns > call.student.columns) throw ArgumentError("columns must lie in [1, V]");
+    call.mix_logits = mix_logits && teachers.size() > 1;
+    call.terms = parse_terms(names, weights, parameters);
+    if (!teachers.empty() && call.terms.empty()) throw ArgumentError("a teacher needs at least one divergence");
+    call.temperature = static_cast<float>(temperature);
+    call.label_smoothing = static_cast<float>(label_smoothing);
+    call.threads = std::max(1, threads);
+    if (teachers.size() > 1) {
+        if (!teacher_weights) throw ArgumentError("several teachers need teacher_weights");
+        const auto n = static_cast<std::int64_t>(teachers.size());
+        const bool per_row = teacher_weights->shape.size() > 1;
+        call.teacher_weights = teacher_weights->values<float>("teacher_weights", "float32", per_row ? n * call.rows : n);
+        call.teacher_weights_stride = per_row ? call.rows : 1;
+        call.teacher_weights_per_row = per_row ? 1 : 0;
+    }
+    const auto per_row = [&](const char* name, const Optional& v) {
+        return v ? v->values<float>(name, "float32", call.rows) : nullptr;
+    };
+    if (labels) call.labels = labels->values<std::int64_t>("labels", "int64", call.rows);
+    if (counted) call.counted = counted->values<bool>("counted", "bool", call.rows);
+    call.soft = per_row("soft", soft);
+    call.hard = per_row("hard", hard);
+    call.z2 = per_row("z2", z2);
+    call.dsoft_dtemperature = per_row("dsoft_dtemperature", dsoft_dtemperature);
+    call.c_soft = per_row("c_soft", c_soft);
+    call.c_hard = per_row("c_hard", c_hard);
+    call.c_z = per_row("c_z", c_z);
+    if (stats) call.stats = stats->values<float>("stats", "float32", call.rows * call.stats_per_row());
+    if (grad) {
+        call.grad = grad->rows("grad", leading);
+        if (call.grad.columns != call.student.columns) throw ArgumentError("grad must have the student's columns");
+    }
+    if (backward && !(stats && grad)) throw ArgumentError("the backward call needs stats and grad");
+
+    const py::gil_scoped_release release;
+    const kdfast::cpu::Kernels& kernels = kdfast::cpu::kernels();
+    (backward ? kernels.backward : kernels.forward)(call);
+}
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const auto& isa : kdfast::cpu::isa_table())
+        if (isa.supported()) names.emplace_back(isa.name);
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "Compiled core of kdfast; private, use the functions of the package.";
+    py::class_<View>(m, "View", "A tensor: address, dtype, shape and strides in elements.")
+        .def(py::init<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>(), py::arg("data"),
+             py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+    m.def("dense", &dense, py::kw_only(), py::arg("backward"), py::arg("student"), py::arg("teachers"),
+          py::arg("teacher_weights"), py::arg("labels"), py::arg("counted"), py::arg("temperature"), py::arg("names"),
+          py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"), py::arg("columns"), py::arg("label_smoothing"),
+          py::arg("soft") = py::none(), py::arg("hard") = py::none(), py::arg("z2") = py::none(),
+          py::arg("dsoft_dtemperature") = py::none(), py::arg("stats") = py::none(), py::arg("grad") = py::none(),
+          py::arg("c_soft") = py::none(), py::arg("c_hard") = py::none(), py::arg("c_z") = py::none(), py::arg("threads"),
+          "The dense distillation loss: forward, forward with gradient, or gradient from saved stats.");
+    m.def(
+        "scale",
+        [](const View& data, double factor, int threads) {
+            const std::vector<std::int64_t> leading(data.shape.begin(), data.shape.end() - 1);
+            const Rows rows = data.rows("data", leading);
+            const std::int64_t count = rows.columns ? data.count() / rows.columns : 0;
+            const py::gil_scoped_release release;
+            kdfast::cpu::kernels().scale(rows, count, static_cast<float>(factor), std::max(1, threads));
+        },
+        py::arg("data"), py::arg("factor"), py::arg("threads"), "Multiplies a tensor (..., V) by a number, in place.");
+    m.def(
+        "triad",
+        [](const View& a, const View& b, const View& out, int threads) {
+            const std::int64_t n = out.count();
+            const auto *pa = a.values<float>("a", "float32", n), *pb = b.values<float>("b", "float32", n);
+            auto* po = out.values<float>("out", "float32", n);
+            const py::gil_scoped_release release;
+            kdfast::cpu::kernels().triad(pa, pb, po, n, std::max(1, threads));
+        },
+        py::arg("a"), py::arg("b"), py::arg("out"), py::arg("threads"),
+        "out = a + b with non-temporal stores: the bandwidth of two streams read and one written.");
+    m.def(
+        "advise_huge_pages",
+        [](const View& data) {
+            const std::size_t size = data.dtype == "float32" ? 4 : 2;
+            kdfast::advise_huge_pages(reinterpret_cast<void*>(data.data), static_cast<std::size_t>(data.count()) * size);
+        },
+        py::arg("data"), "Asks for huge pages behind fresh, untouched memory.");
+    m.def("isa", [] { return std::string(kdfast::cpu::kernels().isa); }, "The instruction set in use.");
+    m.def("supported_isas", &supported_isas, "Instruction sets that this CPU supports, best first.");
+}

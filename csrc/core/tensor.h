@@ -1,0 +1,33 @@
+// Strided views of memory that somebody else owns. Core code sees tensors only through these.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace kdfast {
+
+enum class DType : std::uint8_t { f32, bf16, f16 };
+
+constexpr std::size_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// Rows of a tensor (..., columns): contiguous within a row, any strides between rows, so that a shifted or sliced view
+// such as logits[:, :-1] needs no copy.
+struct Rows {
+    std::byte* data = nullptr;
+    DType dtype = DType::f32;
+    std::int64_t columns = 0;
+    std::vector<std::int64_t> shape;    // leading axes
+    std::vector<std::int64_t> strides;  // of the leading axes, in elements
+
+    std::byte* row(std::int64_t index) const {
+        std::int64_t offset = 0;
+        for (std::size_t axis = shape.size(); axis-- > 0;) {
+            offset += index % shape[axis] * strides[axis];
+            index /= shape[axis];
+        }
+        return data + offset * static_cast<std::int64_t>(size_of(dtype));
+    }
+};
+
+}  // namespace kdfast

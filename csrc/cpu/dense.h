@@ -1,0 +1,102 @@
+// The dense distillation loss on the CPU: what a call is, and the entry point that every ISA provides.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace kdfast::cpu {
+
+// The order is that of the names below; nothing outside this file knows the numbers.
+enum class Divergence : std::uint8_t {
+    forward_kl,
+    reverse_kl,
+    jsd,
+    skew_forward_kl,
+    skew_reverse_kl,
+    tvd,
+    alpha_div,
+    hellinger,
+};
+inline constexpr std::array<std::string_view, 8> divergence_names = {
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha_div", "hellinger",
+};
+
+struct Term {
+    Divergence kind;
+    float weight;
+    float parameter;  // beta, lam or a
+};
+
+// A label that is not to be read: the token is unlabelled and its cross-entropy 0.
+inline constexpr std::int64_t no_label = INT64_MIN;
+
+// One call. With z a student's row, t_k its teachers' rows, per row:
+//   soft = sum of weight * D(q, p) over the terms,  q, p = softmax of (t, z) / temperature over the first `columns` columns
+//   hard = cross-entropy of softmax(z) over all columns,   z2 = logsumexp(z)^2
+//   grad = c_soft * dsoft/dz + c_hard * dhard/dz + c_z * dz2/dz
+// Pointers to per-row values are contiguous; null where there is no such value.
+struct DenseCall {
+    std::int64_t rows = 0;
+    std::int64_t columns = 0;  // of the distillation term; <= student.columns
+    Rows student;
+    std::vector<Rows> teachers;
+    const float* teacher_weights = nullptr;  // teacher k of row i: [k * teacher_weights_stride + i * teacher_weights_per_row]
+    std::int64_t teacher_weights_stride = 0;
+    std::int64_t teacher_weights_per_row = 0;  // 0: the same for every row
+    bool mix_logits = false;                   // q = softmax(sum w_k t_k / tau), not sum w_k softmax(t_k / tau)
+    std::vector<Term> terms;                   // at least one where there are teachers
+    float temperature = 1;
+    const std::int64_t* labels = nullptr;
+    const bool* counted = nullptr;  // null: every row counts
+    float label_smoothing = 0;
+
+    // Forward: any of them may be null. stats is (rows, stats_per_row()) and enough to compute the gradient later.
+    float* soft = nullptr;
+    float* hard = nullptr;
+    float* z2 = nullptr;
+    float* dsoft_dtemperature = nullptr;
+    float* stats = nullptr;
+
+    // Gradient: data == nullptr for none. It may be the student's own memory.
+    Rows grad;
+    const float* c_soft = nullptr;
+    const float* c_hard = nullptr;
+    const float* c_z = nullptr;
+
+    int threads = 1;
+
+    // Teachers whose softmax is taken: a mixture of logits has one.
+    std::int64_t distributions() const { return mix_logits && !teachers.empty() ? 1 : static_cast<std::int64_t>(teachers.size()); }
+    static constexpr std::int64_t state_size = 6;  // of a row, in floats
+    std::int64_t stats_per_row() const { return state_size + 2 * distributions(); }
+};
+
+// Forward and, where grad is set, the gradient in the same call. Throws ArgumentError for a label out of range or a
+// temperature not above 0, before it writes anything.
+using DenseForward = void (*)(const DenseCall&);
+// The gradient from the stats of an earlier forward call.
+using DenseBackward = void (*)(const DenseCall&);
+// out[i] = a[i] + b[i], non-temporal where the ISA can: the two-read, one-write bandwidth that the losses are held against.
+using Triad = void (*)(const float* a, const float* b, float* out, std::int64_t count, int threads);
+// data[i] *= factor
+using Scale = void (*)(const Rows& data, std::int64_t rows, float factor, int threads);
+
+struct Kernels {
+    std::string_view isa;
+    DenseForward forward;
+    DenseBackward backward;
+    Triad triad;
+    Scale scale;
+};
+
+extern const Kernels generic_kernels;
+#if defined(KDFAST_X86)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace kdfast::cpu

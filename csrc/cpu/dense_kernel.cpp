@@ -1,0 +1,491 @@
+// The dense loss for one ISA; compiled once per row of dispatch.cpp's table, with KDFAST_ISA naming the namespace.
+//
+// A row is read twice (three times where the divergence's normaliser is not known after the first pass), and stays in cache
+// in between: memory sees each logit once and each gradient once, written past the cache.
+//
+//   pass 1  maxima and sums of exponentials of the student and of each teacher        -> RowState
+//   pass 2  the divergence's value and, where unknown so far, sum student(column)
+//   pass 3  the gradient; the same pass as 2 for forward and reverse KL
+//
+// Order of summation: fp32 lanes within a tile, fp64 across tiles, segments combined by number. Rows go to threads whole;
+// where there are fewer rows than threads, segments do, pass by pass. Both ways sum in the same order, so the result has the
+// same bits for any number of threads. Beside its outputs a call needs a few tiles a thread and a few numbers a segment.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <type_traits>
+
+#include "core/error.h"
+#include "core/threads.h"
+#include "cpu/dense.h"
+
+// clang-format off: the order matters
+#if defined(KDFAST_ISA_AVX512)
+#define KDFAST_ISA avx512
+#include "cpu/simd_avx512.h"
+#elif defined(KDFAST_ISA_AVX2)
+#define KDFAST_ISA avx2
+#include "cpu/simd_avx2.h"
+#else
+#define KDFAST_ISA generic
+#include "cpu/simd_generic.h"
+#endif
+#include "cpu/divergences.h"
+#include "cpu/tiles.h"
+#include "cpu/passes.h"
+// clang-format on
+
+namespace kdfast::cpu::KDFAST_ISA {
+namespace {
+
+constexpr std::int64_t segment = 8 * tile;  // columns under one partial sum: the unit of work when rows are few
+
+template <class D>
+class Call {
+  public:
+    Call(const DenseCall& call, D divergence, float weight)
+        : a_(call), divergence_(divergence), weight_(weight), inv_tau_(1 / call.temperature) {
+        taught_ = a_.teachers.empty() ? 0 : a_.columns;
+        segments_ = (a_.student.columns + segment - 1) / segment;
+        distributions_ = a_.distributions();
+        const bool needs_softmax_at_one = a_.labels || a_.z2 || a_.c_hard || a_.c_z;
+        tau_ = !needs_softmax_at_one || a_.temperature == 1 ? Tau::one : a_.temperature == 2 ? Tau::two : Tau::other;
+        // The reverse KL's normaliser needs log q in pass 1, which an ensemble of distributions does not have yet.
+        normaliser_known_ = std::is_same_v<D, ForwardKl> || (std::is_same_v<D, ReverseKl> && distributions_ == 1);
+    }
+
+    void run(bool from_logits) {
+        from_logits_ = from_logits;
+        wants_gradient_ = a_.grad.data != nullptr;
+        joint_ = normaliser_known_ && wants_gradient_ && !a_.dsoft_dtemperature;
+        value_pass_ = from_logits && taught_ > 0 && !joint_;
+        if (a_.rows >= a_.threads || segments_ == 1) {
+            run_rows();
+        } else {
+            run_segments();
+        }
+    }
+
+  private:
+    struct Row {  // a row's partial results, by segment, and what they combine to
+        std::vector<SegmentSums> sums;
+        std::vector<Sums> teacher_sums;  // by segment, then distribution
+        std::vector<Value> values;
+        RowState state;
+        std::vector<TeacherState> teachers;  // by distribution
+
+        Row(std::int64_t segments, std::int64_t distributions)
+            : sums(segments), teacher_sums(segments * distributions), values(segments), state(), teachers(distributions) {}
+    };
+
+    template <class Task>
+    void parallel(std::int64_t tasks, Task task) const {
+        parallel_for(tasks, a_.threads, [&](std::int64_t index) {
+            const FlushDenormals flush;
+            task(index);
+            fence();
+        });
+    }
+
+    void run_rows() {
+        // Several rows a task where rows are short: they are less work than fetching a task.
+        const std::int64_t fair = std::max<std::int64_t>(1, a_.rows / (8 * a_.threads));
+        const std::int64_t group = std::clamp<std::int64_t>(4 * segment / a_.student.columns, 1, fair);
+        parallel((a_.rows + group - 1) / group, [&](std::int64_t index) {
+            Row row(segments_, distributions_);
+            const std::int64_t end = std::min(a_.rows, (index + 1) * group);
+            for (std::int64_t i = index * group; i < end; ++i) run_row(i, row);
+        });
+    }
+
+    // Later passes go through the row from its end, which is what the cache still holds.
+    void run_row(std::int64_t i, Row& row) const {
+        if (!counted(i)) return drop_row(i);
+        if (from_logits_)
+            for (std::int64_t s = 0; s < segments_; ++s) sum_segment(i, row, s);
+        begin_row(i, row);
+        if (value_pass_) {
+            for (std::int64_t s = segments_; s-- > 0;) value_segment(i, row, s);
+            finish_value(row);
+        }
+        if (wants_gradient_)
+            for (std::int64_t s = segments_; s-- > 0;) gradient_segment(i, row, s);
+        if (from_logits_) finish_row(i, row);
+    }
+
+    void run_segments() {
+        std::vector<Row> rows(a_.rows, Row(segments_, distributions_));
+        const auto each_segment = [&](auto task) {
+            parallel(a_.rows * segments_, [&](std::int64_t index) {
+                const std::int64_t i = index / segments_;
+                if (counted(i)) task(i, rows[i], index % segments_);
+            });
+        };
+        if (from_logits_) each_segment([&](std::int64_t i, Row& row, std::int64_t s) { sum_segment(i, row, s); });
+        for (std::int64_t i = 0; i < a_.rows; ++i) counted(i) ? begin_row(i, rows[i]) : drop_row(i);
+        if (value_pass_) {
+            each_segment([&](std::int64_t i, Row& row, std::int64_t s) { value_segment(i, row, s); });
+            for (Row& row : rows) finish_value(row);
+        }
+        if (wants_gradient_)
+            each_segment([&](std::int64_t i, Row& row, std::int64_t s) { gradient_segment(i, row, s); });
+        for (std::int64_t i = 0; i < a_.rows; ++i)
+            if (from_logits_ && counted(i)) finish_row(i, rows[i]);
+    }
+
+    bool counted(std::int64_t i) const { return !a_.counted || a_.counted[i]; }
+    bool labelled(std::int64_t i) const { return a_.labels && a_.labels[i] != no_label; }
+
+    float teacher_weight(std::int64_t k, std::int64_t i) const {
+        return a_.teacher_weights[k * a_.teacher_weights_stride + i * a_.teacher_weights_per_row];
+    }
+
+    void drop_row(std::int64_t i) const {
+        for (float* out : {a_.soft, a_.hard, a_.z2, a_.dsoft_dtemperature})
+            if (out) out[i] = 0;
+        if (a_.stats && from_logits_) std::fill_n(a_.stats + i * a_.stats_per_row(), a_.stats_per_row(), 0.0f);
+        if (wants_gradient_)
+            std::memset(a_.grad.row(i), 0, static_cast<std::size_t>(a_.grad.columns) * size_of(a_.grad.dtype));
+    }
+
+    const float* student_tile(std::int64_t i, std::int64_t begin, std::int64_t n, Buffers& b) const {
+        return load_tile(a_.student.row(i), a_.student.dtype, begin, n, b.z);
+    }
+
+    // Logits of distribution k: a teacher's own, or the weighted sum of all.
+    const float* teacher_tile(std::int64_t k, std::int64_t i, std::int64_t begin, std::int64_t n, Buffers& b) const {
+        if (!a_.mix_logits) return load_tile(a_.teachers[k].row(i), a_.teachers[k].dtype, begin, n, b.t);
+        const std::int64_t size = padded(n);
+        std::fill_n(b.mix, size, 0.0f);
+        for (std::size_t j = 0; j < a_.teachers.size(); ++j) {
+            const float w = teacher_weight(static_cast<std::int64_t>(j), i);
+            if (w == 0) continue;
+            const float* t = load_tile(a_.teachers[j].row(i), a_.teachers[j].dtype, begin, n, b.t);
+            for (std::int64_t c = 0; c < size; c += width)
+                store(b.mix + c, fma(set1(w), load(t + c), load(b.mix + c)));
+        }
+        return b.mix;
+    }
+
+    // log2 sum_k w_k q_k, from the largest summand on: a q too small for fp32 still has its logarithm.
+    const float* ensemble_tile(std::int64_t i, std::int64_t begin, std::int64_t n, const Row& row, Buffers& b) const {
+        const std::int64_t size = padded(n);
+        const auto each = [&](auto use) {
+            for (std::int64_t k = 0; k < distributions_; ++k) {
+                const float w = teacher_weight(k, i);
+                if (w == 0) continue;
+                const float* t = teacher_tile(k, i, begin, n, b);
+                const V top = set1(row.teachers[k].max), c = set1(inv_tau_ * log2e);
+                const V shift = set1(std::log2(w) - row.teachers[k].log2_sum);
+                for (std::int64_t j = 0; j < size; j += width) use(j, fma(load(t + j) - top, c, shift));
+            }
+        };
+        const auto finite = [](V x) { return select(equal(x, set1(-infinity)), set1(0), x); };
+        std::fill_n(b.mix, size, -infinity);
+        each([&](std::int64_t j, V v) { store(b.mix + j, max(load(b.mix + j), v)); });
+        std::fill_n(b.g, size, 0.0f);
+        each([&](std::int64_t j, V v) { store(b.g + j, load(b.g + j) + exp2(v - finite(load(b.mix + j)))); });
+        for (std::int64_t j = 0; j < size; j += width)
+            store(b.mix + j, finite(load(b.mix + j)) + log2(load(b.g + j)));
+        return b.mix;
+    }
+
+    template <class Visit>
+    static void for_tiles(std::int64_t begin, std::int64_t end, Visit visit) {
+        for (std::int64_t start = begin; start < end; start += tile) visit(start, std::min(tile, end - start));
+    }
+
+    // Calls taught(start, n) for the tiles of a segment that the distillation term sees, rest(start, n) for the others.
+    template <class Taught, class Rest>
+    void for_segment(std::int64_t s, Taught taught, Rest rest) const {
+        const std::int64_t begin = s * segment, end = std::min(begin + segment, a_.student.columns);
+        const std::int64_t middle = std::clamp(taught_, begin, end);
+        for_tiles(begin, middle, taught);
+        for_tiles(middle, end, rest);
+    }
+
+    // --- Pass 1
+
+    void sum_segment(std::int64_t i, Row& row, std::int64_t s) const {
+        Buffers b;
+        SegmentSums out;
+        Sums* teachers = row.teacher_sums.data() + s * distributions_;
+        std::fill_n(teachers, distributions_, Sums{});
+        for_segment(
+            s,
+            [&](std::int64_t start, std::int64_t n) {
+                const float* t = nullptr;
+                for (std::int64_t k = 0; k < distributions_; ++k) {
+                    t = teacher_tile(k, i, start, n, b);
+                    add_tile<Tau::one, false>(t, nullptr, padded(n), inv_tau_, teachers[k]);
+                }
+                const float* z = student_tile(i, start, n, b);
+                const auto add = tau_ == Tau::one   ? pick_sum<Tau::one>()
+                                 : tau_ == Tau::two ? pick_sum<Tau::two>()
+                                                    : pick_sum<Tau::other>();
+                add(z, t, padded(n), inv_tau_, out.student);
+                if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.smoothing);
+            },
+            [&](std::int64_t start, std::int64_t n) {
+                const float* z = student_tile(i, start, n, b);
+                add_tile<Tau::one, false>(z, nullptr, padded(n), 1, out.rest);
+                if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.smoothing);
+            });
+        row.sums[s] = out;
+    }
+
+    template <Tau T>
+    auto pick_sum() const {
+        return std::is_same_v<D, ReverseKl> && normaliser_known_ ? add_tile<T, std::is_same_v<D, ReverseKl>>
+                                                                 : add_tile<T, false>;
+    }
+
+    // Combines the segments to the row's state, or takes the state that an earlier call saved.
+    void begin_row(std::int64_t i, Row& row) const {
+        float* saved = a_.stats ? a_.stats + i * a_.stats_per_row() : nullptr;
+        if (!from_logits_) {
+            std::memcpy(&row.state, saved, sizeof(RowState));
+            std::memcpy(row.teachers.data(), saved + DenseCall::state_size, row.teachers.size() * sizeof(TeacherState));
+            return;
+        }
+        Sums student, rest;
+        Smoothing smoothing;
+        for (const SegmentSums& s : row.sums) {
+            student.merge(s.student, inv_tau_);
+            rest.merge(s.rest, 1);
+            smoothing.sum += s.smoothing.sum;
+            smoothing.present += s.smoothing.present;
+        }
+        row.state = {};
+        row.state.present = static_cast<float>(smoothing.present);
+        row.state.max = student.reference();
+        row.state.log2_sum = static_cast<float>(std::log2(student.at_tau));
+        for (std::int64_t k = 0; k < distributions_; ++k) {
+            Sums t;
+            for (std::int64_t s = 0; s < segments_; ++s) t.merge(row.teacher_sums[s * distributions_ + k], inv_tau_);
+            row.teachers[k] = {t.reference(), static_cast<float>(std::log2(t.at_tau))};
+            if (std::is_same_v<D, ReverseKl> && normaliser_known_)  // sum p (log p - log q)
+                row.state.normaliser = static_cast<float>(
+                    student.cross / student.at_tau * inv_tau_ + std::log(t.at_tau / student.at_tau) +
+                    (static_cast<double>(t.reference()) - student.reference()) * inv_tau_);
+        }
+        if (std::is_same_v<D, ForwardKl>) row.state.normaliser = -1;
+        student.merge(rest, inv_tau_);
+        row.state.max_one = student.reference();
+        row.state.log2_sum_one = static_cast<float>(std::log2(student.at_one));
+        if (a_.z2) {
+            const double lse = student.reference() + std::log(student.at_one);
+            a_.z2[i] = static_cast<float>(lse * lse);
+        }
+        if (a_.hard) a_.hard[i] = labelled(i) ? cross_entropy(i, student, smoothing) : 0;
+    }
+
+    float cross_entropy(std::int64_t i, const Sums& student, const Smoothing& smoothing) const {
+        Buffers b;
+        const double reference = student.reference(), log_sum = std::log(student.at_one);
+        const double gold = *student_tile(i, a_.labels[i], 1, b);
+        const double ce = reference - gold + log_sum;
+        if (a_.label_smoothing == 0) return static_cast<float>(ce);
+        const double mean = reference - smoothing.sum / smoothing.present + log_sum;
+        return static_cast<float>((1 - static_cast<double>(a_.label_smoothing)) * ce + a_.label_smoothing * mean);
+    }
+
+    // --- Pass 2
+
+    RowConstants constants(std::int64_t i, const Row& row) const {
+        RowConstants c;
+        c.inv_tau = inv_tau_;
+        c.state = row.state;
+        if (distributions_ == 1) {
+            c.teacher = row.teachers[0];
+            c.teacher_factor = inv_tau_ * log2e;
+        }
+        const double log2_one = row.state.log2_sum_one + (static_cast<double>(row.state.max_one) - row.state.max) * log2e;
+        // The log2_sum that p was divided by goes out as it came in, so its rounding does not stay.
+        c.one_from_p = static_cast<float>(std::exp2((tau_ == Tau::two ? 2.0 : 1.0) * row.state.log2_sum - log2_one));
+        if (a_.c_soft) c.c_soft = a_.c_soft[i] * weight_ * inv_tau_;
+        if (a_.c_hard && labelled(i)) c.c_one = a_.c_hard[i];
+        if (a_.c_z) {
+            const double lse = row.state.max_one + row.state.log2_sum_one * static_cast<double>(ln2);
+            c.c_one += static_cast<float>(2 * a_.c_z[i] * lse);
+        }
+        return c;
+    }
+
+    template <Tau T, Want W>
+    void visit_taught(std::int64_t i, const Row& row, const RowConstants& c, std::int64_t start, std::int64_t n,
+                      Buffers& b, Value& sums) const {
+        const float* t = distributions_ == 1 ? teacher_tile(0, i, start, n, b) : ensemble_tile(i, start, n, row, b);
+        visit<D, T, W>(divergence_, student_tile(i, start, n, b), t, padded(n), c, b.g, sums);
+    }
+
+    void value_segment(std::int64_t i, Row& row, std::int64_t s) const {
+        Buffers b;
+        const RowConstants c = constants(i, row);
+        Value sums;
+        for_segment(
+            s,
+            [&](std::int64_t start, std::int64_t n) {
+                a_.dsoft_dtemperature ? visit_taught<Tau::one, Want::value_and_dtau>(i, row, c, start, n, b, sums)
+                                      : visit_taught<Tau::one, Want::value>(i, row, c, start, n, b, sums);
+            },
+            [](std::int64_t, std::int64_t) {});
+        row.values[s] = sums;
+    }
+
+    void finish_value(Row& row) const {
+        if (normaliser_known_) return;
+        Value total;
+        for (const Value& v : row.values) total += v;
+        row.state.normaliser = static_cast<float>(total.normaliser);
+    }
+
+    // --- Pass 3
+
+    void gradient_segment(std::int64_t i, Row& row, std::int64_t s) const {
+        switch (tau_) {
+            case Tau::one: return gradient_segment<Tau::one>(i, row, s);
+            case Tau::two: return gradient_segment<Tau::two>(i, row, s);
+            case Tau::other: return gradient_segment<Tau::other>(i, row, s);
+        }
+    }
+
+    template <Tau T>
+    void gradient_segment(std::int64_t i, Row& row, std::int64_t s) const {
+        Buffers b;
+        const RowConstants c = constants(i, row);
+        // Without weight on the distillation term its gradient is left out, not multiplied by 0: it may be infinite.
+        const bool soft = c.c_soft != 0;
+        const float smoothed = a_.c_hard && labelled(i) ? a_.c_hard[i] * a_.label_smoothing : 0;
+        Value sums;
+        const auto finish_tile = [&](std::int64_t start, std::int64_t n) {
+            if (smoothed != 0)
+                add_where_present(student_tile(i, start, n, b), padded(n), -smoothed / row.state.present, b.g);
+            if (a_.c_hard && labelled(i)) {
+                const std::int64_t label = a_.labels[i] - start;
+                if (label >= 0 && label < n) b.g[label] -= a_.c_hard[i] - smoothed;
+            }
+            store_tile(a_.grad.dtype, a_.grad.row(i), start, b.g, n, b.z);
+        };
+        for_segment(
+            s,
+            [&](std::int64_t start, std::int64_t n) {
+                if (joint_ && from_logits_) {
+                    visit_taught<T, D::normaliser_known ? Want::value_and_gradient : Want::gradient>(i, row, c, start, n, b, sums);
+                } else if (soft) {
+                    visit_taught<T, Want::gradient>(i, row, c, start, n, b, sums);
+                }
+                if (!soft) visit_hard(student_tile(i, start, n, b), padded(n), c, b.g);
+                finish_tile(start, n);
+            },
+            [&](std::int64_t start, std::int64_t n) {
+                visit_hard(student_tile(i, start, n, b), padded(n), c, b.g);
+                finish_tile(start, n);
+            });
+        if (joint_) row.values[s] = sums;
+    }
+
+    void finish_row(std::int64_t i, const Row& row) const {
+        if (a_.stats) {
+            float* saved = a_.stats + i * a_.stats_per_row();
+            std::memcpy(saved, &row.state, sizeof(RowState));
+            std::memcpy(saved + DenseCall::state_size, row.teachers.data(), row.teachers.size() * sizeof(TeacherState));
+        }
+        if (taught_ == 0) return;
+        Value total;
+        for (const Value& v : row.values) total += v;
+        if (a_.soft) a_.soft[i] = static_cast<float>(total.value * weight_);
+        if (a_.dsoft_dtemperature) {  // -(1 / tau) (dD/dx . x + dD/dy . y), x and y the logits over tau, up to a shift: u and v
+            const double student = total.student_u - total.normaliser * total.p_u;
+            const double teacher = total.teacher_v - total.teacher * total.q_v;
+            a_.dsoft_dtemperature[i] = static_cast<float>(-weight_ * inv_tau_ * static_cast<double>(ln2) * (student + teacher));
+        }
+    }
+
+    const DenseCall& a_;
+    const D divergence_;
+    const float weight_;
+    const float inv_tau_;
+    std::int64_t taught_;  // columns under the distillation term
+    std::int64_t segments_;
+    std::int64_t distributions_;
+    Tau tau_;
+    bool normaliser_known_;
+    bool from_logits_ = true;
+    bool wants_gradient_ = false;
+    bool joint_ = false;       // value and gradient in one pass
+    bool value_pass_ = false;  // the value in a pass of its own
+};
+
+static_assert(sizeof(RowState) == DenseCall::state_size * sizeof(float));
+
+void check(const DenseCall& call) {
+    if (!(call.temperature > 0)) throw ArgumentError("temperature must be > 0, got " + std::to_string(call.temperature));
+    if (!call.labels) return;
+    for (std::int64_t i = 0; i < call.rows; ++i) {
+        const std::int64_t y = call.labels[i];
+        if ((call.counted && !call.counted[i]) || y == no_label || (y >= 0 && y < call.student.columns)) continue;
+        throw ArgumentError("labels must be in [0, " + std::to_string(call.student.columns) + ") or ignore_index, got " +
+                            std::to_string(y));
+    }
+}
+
+void run(const DenseCall& call, bool from_logits) {
+    check(call);
+    if (call.rows == 0) return;
+    const auto go = [&](auto divergence, float weight) { Call(call, divergence, weight).run(from_logits); };
+    if (call.terms.size() > 1) return go(Mixture{&call.terms}, 1);
+    if (call.terms.empty()) return go(ForwardKl(0), 1);  // no teacher: nothing asks it
+    Mixture::with(call.terms[0], [&](auto divergence) {
+        go(divergence, call.terms[0].weight);
+        return set1(0);
+    });
+}
+
+void forward(const DenseCall& call) { run(call, true); }
+void backward(const DenseCall& call) { run(call, false); }
+
+void triad(const float* a, const float* b, float* out, std::int64_t count, int threads) {
+    constexpr std::int64_t block = 1 << 16;
+    parallel_for((count + block - 1) / block, threads, [&](std::int64_t index) {
+        const std::int64_t begin = index * block, n = std::min(block, count - begin);
+        Buffers buffers;
+        for (std::int64_t start = begin; start < begin + n; start += tile) {
+            const std::int64_t size = std::min(tile, begin + n - start);
+            std::int64_t i = 0;
+            for (; i + width <= size; i += width) store(buffers.g + i, load(a + start + i) + load(b + start + i));
+            for (; i < size; ++i) buffers.g[i] = a[start + i] + b[start + i];
+            stream_floats(out + start, buffers.g, size);
+        }
+        fence();
+    });
+}
+
+void scale(const Rows& data, std::int64_t rows, float factor, int threads) {
+    parallel_for(rows, threads, [&](std::int64_t i) {
+        Buffers b;
+        for (std::int64_t start = 0; start < data.columns; start += tile) {
+            const std::int64_t n = std::min(tile, data.columns - start);
+            const float* x = load_tile(data.row(i), data.dtype, start, n, b.z);
+            for (std::int64_t j = 0; j < n; j += width) store(b.g + j, load(x + j) * set1(factor));
+            store_tile(data.dtype, data.row(i), start, b.g, n, b.t);
+        }
+        fence();
+    });
+}
+
+}  // namespace
+}  // namespace kdfast::cpu::KDFAST_ISA
+
+#define KDFAST_CONCAT(a, b) a##b
+#define KDFAST_KERNELS(isa) KDFAST_CONCAT(isa, _kernels)
+#define KDFAST_QUOTE(x) #x
+#define KDFAST_NAME(isa) KDFAST_QUOTE(isa)
+
+namespace kdfast::cpu {
+const Kernels KDFAST_KERNELS(KDFAST_ISA) = {
+    KDFAST_NAME(KDFAST_ISA), KDFAST_ISA::forward, KDFAST_ISA::backward, KDFAST_ISA::triad, KDFAST_ISA::scale,
+};
+}  // namespace kdfast::cpu

@@ -1,0 +1,214 @@
+// Every divergence, one vector of columns at a time. Included by dense_kernel.cpp after a simd header, once per ISA.
+//
+// With u = log2 p and v = log2 q of a column and d = ln q - ln p, a divergence gives
+//   value       f(q, p), >= 0 and summing to D over the row,
+//   student()   p df/dp, up to a multiple of p, which the gradient does not see:
+//               dD/dz_i = (student_i - p_i * sum student) / tau,
+//   teacher()   q df/dq, likewise, which is needed for dD/dtau only.
+// A column of -inf has p = 0 (q = 0), and d may be infinite or NaN there, so each product with d is selected away where its
+// factor is 0.
+#pragma once
+
+namespace kdfast::cpu::KDFAST_ISA {
+
+constexpr float ln2 = 0.693147180559945f;
+constexpr float log2e = 1.44269504088896f;
+
+// 2^x, relative error 1e-7; 0 below 2^-126
+KDFAST_INLINE V exp2(V x) {
+    x = exp2_argument(x);
+    const V n = round(x);
+    const V r = x - n;
+    V y = set1(0.0013264727642938185f);
+    y = fma(y, r, set1(0.009671512640426183f));
+    y = fma(y, r, set1(0.05550733741848172f));
+    y = fma(y, r, set1(0.24022242085401063f));
+    y = fma(y, r, set1(0.693146977599962f));
+    y = fma(y, r, set1(1.0f));
+    return scale2(y, n);
+}
+
+// log2 x for x >= 0, absolute error 1e-7 beside the rounding; -inf at 0
+KDFAST_INLINE V log2(V x) {
+    const V r = mantissa(x) - set1(1.0f);
+    V y = set1(-0.0915031386848903f);
+    y = fma(y, r, set1(0.20166424845055014f));
+    y = fma(y, r, set1(-0.25180711087740754f));
+    y = fma(y, r, set1(0.2907078909846749f));
+    y = fma(y, r, set1(-0.3602673223704528f));
+    y = fma(y, r, set1(0.4808086083689384f));
+    y = fma(y, r, set1(-0.7213520413157212f));
+    y = fma(y, r, set1(1.442695780760294f));
+    return fma(y, r, exponent(x));
+}
+
+// (x + expm1(-x)) / x^2 for abs(x) < 0.35, relative error 1.3e-7
+constexpr float series_limit = 0.35f;
+KDFAST_INLINE V kl_series(V x) {
+    V y = set1(0.0013901530702795175f);
+    y = fma(y, x, set1(-0.008363733005316646f));
+    y = fma(y, x, set1(0.041666860846238225f));
+    y = fma(y, x, set1(-0.16666573736159818f));
+    return fma(y, x, set1(0.49999999525688515f));
+}
+
+// a (x + expm1(-x)) = a x + b - a, where x = ln a - ln b: one summand of KL(a, b). The second form loses its digits where x is
+// small, the first overflows where it is large.
+KDFAST_INLINE V kl_term(V a, V b, V x) {
+    const V near = a * (x * x) * kl_series(x);
+    const V far = fma(a, x, b - a);
+    return select(equal(a, set1(0)), b, select(less(abs(x), set1(series_limit)), near, far));
+}
+
+// Product that is 0 where a is, whatever b holds.
+KDFAST_INLINE V times(V a, V b) { return select(equal(a, set1(0)), a, a * b); }
+
+struct Column {
+    V u, v, p, q, d;
+};
+
+struct ForwardKl {
+    static constexpr bool normaliser_known = true;  // sum student is -1
+    explicit ForwardKl(float) {}
+    V value(const Column& c) const { return kl_term(c.q, c.p, c.d); }
+    V student(const Column& c) const { return set1(0) - c.q; }
+    V teacher(const Column& c) const { return times(c.q, c.d); }
+};
+
+struct ReverseKl {
+    static constexpr bool normaliser_known = true;  // sum student is D, which the first pass has
+    explicit ReverseKl(float) {}
+    V value(const Column& c) const { return kl_term(c.p, c.q, set1(0) - c.d); }
+    V student(const Column& c) const { return set1(0) - times(c.p, c.d); }
+    V teacher(const Column& c) const { return set1(0) - c.p; }
+};
+
+struct Jsd {
+    static constexpr bool normaliser_known = false;
+    V beta, rest;
+    explicit Jsd(float b) : beta(set1(b)), rest(set1(1 - b)) {}
+    V log2_mixture(const Column& c) const { return log2(fma(beta, c.q, rest * c.p)); }
+    V value(const Column& c) const {
+        const V m = fma(beta, c.q, rest * c.p);
+        const V lm = log2(m);
+        const V dq = (c.v - lm) * set1(ln2), dp = (c.u - lm) * set1(ln2);
+        return fma(beta, kl_term(c.q, m, dq), rest * kl_term(c.p, m, dp));
+    }
+    V student(const Column& c) const { return rest * times(c.p, (c.u - log2_mixture(c)) * set1(ln2)); }
+    V teacher(const Column& c) const { return beta * times(c.q, (c.v - log2_mixture(c)) * set1(ln2)); }
+};
+
+struct SkewForwardKl {  // KL(q, m), m = lam q + (1 - lam) p
+    static constexpr bool normaliser_known = false;
+    V lam, rest;
+    explicit SkewForwardKl(float l) : lam(set1(l)), rest(set1(1 - l)) {}
+    V mixture(const Column& c) const { return fma(lam, c.q, rest * c.p); }
+    V value(const Column& c) const {
+        const V m = mixture(c);
+        return kl_term(c.q, m, (c.v - log2(m)) * set1(ln2));
+    }
+    V student(const Column& c) const { return set1(0) - times(c.q, rest * c.p / mixture(c)); }
+    V teacher(const Column& c) const {
+        const V m = mixture(c);
+        return times(c.q, (c.v - log2(m)) * set1(ln2) - lam * c.q / m);
+    }
+};
+
+struct SkewReverseKl {  // KL(p, m), m = (1 - lam) q + lam p
+    static constexpr bool normaliser_known = false;
+    V lam, rest;
+    explicit SkewReverseKl(float l) : lam(set1(l)), rest(set1(1 - l)) {}
+    V mixture(const Column& c) const { return fma(rest, c.q, lam * c.p); }
+    V value(const Column& c) const {
+        const V m = mixture(c);
+        return kl_term(c.p, m, (c.u - log2(m)) * set1(ln2));
+    }
+    V student(const Column& c) const {
+        const V m = mixture(c);
+        return times(c.p, (c.u - log2(m)) * set1(ln2) - lam * c.p / m);
+    }
+    V teacher(const Column& c) const { return set1(0) - times(c.p, rest * c.q / mixture(c)); }
+};
+
+struct Tvd {
+    static constexpr bool normaliser_known = false;
+    explicit Tvd(float) {}
+    V value(const Column& c) const { return set1(0.5f) * abs(c.p - c.q); }
+    // sign(0) = 0; a NaN compares false both ways, and the product brings it back
+    static V half_sign(V x) {
+        return select(less(set1(0), x), set1(0.5f), select(less(x, set1(0)), set1(-0.5f), set1(0)));
+    }
+    V student(const Column& c) const { return c.p * half_sign(c.p - c.q); }
+    V teacher(const Column& c) const { return c.q * half_sign(c.q - c.p); }
+};
+
+struct AlphaDiv {
+    static constexpr bool normaliser_known = false;
+    V a, rest, scale;
+    explicit AlphaDiv(float x) : a(set1(x)), rest(set1(1 - x)), scale(set1(1 / (x * (1 - x)))) {}
+    V geometric(const Column& c) const { return exp2(fma(a, c.v, rest * c.u)); }  // q^a p^(1-a)
+    // a q + (1 - a) p - q^a p^(1-a), which with g(x) = x + expm1(-x) is q [(1 - a) g(d) - g((1 - a) d)]
+    V value(const Column& c) const {
+        const V rd = rest * c.d;
+        const V near = c.q * (rest * (c.d * c.d) * kl_series(c.d) - rd * rd * kl_series(rd));
+        const V far = fma(a, c.q, rest * c.p) - geometric(c);
+        return scale * select(less(abs(c.d), set1(series_limit)), near, far);
+    }
+    V student(const Column& c) const { return set1(0) - scale * rest * geometric(c); }
+    V teacher(const Column& c) const { return set1(0) - scale * a * geometric(c); }
+};
+
+struct Hellinger {
+    static constexpr bool normaliser_known = false;
+    explicit Hellinger(float) {}
+    V geometric(const Column& c) const { return exp2(set1(0.5f) * (c.u + c.v)); }  // sqrt(p q)
+    // (sqrt p - sqrt q)^2 / 2 = sqrt(p q) (cosh(d / 2) - 1)
+    V value(const Column& c) const {
+        const V r = geometric(c);
+        const V y2 = set1(0.25f) * (c.d * c.d);
+        const V series = fma(y2, fma(y2, set1(1.0f / 720), set1(1.0f / 24)), set1(0.5f));
+        const V near = r * y2 * series;
+        const V far = set1(0.5f) * (c.p + c.q) - r;
+        return select(less(abs(c.d), set1(2 * series_limit)), near, far);
+    }
+    V student(const Column& c) const { return set1(-0.5f) * geometric(c); }
+    V teacher(const Column& c) const { return student(c); }
+};
+
+// Any weighted sum: each term is asked in turn, at the price of a predictable branch a vector.
+struct Mixture {
+    static constexpr bool normaliser_known = false;
+    const std::vector<Term>* terms;
+
+    template <class Get>
+    V sum(Get get) const {
+        V total = set1(0);
+        for (const Term& t : *terms) total = fma(set1(t.weight), with(t, get), total);
+        return total;
+    }
+    template <class Get>
+    static V with(const Term& t, Get get) {
+        switch (t.kind) {
+            case Divergence::forward_kl: return get(ForwardKl(t.parameter));
+            case Divergence::reverse_kl: return get(ReverseKl(t.parameter));
+            case Divergence::jsd: return get(Jsd(t.parameter));
+            case Divergence::skew_forward_kl: return get(SkewForwardKl(t.parameter));
+            case Divergence::skew_reverse_kl: return get(SkewReverseKl(t.parameter));
+            case Divergence::tvd: return get(Tvd(t.parameter));
+            case Divergence::alpha_div: return get(AlphaDiv(t.parameter));
+            case Divergence::hellinger: return get(Hellinger(t.parameter));
+        }
+        __builtin_unreachable();
+    }
+    V value(const Column& c) const {
+        return sum([&](const auto& d) { return d.value(c); });
+    }
+    V student(const Column& c) const {
+        return sum([&](const auto& d) { return d.student(c); });
+    }
+    V teacher(const Column& c) const {
+        return sum([&](const auto& d) { return d.teacher(c); });
+    }
+};
+
+}  // namespace kdfast::cpu::KDFAST_ISA

@@ -1,0 +1,97 @@
+// Vectors of 8 fp32: AVX2, FMA, F16C. See simd_avx512.h for what each name means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace kdfast::cpu::KDFAST_ISA {
+
+constexpr int width = 8;
+struct V {
+    __m256 v;
+};
+struct M {
+    __m256 m;
+};
+
+#define KDFAST_INLINE [[gnu::always_inline]] inline
+
+KDFAST_INLINE V set1(float x) { return {_mm256_set1_ps(x)}; }
+KDFAST_INLINE V load(const float* p) { return {_mm256_loadu_ps(p)}; }
+KDFAST_INLINE void store(float* p, V a) { _mm256_storeu_ps(p, a.v); }
+KDFAST_INLINE void stream(float* p, V a) { _mm256_stream_ps(p, a.v); }
+KDFAST_INLINE V operator+(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
+KDFAST_INLINE V operator-(V a, V b) { return {_mm256_sub_ps(a.v, b.v)}; }
+KDFAST_INLINE V operator*(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }
+KDFAST_INLINE V operator/(V a, V b) { return {_mm256_div_ps(a.v, b.v)}; }
+KDFAST_INLINE V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+KDFAST_INLINE V fnma(V a, V b, V c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+KDFAST_INLINE V max(V a, V b) { return {_mm256_max_ps(a.v, b.v)}; }
+KDFAST_INLINE V abs(V a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+KDFAST_INLINE M less(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+KDFAST_INLINE M equal(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+KDFAST_INLINE V select(M m, V yes, V no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
+KDFAST_INLINE float hsum(V a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+KDFAST_INLINE float hmax(V a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+KDFAST_INLINE V round(V a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+KDFAST_INLINE V exp2_argument(V x) { return {_mm256_max_ps(_mm256_set1_ps(-127.0f), x.v)}; }  // keeps NaN
+KDFAST_INLINE V scale2(V a, V n) {  // through the exponent field, where n = -127 makes 0
+    const __m256i field = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+    return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(field, 23)))};
+}
+// Adding 0.25 in units of the mantissa's range moves the exponent up where the mantissa is >= 1.5.
+KDFAST_INLINE V exponent(V a) {
+    const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x00400000));
+    const __m256 e = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127)));
+    const __m256 zero = _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_EQ_OQ);
+    return {_mm256_blendv_ps(e, _mm256_set1_ps(-__builtin_inff()), zero)};
+}
+KDFAST_INLINE V mantissa(V a) {
+    const __m256i bits = _mm256_castps_si256(a.v);
+    const __m256i up = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x00400000)), 1);
+    const __m256i one = _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)),
+                                        _mm256_set1_epi32(0x3f800000));
+    const __m256 m = _mm256_castsi256_ps(_mm256_sub_epi32(one, up));
+    return {_mm256_blendv_ps(m, a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+
+KDFAST_INLINE V load_bf16(const std::uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+KDFAST_INLINE V load_f16(const std::uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
+    const __m256i bits = _mm256_castps_si256(a.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0b1000);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+KDFAST_INLINE void store_f16(std::uint16_t* p, V a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+KDFAST_INLINE void fence() { _mm_sfence(); }
+
+// Results below the normal range become 0 while this lives: some processors take a hundred cycles over each.
+struct FlushDenormals {
+    unsigned saved = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(saved | 0x8000u); }
+    ~FlushDenormals() { _mm_setcsr(saved); }
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
+};
+
+}  // namespace kdfast::cpu::KDFAST_ISA

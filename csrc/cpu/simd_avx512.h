@@ -1,0 +1,76 @@
+// Vectors of 16 fp32: AVX-512 F, BW, DQ, VL. The three simd_*.h files offer the same names; a unit includes one of them.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace kdfast::cpu::KDFAST_ISA {
+
+constexpr int width = 16;
+struct V {
+    __m512 v;
+};
+using M = __mmask16;
+
+#define KDFAST_INLINE [[gnu::always_inline]] inline
+
+KDFAST_INLINE V set1(float x) { return {_mm512_set1_ps(x)}; }
+KDFAST_INLINE V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+KDFAST_INLINE void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
+KDFAST_INLINE void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }  // p aligned to the vector
+KDFAST_INLINE V operator+(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
+KDFAST_INLINE V operator-(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
+KDFAST_INLINE V operator*(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
+KDFAST_INLINE V operator/(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
+KDFAST_INLINE V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a b + c
+KDFAST_INLINE V fnma(V a, V b, V c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
+KDFAST_INLINE V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }                // b where either is NaN
+KDFAST_INLINE V abs(V a) { return {_mm512_abs_ps(a.v)}; }
+KDFAST_INLINE M less(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+KDFAST_INLINE M equal(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+KDFAST_INLINE V select(M m, V yes, V no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
+KDFAST_INLINE float hsum(V a) { return _mm512_reduce_add_ps(a.v); }
+KDFAST_INLINE float hmax(V a) { return _mm512_reduce_max_ps(a.v); }
+// x rounded to the nearest integer
+KDFAST_INLINE V round(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// exp2 is scale2(polynomial(x - n), n) with x = exp2_argument(x), n = round(x). Below 2^-126 the result is 0, never denormal.
+KDFAST_INLINE V exp2_argument(V x) { return x; }
+KDFAST_INLINE V scale2(V a, V n) {
+    const M normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // true for NaN, which passes through
+    return {_mm512_maskz_scalef_ps(normal, a.v, n.v)};
+}
+// x = mantissa * 2^exponent with the mantissa in [0.75, 1.5); 0 has exponent -inf
+KDFAST_INLINE V exponent(V a) { return {_mm512_getexp_ps(_mm512_mul_ps(a.v, _mm512_set1_ps(4.0f / 3.0f)))}; }
+KDFAST_INLINE V mantissa(V a) { return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero)}; }
+
+KDFAST_INLINE V load_bf16(const std::uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+KDFAST_INLINE V load_f16(const std::uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {  // to nearest, ties to even; NaN stays NaN
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+}
+KDFAST_INLINE void store_f16(std::uint16_t* p, V a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+KDFAST_INLINE void fence() { _mm_sfence(); }
+
+// Results below the normal range become 0 while this lives: some processors take a hundred cycles over each.
+struct FlushDenormals {
+    unsigned saved = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(saved | 0x8000u); }
+    ~FlushDenormals() { _mm_setcsr(saved); }
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
+};
+
+}  // namespace kdfast::cpu::KDFAST_ISA

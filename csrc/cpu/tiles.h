@@ -1,0 +1,93 @@
+// Tiles: a stretch of a row as fp32 in the first-level cache, and back. Included by dense_kernel.cpp, once per ISA.
+#pragma once
+
+namespace kdfast::cpu::KDFAST_ISA {
+namespace {
+
+constexpr std::int64_t tile = 1024;  // columns
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+struct Buffers {  // one thread's scratch
+    alignas(64) float z[tile], t[tile], mix[tile], g[tile];
+};
+
+std::int64_t padded(std::int64_t n) { return (n + width - 1) / width * width; }
+
+// fp32 values of [begin, begin + n) of a row, up to padded(n): the row's own memory where it can be used as it is, `buffer`
+// otherwise. What is added at the end is -inf, a column that no sum sees.
+template <V (*Load)(const std::uint16_t*)>
+const float* widen(const std::byte* row, std::int64_t begin, std::int64_t n, float* buffer) {
+    const auto* source = reinterpret_cast<const std::uint16_t*>(row) + begin;
+    std::int64_t i = 0;
+    for (; i + width <= n; i += width) store(buffer + i, Load(source + i));
+    if (i < n) {
+        std::uint16_t last[width] = {};
+        std::memcpy(last, source + i, static_cast<std::size_t>(n - i) * 2);
+        store(buffer + i, Load(last));
+        std::fill(buffer + n, buffer + padded(n), -infinity);
+    }
+    return buffer;
+}
+
+const float* load_tile(const std::byte* row, DType dtype, std::int64_t begin, std::int64_t n, float* buffer) {
+    switch (dtype) {
+        case DType::bf16: return widen<load_bf16>(row, begin, n, buffer);
+        case DType::f16: return widen<load_f16>(row, begin, n, buffer);
+        case DType::f32: break;
+    }
+    const float* source = reinterpret_cast<const float*>(row) + begin;
+    if (n % width == 0) return source;
+    std::memcpy(buffer, source, static_cast<std::size_t>(n) * 4);
+    std::fill(buffer + n, buffer + padded(n), -infinity);
+    return buffer;
+}
+
+template <void (*Store)(std::uint16_t*, V)>
+void narrow(std::uint16_t* out, const float* values, std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + width <= n; i += width) Store(out + i, load(values + i));
+    if (i < n) {
+        std::uint16_t last[width];
+        Store(last, load(values + i));
+        std::memcpy(out + i, last, static_cast<std::size_t>(n - i) * 2);
+    }
+}
+
+// Whole vectors go past the cache: the gradient is not read again here, and a line that is written in full that way need not
+// be fetched first.
+void stream_floats(float* out, const float* values, std::int64_t n) {
+    constexpr std::uintptr_t bytes = width * sizeof(float);
+    std::int64_t i = 0;
+    while (i < n && reinterpret_cast<std::uintptr_t>(out + i) % bytes != 0) out[i] = values[i], ++i;
+    for (; i + width <= n; i += width) stream(out + i, load(values + i));
+    for (; i < n; ++i) out[i] = values[i];
+}
+
+void store_tile(DType dtype, std::byte* row, std::int64_t begin, const float* values, std::int64_t n, float* scratch) {
+    if (dtype == DType::f32) return stream_floats(reinterpret_cast<float*>(row) + begin, values, n);
+    auto* target = reinterpret_cast<std::uint16_t*>(row) + begin;
+    auto* narrowed = reinterpret_cast<std::uint16_t*>(scratch);
+    dtype == DType::bf16 ? narrow<store_bf16>(narrowed, values, n) : narrow<store_f16>(narrowed, values, n);
+    if (reinterpret_cast<std::uintptr_t>(target) % 4 != 0) {  // a row of odd length: shift by one to move words
+        *target++ = *narrowed++;
+        --n;
+    }
+    // fp32 here is only a carrier of bits
+    const std::int64_t words = n / 2;
+    stream_floats(reinterpret_cast<float*>(target), reinterpret_cast<const float*>(narrowed), words);
+    if (n % 2) target[n - 1] = narrowed[n - 1];
+}
+
+float max_of(const float* x, std::int64_t n) {
+    V a = set1(-infinity), b = a;
+    std::int64_t i = 0;
+    for (; i + 2 * width <= n; i += 2 * width) {
+        a = max(a, load(x + i));
+        b = max(b, load(x + i + width));
+    }
+    if (i < n) a = max(a, load(x + i));
+    return hmax(max(a, b));
+}
+
+}  // namespace
+}  // namespace kdfast::cpu::KDFAST_ISA

@@ -1,0 +1,22 @@
+"""kdfast: a distillation engine for PyTorch that reads each logit once and writes each gradient once."""
+
+from kdfast import reference
+from kdfast.divergence import Divergence
+from kdfast.loss import DistillLoss, distill_loss
+from kdfast.ops._registry import backends
+from kdfast.reference import DistillTerms
+from kdfast.targets import LMHead, SparseTargets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DistillLoss",
+    "DistillTerms",
+    "Divergence",
+    "LMHead",
+    "SparseTargets",
+    "__version__",
+    "backends",
+    "distill_loss",
+    "reference",
+]

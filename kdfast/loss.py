@@ -1,0 +1,178 @@
+"""The public loss: ``distill_loss`` and its module."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.divergence import DivergenceLike
+from kdfast.ops import _registry
+from kdfast.problem import Logits, Reduction, Teacher, build_problem
+from kdfast.reference import DistillTerms
+
+
+def distill_loss(
+    student: Logits,
+    teacher: Teacher | None = None,
+    labels: Tensor | None = None,
+    *,
+    divergence: DivergenceLike = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor | None = None,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float | Tensor = 0.0,
+    weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
+    teacher_weights: Tensor | Sequence[float] | None = None,
+    ensemble: Literal["prob", "logit"] = "prob",
+    teacher_grad: bool = False,
+    vocab: Literal["strict", "truncate"] = "strict",
+    tail: Literal["bucket", "renorm", "zero"] = "bucket",
+    overwrite_logits: bool = False,
+    memory_budget: int | None = None,
+    return_terms: bool = False,
+    backend: str | None = None,
+) -> Tensor | DistillTerms:
+    r"""Distillation loss of a student on a teacher and on hard labels.
+
+    With p = softmax(student / temperature) and q = softmax(teacher / temperature), per token::
+
+        loss = alpha * temperature^2 * D(q, p) + (1 - alpha) * CE(student, labels) + z_loss * logsumexp(student)^2
+
+    D is in nats and 0 where p = q, so with the default ``forward_kl`` it differs from a soft cross-entropy by the
+    teacher's entropy, and its mean is over tokens, never over columns. fp32, bf16 and fp16 logits are read as they are
+    and computed with in fp32; gradients come back in the dtype of their logits.
+
+    Args:
+        student: (..., V) floating point logits, or a :class:`kdfast.LMHead` that describes them.
+        teacher: (..., V) logits, an LMHead, :class:`kdfast.SparseTargets`, or a sequence of logits and LMHeads (an
+            ensemble); None for plain cross-entropy.
+        labels: (...) int64, already aligned with the logits: kdfast never shifts them.
+        divergence: a name, a :class:`kdfast.Divergence`, or a mapping of either to its weight in a mixture.
+        temperature: > 0, a float or a 0-d tensor, which may require grad.
+        alpha: weight of the distillation term in [0, 1]: float, 0-d tensor, or (...) per token, where 1 marks an
+            unlabelled token, whose label is not read. None: 0.5 with labels and teacher, 1 without labels, 0 without
+            teacher; another value there raises.
+        scale_t2: multiply the distillation term by temperature^2, so that its gradient keeps its size.
+        ignore_index: a token with this label is dropped from every term.
+        label_smoothing: in [0, 1]: share of the hard target spread evenly over the columns whose logit is not -inf.
+        z_loss: factor of logsumexp(student)^2, >= 0; float or 0-d tensor.
+        weights: (...) per token; 0 drops the token, whatever its logits hold.
+        reduction: "mean": sum(w * loss) / sum(w) over counted tokens; "sum"; "none": w * loss per token.
+        num_items: replaces the denominator of the mean: the tokens of all micro-batches under gradient accumulation,
+            the global tokens / world size under DistributedDataParallel.
+        teacher_weights: (n,) or (n, ...) weights of an ensemble, normalised; equal by default.
+        ensemble: "prob": q = sum w_k softmax(t_k / temperature); "logit": q = softmax(sum w_k t_k / temperature).
+        teacher_grad: send gradients to the teacher too; otherwise it is detached.
+        vocab: "strict" raises where vocabularies differ; "truncate" renormalises p and q over the common leading
+            columns for the distillation term, and leaves CE and z-loss on the student's whole vocabulary.
+        tail: topk and topp targets only: "bucket" adds one outcome for all that was not kept, "renorm" scales what
+            was kept to 1, "zero" ignores the rest.
+        overwrite_logits: write the gradient over the student's logits, which then hold nothing else: saves the
+            second full-size buffer. Under torch.compile and torch.func transforms it has no effect.
+        memory_budget: bytes for one chunk of an LMHead's logits; None: a constant of device and dtype.
+        return_terms: return :class:`DistillTerms` (loss, soft, hard) in place of the loss.
+        backend: "reference", "cpu", "triton", "cuda", or None for the best one that serves the call; wins over the
+            environment's KDFAST_BACKEND.
+
+    Returns:
+        The loss, fp32 (fp64 for an fp64 student): 0-d, or (...) with ``reduction="none"``.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a shape, device, name or value that cannot be meant, labels out of range (on the CPU).
+        RuntimeError: a named backend that cannot serve the call.
+
+    Source:
+        Hinton et al., "Distilling the knowledge in a neural network", arXiv 1503.02531.
+
+    Example:
+        >>> student = torch.zeros(2, 5, requires_grad=True)
+        >>> teacher = torch.tensor([[1.0, 0, 0, 0, 0], [0, 0, 2.0, 0, 0]])
+        >>> loss = distill_loss(student, teacher, torch.tensor([0, 2]), temperature=2.0, alpha=0.9)
+        >>> loss.backward()
+        >>> round(loss.item(), 3), tuple(student.grad.shape)
+        (0.529, (2, 5))
+    """
+    problem = build_problem(
+        student,
+        teacher,
+        labels,
+        divergence=divergence,
+        temperature=temperature,
+        alpha=alpha,
+        scale_t2=scale_t2,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        weights=weights,
+        reduction=reduction,
+        num_items=num_items,
+        teacher_weights=teacher_weights,
+        ensemble=ensemble,
+        teacher_grad=teacher_grad,
+        vocab=vocab,
+        tail=tail,
+        overwrite_logits=overwrite_logits,
+        memory_budget=memory_budget,
+    )
+    terms = _registry.select(problem, backend).distill_loss(problem)
+    return terms if return_terms else terms.loss
+
+
+_PER_CALL = ("student", "teacher", "labels", "return_terms")
+
+
+class DistillLoss(nn.Module):
+    """:func:`kdfast.distill_loss` with its options set once.
+
+    An ``nn.Parameter`` among the options, such as a learned temperature, becomes a parameter of the module and another
+    tensor a buffer, so ``.to()``, ``deepcopy`` and pickling treat them as they should. Options of one call, such as
+    ``weights`` or ``num_items``, may be given to ``forward``, where they win.
+
+    Args:
+        **options: the keyword arguments of :func:`kdfast.distill_loss` but ``return_terms``.
+
+    Raises:
+        TypeError: an option that ``distill_loss`` does not have.
+        ValueError: an option whose value is wrong whatever the tensors.
+
+    Example:
+        >>> criterion = DistillLoss(divergence="jsd", temperature=2.0)
+        >>> criterion(torch.zeros(2, 5), torch.zeros(2, 5))
+        tensor(0.)
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = inspect.signature(distill_loss).parameters
+        for name, value in options.items():
+            if name not in known or name in _PER_CALL:
+                msg = f"DistillLoss got an unknown option {name!r}; it takes {', '.join(set(known) - set(_PER_CALL))}"
+                raise TypeError(msg)
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)
+        self.options = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
+        probe = torch.zeros(1, 2)
+        fixed = {k: v for k, v in self.options.items() if k not in ("teacher_weights", "backend", "alpha")}
+        build_problem(probe, probe, torch.zeros(1, dtype=torch.int64), **fixed)  # raises now what every call would raise
+
+    def forward(
+        self, student: Logits, teacher: Teacher | None = None, labels: Tensor | None = None, **options: Any
+    ) -> Tensor | DistillTerms:
+        """The loss; arguments as in :func:`kdfast.distill_loss`."""
+        tensors = {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+        return distill_loss(student, teacher, labels, **{**self.options, **tensors, **options})  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """The options that were set."""
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -1,0 +1,1 @@
+"""The operators behind the losses, and the registry that chooses who runs them."""

@@ -1,0 +1,153 @@
+"""Which implementation serves a call: the only dispatch of the package.
+
+An implementation is a row of :data:`ROWS`: a name, the devices it runs on, why it may be missing, why it may decline a call,
+and the loss itself. ``None`` as backend takes the first row that serves the call; a name takes that row or raises.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kdfast import reference
+from kdfast.ops import dense
+from kdfast.problem import Problem, build_problem
+from kdfast.reference import DistillTerms
+
+#: Columns from which the plain PyTorch fallback costs enough memory and time to be worth a word.
+LARGE_VOCABULARY = 16384
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the loss."""
+
+    name: str
+    unavailable: Callable[[], str | None]  # why it cannot run on this machine
+    declines: Callable[[Problem], str | None]  # why it cannot serve this call
+    distill_loss: Callable[[Problem], DistillTerms]
+    detail: Callable[[], str]
+
+
+#: Best first.
+ROWS: tuple[Implementation, ...] = (
+    Implementation("cpu", dense.cpu_unavailable, dense.cpu_declines, dense.cpu_distill_loss, dense.cpu_detail),
+    Implementation(
+        "reference", lambda: None, lambda problem: None, reference.distill_loss, lambda: "plain PyTorch, any device"
+    ),
+)
+
+#: Named in the design and in the signature, but without a row: what to say when one is asked for.
+_PLANNED = {"triton": "no Triton kernels in this version", "cuda": "no CUDA kernels in this version"}
+
+_warned: set[str] = set()
+
+
+def select(problem: Problem, backend: str | None) -> Implementation:
+    """The implementation that serves ``problem``.
+
+    Raises:
+        ValueError: a backend of an unknown name.
+        RuntimeError: a named backend that is not available or cannot serve this call, with the reason.
+    """
+    name = backend if backend is not None else os.environ.get("KDFAST_BACKEND") or None
+    if name is not None:
+        row = _named(name, "backend" if backend is not None else "KDFAST_BACKEND")
+        reason = row.unavailable() or row.declines(problem)
+        if reason:
+            msg = f"backend {name!r} cannot serve this call: {reason}"
+            raise RuntimeError(msg)
+        return row
+    declined = []
+    for row in ROWS:
+        reason = row.unavailable() or row.declines(problem)
+        if reason is None:
+            if row.name == "reference" and problem.vocab_size >= LARGE_VOCABULARY:
+                _say_once(f"distill_loss runs in plain PyTorch, with full-size copies: {'; '.join(declined)}")
+            return row
+        declined.append(f"{row.name}: {reason}")
+    msg = "no implementation"  # pragma: no cover - the reference serves every call
+    raise RuntimeError(msg)
+
+
+def _named(name: str, source: str) -> Implementation:
+    for row in ROWS:
+        if row.name == name:
+            return row
+    if name in _PLANNED:
+        msg = f"backend {name!r} is not available: {_PLANNED[name]}"
+        raise RuntimeError(msg)
+    known = ", ".join(repr(row.name) for row in ROWS)
+    msg = f"{source} must be one of {known}, {', '.join(map(repr, _PLANNED))}, got {name!r}"
+    raise ValueError(msg)
+
+
+def _say_once(message: str) -> None:
+    if torch.compiler.is_compiling() or message in _warned:
+        return
+    _warned.add(message)
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What one backend says of itself, and of the call it was asked about."""
+
+    name: str
+    available: bool
+    chosen: bool
+    reason: str  # what it is where it can serve, why not otherwise
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The answer of :func:`kdfast.backends`; printing it gives a table."""
+
+    rows: tuple[BackendStatus, ...]
+
+    @property
+    def chosen(self) -> str:
+        """Name of the backend that would run."""
+        return next(row.name for row in self.rows if row.chosen)
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        mark = {True: "->", False: "  "}
+        return "\n".join(
+            f"{mark[r.chosen]} {r.name:<{width}}  {'yes' if r.available else 'no ':<3}  {r.reason}" for r in self.rows
+        )
+
+
+def backends(problem: Problem | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backends:
+    """What is available on this machine, what would be chosen, and why.
+
+    Args:
+        problem: a call to ask about, as :func:`kdfast.problem.build_problem` makes it; None for a plain dense loss.
+        dtype: dtype of the logits in that plain loss.
+        device: device of the logits in that plain loss.
+
+    Returns:
+        :class:`Backends`: ``.rows``, ``.chosen``, and a table when printed.
+
+    Example:
+        >>> backends(dtype=torch.float64).chosen
+        'reference'
+    """
+    if problem is None:
+        logits = torch.zeros(1, 2, dtype=dtype, device=device)
+        problem = build_problem(logits, logits)
+    forced = os.environ.get("KDFAST_BACKEND") or None
+    rows: list[BackendStatus] = []
+    for row in ROWS:
+        missing = row.unavailable()
+        reason = missing or row.declines(problem)
+        free = not any(r.chosen for r in rows) and forced in (None, row.name)
+        chosen = reason is None and free
+        rows.append(BackendStatus(row.name, missing is None, chosen, reason or row.detail()))
+    rows += [BackendStatus(name, available=False, chosen=False, reason=why) for name, why in _PLANNED.items()]
+    return Backends(tuple(rows))
+

@@ -1,0 +1,325 @@
+r"""Every loss in plain PyTorch: the specification, the oracle of the tests, and the fallback for any device.
+
+With z the student's logits, t the teacher's, tau the temperature, p = softmax(z / tau) and q = softmax(t / tau), the loss
+of one token is
+
+    alpha * tau^2 * D(q, p) + (1 - alpha) * CE(z, y) + z_loss * logsumexp(z)^2
+
+and a call returns its weighted mean, sum, or the per-token values. Arithmetic is fp32, or fp64 where the student is fp64.
+Two rules run through the file. 0 log 0 = 0, in value and in gradient, so ``torch.where`` guards both branches of what is
+infinite at 0. And a KL is summed as a (d + expm1(-d)), d = log a - log b, whose terms are all >= 0: the plain form
+loses every digit once the two distributions are close.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.divergence import Term
+from kdfast.problem import NO_LABEL, Logits, Problem
+from kdfast.targets import SAMPLED, LMHead, SparseTargets
+
+INF = float("inf")
+
+
+class DistillTerms(NamedTuple):
+    """The loss and its two terms, reduced alike; the terms are detached and before alpha.
+
+    Attributes:
+        loss: the value to call ``backward()`` on, nats.
+        soft: reduced tau^2 * D (without tau^2 where ``scale_t2=False``); None without a teacher.
+        hard: reduced CE, nats; an unlabelled token (alpha = 1 in a per-token alpha) adds 0; None without labels.
+    """
+
+    loss: Tensor
+    soft: Tensor | None
+    hard: Tensor | None
+
+
+class TokenTerms(NamedTuple):
+    """What every backend computes, per token (...), in nats; 0 for a dropped token; None where there is no such term."""
+
+    soft: Tensor | None  # D(q, p), before tau^2 and alpha
+    hard: Tensor | None  # CE(z, y), label smoothing included
+    z: Tensor  # logsumexp(z)^2
+
+
+class Coefficients(NamedTuple):
+    """What a token's terms are multiplied by before they are summed; (...) each."""
+
+    soft: Tensor | None
+    hard: Tensor | None
+    z: Tensor | None  # None: z_loss is the number 0
+
+
+def distill_loss(problem: Problem) -> DistillTerms:
+    """The loss of a checked problem: what every backend must compute."""
+    return assemble(problem, token_terms(problem), token_weights(problem))
+
+
+# --- Divergences ------------------------------------------------------------------------------------------------------
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a, b) over the last axis, from log-probabilities, (..., V) -> (...), nats; +inf where b lacks mass that a has."""
+    a, b = log_a.exp(), log_b.exp()
+    present = a > 0
+    d = torch.where(present, log_a - log_b, 0.0)
+    return torch.where(present, a * (d + torch.expm1(-d)), b).sum(-1)
+
+
+def _log_mixture(log_q: Tensor, log_p: Tensor, share: float) -> Tensor:
+    """Log of share * q + (1 - share) * p."""
+    m = share * log_q.exp() + (1 - share) * log_p.exp()
+    return torch.where(m > 0, torch.where(m > 0, m, 1.0).log(), -INF)
+
+
+def divergence(term: Term, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """D(q, p) of one term, before its weight, from log-probabilities of teacher and student, (..., V) -> (...)."""
+    x = term.parameter
+    match term.name:
+        case "forward_kl":
+            return kl(log_q, log_p)
+        case "reverse_kl":
+            return kl(log_p, log_q)
+        case "jsd":
+            log_m = _log_mixture(log_q, log_p, x)
+            return x * kl(log_q, log_m) + (1 - x) * kl(log_p, log_m)
+        case "skew_forward_kl":
+            return kl(log_q, _log_mixture(log_q, log_p, x))
+        case "skew_reverse_kl":
+            return kl(log_p, _log_mixture(log_q, log_p, 1 - x))
+        case "tvd":
+            return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+        case "alpha_div":  # x q + (1 - x) p >= q^x p^(1-x), term by term, and the left side sums to 1
+            excess = x * log_q.exp() + (1 - x) * log_p.exp() - (x * log_q + (1 - x) * log_p).exp()
+            return excess.sum(-1) / (x * (1 - x))
+        case "hellinger":
+            return 0.5 * ((0.5 * log_q).exp() - (0.5 * log_p).exp()).square().sum(-1)
+    msg = f"reference: no divergence {term.name!r}"  # pragma: no cover - Divergence admits only the names above
+    raise ValueError(msg)
+
+
+# --- The three terms of a token ---------------------------------------------------------------------------------------
+
+
+def token_terms(problem: Problem) -> TokenTerms:
+    """Distillation, cross-entropy and z term of every token, differentiable in whatever requires grad."""
+    dtype = torch.float64 if _dtype(problem.student) == torch.float64 else torch.float32
+    z = _logits(problem.student, problem.counted, dtype)
+    _check_values(problem, z)
+    lse = torch.logsumexp(z, -1)
+    soft = hard = None
+    if problem.has_teacher:
+        soft = _keep(_soft(problem, z[..., : problem.columns], z, dtype), problem.counted)
+    if problem.labels is not None:
+        hard = _keep(_cross_entropy(problem.labels, z, lse, problem), problem.counted)
+    return TokenTerms(soft, hard, _keep(lse.square(), problem.counted))
+
+
+def _dtype(logits: Logits) -> torch.dtype:
+    return logits.dtype if isinstance(logits, Tensor) else logits.hidden.dtype
+
+
+def _logits(x: Logits, counted: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Logits in the arithmetic's dtype; those of a dropped token become 0, so that a NaN there goes nowhere."""
+    z = (x.logits() if isinstance(x, LMHead) else x).to(dtype)
+    return z if counted is None else torch.where(counted[..., None], z, 0.0)
+
+
+def _keep(x: Tensor, counted: Tensor | None) -> Tensor:
+    return x if counted is None else torch.where(counted, x, 0.0)
+
+
+def _check_values(problem: Problem, z: Tensor) -> None:
+    """Raise for values that cannot be meant, where looking at them is free: on the CPU, outside a traced graph."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    tau = problem.temperature
+    if tau.device.type == "cpu" and not tau > 0:
+        msg = f"temperature must be > 0, got {tau.item()}"
+        raise ValueError(msg)
+    if problem.labels is not None:
+        y = problem.labels if problem.counted is None else problem.labels[problem.counted]
+        bad = y[(y != NO_LABEL) & ((y < 0) | (y >= z.shape[-1]))]
+        if bad.numel():
+            msg = f"labels must be in [0, {z.shape[-1]}) or ignore_index, got {bad[0].item()}"
+            raise ValueError(msg)
+
+
+def _cross_entropy(labels: Tensor, z: Tensor, lse: Tensor, problem: Problem) -> Tensor:
+    """(1 - e) (lse - z_y) + e mean(lse - z_j), the mean over the columns whose logit is not -inf."""
+    unread = labels == NO_LABEL
+    if problem.counted is not None:
+        unread = unread | ~problem.counted
+    z_y = z.gather(-1, torch.where(unread, 0, labels)[..., None]).squeeze(-1)
+    ce = lse - z_y
+    if problem.label_smoothing > 0:
+        present = z > -INF
+        mean = torch.where(present, lse[..., None] - z, 0.0).sum(-1) / present.sum(-1)
+        ce = (1 - problem.label_smoothing) * ce + problem.label_smoothing * mean
+    return torch.where(unread, 0.0, ce)
+
+
+def _soft(problem: Problem, z: Tensor, z_all: Tensor, dtype: torch.dtype) -> Tensor:
+    tau = problem.temperature.to(dtype=dtype, device=z.device)
+    if problem.sparse is not None:
+        return sparse_divergence(problem, problem.sparse, torch.log_softmax(z_all / tau, -1), tau)
+    log_p = torch.log_softmax(z / tau, -1)
+    log_q = teacher_log_probs(problem, tau, dtype)
+    return sum_terms(problem.terms, log_q, log_p)
+
+
+def sum_terms(terms: tuple[Term, ...], log_q: Tensor, log_p: Tensor) -> Tensor:
+    """The mixture: sum of weight * D over the terms, (...)."""
+    total = terms[0].weight * divergence(terms[0], log_q, log_p)
+    for term in terms[1:]:
+        total = total + term.weight * divergence(term, log_q, log_p)
+    return total
+
+
+def teacher_log_probs(problem: Problem, tau: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log q of the teacher or the ensemble over the leading columns, (..., columns)."""
+    logits = [_logits(t, problem.counted, dtype)[..., : problem.columns] for t in problem.teachers]
+    weights = problem.teacher_weights
+    if weights is None:
+        return torch.log_softmax(logits[0] / tau, -1)
+    # (n, ..., 1); a teacher of weight 0 has no say, not even through a -inf
+    w = weights.to(dtype).reshape(weights.shape[0], *(weights.shape[1:] or [1] * (logits[0].dim() - 1)), 1)
+    if problem.ensemble == "logit":
+        mixed = sum(torch.where(wk > 0, wk * t, 0.0) for wk, t in zip(w, logits, strict=True))
+        return torch.log_softmax(mixed / tau, -1)
+    each = [
+        torch.where(wk > 0, torch.where(wk > 0, wk, 1.0).log() + torch.log_softmax(t / tau, -1), -INF)
+        for wk, t in zip(w, logits, strict=True)
+    ]
+    stacked = torch.stack(each)
+    absent = (stacked == -INF).all(0)
+    return torch.where(absent, -INF, torch.logsumexp(torch.where(absent, 0.0, stacked), 0))
+
+
+# --- Sparse targets ---------------------------------------------------------------------------------------------------
+
+
+def sparse_divergence(problem: Problem, target: SparseTargets, log_p: Tensor, tau: Tensor) -> Tensor:
+    """D between sparse targets and the student's full log-probabilities (..., V) at the same temperature, (...).
+
+    "bucket" compares K + 1 outcomes, the kept entries and all the rest; "renorm" scales the kept entries to sum to 1;
+    "zero" leaves out what was not kept. Sampled targets enter through their unbiased weights, forward KL only.
+    """
+    v = log_p.shape[-1]
+    usable = target.valid & (target.ids < v)  # ids past a truncated vocabulary join the tail
+    ids = torch.where(usable, target.ids, 0).long()
+    log_p_k = torch.where(usable, log_p.gather(-1, ids), -INF)
+    names = {t.name for t in problem.terms}
+    if target.method in SAMPLED:
+        if names != {"forward_kl"}:
+            msg = f"divergence: targets of method {target.method!r} serve forward_kl only, got {sorted(names)}"
+            raise ValueError(msg)
+        mass, weight = torch.where(usable, target.mass, 0.0), sum(t.weight for t in problem.terms)  # type: ignore[arg-type]
+        return weight * (target.neg_entropy - torch.where(mass > 0, mass * log_p_k, 0.0).sum(-1))
+    allowed = {"bucket": {"forward_kl", "reverse_kl", "jsd"}, "renorm": {"forward_kl", "jsd"}, "zero": {"forward_kl"}}
+    if not names <= allowed[problem.tail]:
+        msg = f"divergence: tail={problem.tail!r} is defined for {sorted(allowed[problem.tail])}, got {sorted(names)}"
+        raise ValueError(msg)
+    log_q_k = torch.where(usable, target.logprobs / tau, -INF)  # type: ignore[operator]
+    if problem.tail == "renorm":
+        log_q_k = log_q_k - torch.logsumexp(log_q_k, -1, keepdim=True)
+        return sum_terms(problem.terms, _with_tail(log_q_k, empty=True), _with_tail(log_p_k))
+    log_q_k = log_q_k - captured_lse(problem, target)[..., None]
+    if problem.tail == "zero":
+        d = torch.where(usable, log_q_k - log_p_k, 0.0)
+        return sum(t.weight for t in problem.terms) * torch.where(usable, log_q_k.exp() * d, 0.0).sum(-1)
+    return sum_terms(problem.terms, _with_tail(log_q_k), _with_tail(log_p_k))
+
+
+def captured_lse(problem: Problem, target: SparseTargets) -> Tensor:
+    """The target's log-normaliser at the problem's temperature, (...).
+
+    Raises:
+        ValueError: a temperature that was not captured, or a tensor that is learned, whose value cannot be known.
+    """
+    if problem.learns_temperature:
+        msg = 'temperature: sparse targets hold fixed temperatures, so a learned one needs tail="renorm"'
+        raise ValueError(msg)
+    tau = problem.temperature.item()
+    for captured, lse in (target.lse or {}).items():
+        if captured == tau:
+            return lse
+    if tau == 1.0:
+        return torch.zeros(target.ids.shape[:-1], device=target.ids.device)
+    have = ", ".join(f"{t:g}" for t in target.temperatures)
+    msg = f'temperature {tau:g} was not captured in these targets; they hold {have} (tail="renorm" takes any)'
+    raise ValueError(msg)
+
+
+def _with_tail(log_a: Tensor, *, empty: bool = False) -> Tensor:
+    """Append the log of the mass that the K entries leave, (..., K) -> (..., K + 1)."""
+    if empty:
+        return torch.nn.functional.pad(log_a, (0, 1), value=-INF)
+    log_head = torch.logsumexp(log_a, -1, keepdim=True).clamp(max=-torch.finfo(log_a.dtype).tiny)
+    # log(1 - e^x): log(-expm1(x)) keeps its digits near x = 0, log1p(-e^x) far from it
+    near = log_head > -0.693
+    tail = torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, log_head, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, log_head))),
+    )
+    return torch.cat([log_a, tail], -1)
+
+
+# --- From tokens to the loss ------------------------------------------------------------------------------------------
+
+
+def token_weights(problem: Problem) -> Tensor:
+    """w of every token, (...), the mean's denominator included and 0 where the token is dropped."""
+    student = problem.student if isinstance(problem.student, Tensor) else problem.student.hidden
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    w = torch.ones(problem.leading, dtype=dtype, device=student.device)
+    if problem.weights is not None:
+        w = problem.weights.to(dtype)
+    w = _keep(w, problem.counted)
+    if problem.reduction != "mean":
+        return w
+    if problem.num_items is not None:
+        return w / problem.num_items
+    total = w.sum(dtype=torch.float64).to(dtype)
+    return torch.where(total != 0, w / torch.where(total != 0, total, 1.0), 0.0)
+
+
+def soft_scale(problem: Problem, w: Tensor) -> Tensor | float:
+    """tau^2, or 1 with ``scale_t2=False``."""
+    return problem.temperature.to(dtype=w.dtype, device=w.device).square() if problem.scale_t2 else 1.0
+
+
+def coefficients(problem: Problem, w: Tensor) -> Coefficients:
+    """What each term of each token counts in the loss, given w from :func:`token_weights`; differentiable."""
+    soft = w * (problem.alpha * soft_scale(problem, w)) if problem.has_teacher else None
+    hard = w * (1.0 - problem.alpha) if problem.labels is not None else None
+    no_z = not isinstance(problem.z_loss, Tensor) and problem.z_loss == 0.0
+    return Coefficients(soft, hard, None if no_z else w * problem.z_loss)
+
+
+def weighted(c: Tensor, x: Tensor, reduction: str) -> Tensor:
+    """c * x per token, or its sum; a factor of 0 silences an infinite term."""
+    product = c * torch.where((c != 0) | x.isfinite(), x, 0.0)
+    return product if reduction == "none" else product.sum(dtype=torch.float64).to(product.dtype)
+
+
+def assemble(problem: Problem, tokens: TokenTerms, w: Tensor) -> DistillTerms:
+    """The loss and its two reported terms from the per-token values of any backend."""
+    pairs = [(c, x) for c, x in zip(coefficients(problem, w), tokens, strict=True) if c is not None and x is not None]
+    loss = weighted(*pairs[0], problem.reduction)
+    for c, x in pairs[1:]:
+        loss = loss + weighted(c, x, problem.reduction)
+    return DistillTerms(loss, *reduced_terms(problem, tokens, w))
+
+
+def reduced_terms(problem: Problem, tokens: TokenTerms, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The soft and the hard term, detached and before alpha, reduced as the loss is."""
+    with torch.no_grad():
+        soft, hard = (None if x is None else weighted(w, x, problem.reduction) for x in tokens[:2])
+        return None if soft is None else soft * soft_scale(problem, w), hard

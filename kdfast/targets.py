@@ -1,0 +1,188 @@
+"""What may stand where logits are expected: a head that makes them, and sparse targets that sum them up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Methods whose entries are drawn, not chosen: their weights are unbiased estimates, not probabilities.
+SAMPLED = ("sample", "pps")
+METHODS = ("topk", "topp", *SAMPLED)
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """Logits that are described, not stored: ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
+
+    Args:
+        hidden: (..., H) floating point, the input of the output projection.
+        weight: (V, H), same dtype as ``hidden``.
+        bias: (V,) or None.
+        softcap: bound of the logits, > 0 (Gemma); None leaves them as they are.
+        scale: factor of the logits, applied before ``softcap`` (Granite, Cohere).
+
+    Raises:
+        ValueError: shapes that do not fit, or ``softcap`` not above 0.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or self.hidden.dim() < 1 or self.hidden.shape[-1] != self.weight.shape[1]:
+            msg = (
+                f"LMHead: hidden must be (..., H) and weight (V, H), got {tuple(self.hidden.shape)} and "
+                f"{tuple(self.weight.shape)}"
+            )
+            raise ValueError(msg)
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            msg = f"LMHead: bias must be ({self.weight.shape[0]},), got {tuple(self.bias.shape)}"
+            raise ValueError(msg)
+        if self.softcap is not None and not self.softcap > 0:
+            msg = f"LMHead: softcap must be > 0 or None, got {self.softcap!r}"
+            raise ValueError(msg)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the logits, (..., V)."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    def logits(self) -> Tensor:
+        """The logits, (..., V), in the dtype of ``hidden``: this makes the tensor that the head exists to avoid."""
+        z = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets:
+    """A teacher's distribution as K entries per token.
+
+    Args:
+        ids: (..., K) int32, column numbers; -1 in the places from ``k_eff`` on.
+        logprobs: (..., K) fp32, nats, at temperature 1 over the full vocabulary; None only for sampled methods.
+        vocab_size: V, the number of columns the teacher had.
+        lse: {T: (...)} fp32, logsumexp over the vocabulary of (full logprobs / T), so that
+            log q_T(i) = logprobs_i / T - lse[T]; T = 1 need not be there (it is 0).
+        k_eff: (...) int32, entries in use, or None where all K are.
+        method: "topk", "topp", "sample" (multinomial counts) or "pps" (threshold sampling).
+        mass: (..., K) fp32, weight of an entry in the estimate; None for topk and topp, where it is exp(logprobs).
+        neg_entropy: (...) fp32, sum of mass * log q: makes a sampled loss a KL and not a cross-entropy.
+        gold_logprob: (...) fp32, log q of the token that was there, where it was recorded.
+
+    Raises:
+        ValueError: an unknown method, shapes that do not fit, or a method without the fields it needs.
+    """
+
+    ids: Tensor
+    logprobs: Tensor | None
+    _: KW_ONLY
+    vocab_size: int
+    lse: Mapping[float, Tensor] | None = None
+    k_eff: Tensor | None = None
+    method: str = "topk"
+    mass: Tensor | None = None
+    neg_entropy: Tensor | None = None
+    gold_logprob: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            msg = f"SparseTargets: method must be one of {', '.join(METHODS)}, got {self.method!r}"
+            raise ValueError(msg)
+        if self.ids.dtype != torch.int32 or self.ids.dim() < 1:
+            msg = f"SparseTargets: ids must be (..., K) int32, got {tuple(self.ids.shape)} {self.ids.dtype}"
+            raise ValueError(msg)
+        if self.method in SAMPLED:
+            if self.mass is None or self.neg_entropy is None:
+                msg = f"SparseTargets: method {self.method!r} needs mass and neg_entropy"
+                raise ValueError(msg)
+        elif self.logprobs is None:
+            msg = f"SparseTargets: method {self.method!r} needs logprobs"
+            raise ValueError(msg)
+        for name, value in (("logprobs", self.logprobs), ("mass", self.mass)):
+            if value is not None and value.shape != self.ids.shape:
+                msg = f"SparseTargets: {name} must have the shape of ids {tuple(self.ids.shape)}, got {tuple(value.shape)}"
+                raise ValueError(msg)
+        per_token = {"k_eff": self.k_eff, "neg_entropy": self.neg_entropy, "gold_logprob": self.gold_logprob}
+        per_token |= {f"lse[{t:g}]": v for t, v in (self.lse or {}).items()}
+        for name, value in per_token.items():
+            if value is not None and value.shape != self.ids.shape[:-1]:
+                msg = f"SparseTargets: {name} must be {tuple(self.ids.shape[:-1])}, got {tuple(value.shape)}"
+                raise ValueError(msg)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the targets, (..., K)."""
+        return self.ids.shape
+
+    @property
+    def valid(self) -> Tensor:
+        """(..., K) bool: the entries in use."""
+        return self.ids >= 0
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures at which these targets are exact."""
+        return tuple(sorted({1.0, *(self.lse or {})}))
+
+    def _map(self, fn: Any) -> SparseTargets:
+        lse = None if self.lse is None else {t: fn(v) for t, v in self.lse.items()}
+        tensors = {k: getattr(self, k) for k in ("ids", "logprobs", "k_eff", "mass", "neg_entropy", "gold_logprob")}
+        return replace(self, lse=lse, **{k: None if v is None else fn(v) for k, v in tensors.items()})
+
+    def to(self, device: torch.device | str) -> SparseTargets:
+        """The same targets on another device."""
+        return self._map(lambda t: t.to(device))
+
+    def __getitem__(self, index: Any) -> SparseTargets:
+        """Targets of some tokens: ``index`` runs over the leading axes, never over K."""
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) > self.ids.dim() - 1 or any(i is Ellipsis for i in index):
+            msg = f"SparseTargets: at most {self.ids.dim() - 1} indices, none of them '...', got {len(index)}"
+            raise IndexError(msg)
+        return self._map(lambda t: t[index])
+
+    @classmethod
+    def stack(cls, targets: Sequence[SparseTargets]) -> SparseTargets:
+        """Join targets of equal shape along a new leading axis.
+
+        Raises:
+            ValueError: nothing to stack, or targets that differ in method, vocabulary or the fields they carry.
+        """
+        if not targets:
+            msg = "SparseTargets.stack: needs at least one"
+            raise ValueError(msg)
+        first = targets[0]
+        kinds = {(t.method, t.vocab_size, tuple(t.lse or ())) for t in targets}
+        if len(kinds) > 1:
+            msg = f"SparseTargets.stack: (method, vocab_size, temperatures) must agree, got {sorted(kinds)}"
+            raise ValueError(msg)
+
+        def joined(values: list[Tensor | None]) -> Tensor | None:
+            present = [v for v in values if v is not None]
+            if len(present) not in (0, len(values)):
+                msg = "SparseTargets.stack: a field is there in some targets and missing in others"
+                raise ValueError(msg)
+            return torch.stack(present) if present else None
+
+        fields = {k: joined([getattr(t, k) for t in targets]) for k in first.__dataclass_fields__ if k not in _SCALARS}
+        lse = None if first.lse is None else {t: torch.stack([s.lse[t] for s in targets if s.lse]) for t in first.lse}
+        return replace(first, lse=lse, **fields)
+
+    def dense(self) -> Tensor:
+        """(..., V) fp32: the weight that each column carries; for tests and inspection."""
+        weight = self.mass if self.mass is not None else self.logprobs.exp()  # type: ignore[union-attr]
+        weight = torch.where(self.valid, weight, 0.0)
+        out = torch.zeros((*self.ids.shape[:-1], self.vocab_size), dtype=weight.dtype, device=weight.device)
+        return out.scatter_add(-1, self.ids.clamp(min=0).long(), weight)
+
+
+_SCALARS = ("vocab_size", "method", "lse")
