@@ -33,7 +33,8 @@ def main() -> None:
     try:
         import typer
     except ModuleNotFoundError as error:
-        _exit_missing("kdfast", error, "demo")
+        asked = next((COMMANDS[word] for word in sys.argv[1:] if word in COMMANDS), COMMANDS["demo"])
+        _exit_missing("kdfast", error, asked.extra)
     app = typer.Typer(
         name="kdfast",
         help="Fast, exact knowledge distillation for PyTorch.",

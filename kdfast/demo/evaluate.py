@@ -33,6 +33,7 @@ class Evaluation:
     ece: float  # expected calibration error of the top-1 confidence, on the other sequences
     ece_fitted: float
     reliability: list[dict[str, float]]  # per bin: confidence, accuracy, share of the tokens
+    reliability_fitted: list[dict[str, float]]
 
 
 def evaluate(
@@ -56,7 +57,7 @@ def evaluate(
     fit_rows[torch.arange(calibration) * len(ids) // calibration] = True
     temperature = _fit_temperature(model, ids[fit_rows], check, batch)
     nats, nats_fitted, confidence, confidence_fitted, top1 = [], [], [], [], []
-    for part in ids.split(batch):
+    for part in torch.split(ids, batch):
         logits = _logits(model, part[:, :-1])
         labels = part[:, 1:]
         best, index = logits.max(dim=-1)
@@ -86,6 +87,7 @@ def evaluate(
         ece=_expected_calibration_error(bins),
         ece_fitted=_expected_calibration_error(bins_fitted),
         reliability=bins,
+        reliability_fitted=bins_fitted,
     )
     return result, predicted
 
@@ -121,7 +123,7 @@ def compare_loss_time(
     def ours() -> None:
         leaf = student.detach().requires_grad_()
         loss = kdfast.distill_loss(leaf, teacher, labels, temperature=temperature, alpha=alpha)
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def eager() -> None:
         leaf = student.detach().requires_grad_()
@@ -131,7 +133,7 @@ def compare_loss_time(
         soft = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
         hard = F.cross_entropy(s.float(), labels.flatten())
         loss = alpha * temperature**2 * soft + (1 - alpha) * hard
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
 
     pairs = [(_seconds(ours), _seconds(eager)) for _ in range(repeats + 1)][1:]
     kdfast_ms, eager_ms = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
@@ -150,10 +152,10 @@ def _fit_temperature(model: GPT, ids: Tensor, check: Callable[[], None], batch: 
     With z the logits and p = softmax(b z): slope E_p[z] - z_y, curvature Var_p[z].
     """
     logits = []
-    for part in ids.split(batch):
+    for part in torch.split(ids, batch):
         logits.append(_logits(model, part[:, :-1]))
         check()
-    labels = ids[:, 1:].split(batch)
+    labels = torch.split(ids[:, 1:], batch)
     inverse = 1.0
     for _ in range(8):
         slope = curvature = 0.0

@@ -47,7 +47,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head width)
         y = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
         x = x + self.attention_out(y.transpose(1, 2).reshape(b, s, width))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh"))
+        z: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh"))
+        return x + z
 
 
 class GPT(nn.Module):
@@ -65,9 +66,10 @@ class GPT(nn.Module):
         self.cos: Tensor
         self.sin: Tensor
         self.apply(_init)
-        for block in self.blocks:  # the residual stream's variance must not grow with the number of layers
-            for name in ("attention_out", "mlp_out"):
-                nn.init.normal_(block.get_submodule(name).weight, std=0.02 / math.sqrt(2 * config.layers))
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention_out.weight", "mlp_out.weight")):
+                # so that the variance of the residual stream does not grow with the number of layers
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Maps (B, S) int64 token ids to (B, S, V) logits; position i predicts token i + 1."""
@@ -76,7 +78,8 @@ class GPT(nn.Module):
         cos, sin = self.cos[:s], self.sin[:s]
         for block in self.blocks:
             x = block(x, cos, sin)
-        return F.linear(self.norm(x), self.embedding.weight)
+        logits: Tensor = F.linear(self.norm(x), self.embedding.weight)
+        return logits
 
     def parameter_count(self) -> int:
         """Returns the number of parameters, the tied embedding counted once."""

@@ -151,10 +151,10 @@ class _Run:
         }
         text = json.dumps(results, indent=1, allow_nan=False)
         (out / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")
-        results = json.loads(text)
-        write_report(results, out / REPORT_NAME)
+        written: dict[str, Any] = json.loads(text)
+        write_report(written, out / REPORT_NAME)
         checkpoint.remove(out)
-        return results
+        return written
 
     def texts(self, corpus: Corpus, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
         """Returns the distillation set and the held-out set, (N, S + 1) each."""

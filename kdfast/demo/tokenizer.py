@@ -44,6 +44,9 @@ def encode(tokenizer: Tokenizer, files: Iterable[SourceFile]) -> Tensor:
         (N,) int64 token ids.
     """
     end = tokenizer.token_to_id(END_OF_FILE)
+    if end is None:
+        msg = f"tokenizer has no token {END_OF_FILE}: it was not trained by train_tokenizer"
+        raise ValueError(msg)
     ids: list[int] = []
     for encoding in tokenizer.encode_batch([file.text for file in files]):
         ids.extend(encoding.ids)

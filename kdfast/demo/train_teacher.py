@@ -88,7 +88,7 @@ def held_out_nats(model: GPT, ids: Tensor, batch: int = 16) -> float:
     """Returns the mean cross-entropy in nats per token over (N, S + 1) sequences."""
     total = 0.0
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for part in ids.split(batch):
+        for part in torch.split(ids, batch):
             logits = model(part[:, :-1]).float()
             total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
     return total / ids[:, 1:].numel()
@@ -120,7 +120,7 @@ def _fit(model: GPT, stream: Tensor, settings: TeacherSettings) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

@@ -92,10 +92,10 @@ def _figures(results: dict[str, Any]) -> dict[str, str]:
                 Reliability(
                     name,
                     tone,
-                    [row["confidence"] for row in score["reliability"]],
-                    [row["accuracy"] for row in score["reliability"]],
+                    _points(score["reliability"]),
                     [row["share"] for row in score["reliability"]],
                     f"ECE {score['ece']:.3f}\nfitted T {score['fitted_temperature']:.2f}",
+                    _points(score["reliability_fitted"]),
                 )
                 for name, tone, score in models
             ]
@@ -109,6 +109,10 @@ def _figures(results: dict[str, Any]) -> dict[str, str]:
             "milliseconds per step",
         ),
     }
+
+
+def _points(bins: list[dict[str, float]]) -> tuple[list[float], list[float]]:
+    return [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
 
 
 def _bar(row: dict[str, Any], key: str, colour: str, scale: float) -> Bar:

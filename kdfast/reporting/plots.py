@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -18,7 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#6B7280"
 INK = "#1F2937"
 
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
     "font.size": 9.5,
     "axes.edgecolor": "#9CA3AF",
@@ -77,10 +78,10 @@ class Reliability:
 
     title: str
     colour: str
-    confidence: Sequence[float]  # mean of each bin
-    accuracy: Sequence[float]
-    share: Sequence[float]  # of the tokens
+    points: tuple[Sequence[float], Sequence[float]]  # mean confidence and accuracy of each bin
+    share: Sequence[float]  # of the tokens, in each bin
     note: str
+    fitted: tuple[Sequence[float], Sequence[float]]  # the points once the logits are rescaled
 
 
 def curve_panels(panels: Sequence[Panel], smoothing: int = 1) -> str:
@@ -132,15 +133,16 @@ def reliability_panels(models: Sequence[Reliability]) -> str:
         axes_row = np.atleast_1d(figure.subplots(1, len(models), sharey=True))
         for axes, model in zip(axes_row, models, strict=True):
             axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
-            axes.plot(model.confidence, model.accuracy, color=model.colour, linewidth=1.2)
-            axes.scatter(
-                model.confidence, model.accuracy, s=12 + 400 * np.asarray(model.share), color=model.colour, alpha=0.75
-            )
+            axes.plot(*model.points, color=model.colour, linewidth=1.2)
+            axes.plot(*model.fitted, color=INK, linestyle=":", linewidth=1.2)
+            axes.scatter(*model.points, s=12 + 400 * np.asarray(model.share), color=model.colour, alpha=0.75)
             axes.set_title(model.title)
             axes.text(0.04, 0.96, model.note, transform=axes.transAxes, va="top", fontsize=8.5)
             axes.set_xlim(0, 1)
             axes.set_ylim(0, 1)
             axes.set_aspect("equal")
+            axes.set_xticks((0, 0.5, 1))
+            axes.set_yticks((0, 0.5, 1))
             axes.set_xlabel("confidence")
         axes_row[0].set_ylabel("accuracy")
         return _data_uri(figure)
