@@ -41,6 +41,7 @@ def main() -> None:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # help texts hold square brackets: kdfast[demo]
     )
 
     @app.callback()
