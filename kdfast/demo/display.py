@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -81,25 +82,16 @@ def results_table(results: dict[str, Any]) -> Table:
     several = len(results["settings"]["seeds"]) > 1
     title = "Held-out text" + (" (quick run: too short to mean anything)" if results["quick"] else "")
     caption = f"mean ± standard deviation over {len(results['settings']['seeds'])} seeds" if several else "one seed"
-    table = Table(title=title, caption=caption)
-    table.add_column("model")
-    for name in (
-        "parameters",
-        "perplexity",
-        "nats/token",
-        "agrees with teacher",
-        "ECE",
-        "tokens/s",
-        "loss share of step",
-    ):
-        table.add_column(name, justify="right")
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for name in ("para-\nmeters", "perplexity", "agrees with\nteacher, %", "ECE", "tokens\nper s", "loss, %\nof step"):
+        table.add_column(name, justify="right", no_wrap=True)
     teacher = results["teacher"]
     score = teacher["evaluation"]
     table.add_row(
         "teacher",
-        f"{teacher['parameters']:,}",
+        f"{teacher['parameters'] / 1e6:.2f} M",
         f"{score['perplexity']:.1f}",
-        f"{score['nats']:.3f}",
         "",
         f"{score['ece']:.3f}",
         f"{teacher['speed']['tokens_per_second']:,.0f}",
@@ -107,14 +99,13 @@ def results_table(results: dict[str, Any]) -> Table:
     )
     for row in results["summary"]:
         table.add_row(
-            row["title"],
-            f"{results['student']['parameters']:,}",
+            row["title"].removeprefix("distilled, "),
+            f"{results['student']['parameters'] / 1e6:.2f} M",
             spread(row["perplexity"], 1, several),
-            spread(row["nats"], 3, several),
-            spread(row["agreement"], 1, several, scale=100) + " %",
-            spread(row["ece"], 3, several),
+            spread(row["agreement"], 1, several, scale=100),
+            f"{row['ece']['mean']:.3f}",
             f"{results['student']['speed']['tokens_per_second']:,.0f}",
-            spread(row["loss_share"], 1, several, scale=100) + " %",
+            f"{100 * row['loss_share']['mean']:.0f}",
         )
     return table
 
