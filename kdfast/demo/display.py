@@ -81,7 +81,11 @@ def results_table(results: dict[str, Any]) -> Table:
     """Returns the final table, one row for the teacher and one for each way of training."""
     several = len(results["settings"]["seeds"]) > 1
     title = "Held-out text" + (" (quick run: too short to mean anything)" if results["quick"] else "")
-    caption = f"mean ± standard deviation over {len(results['settings']['seeds'])} seeds" if several else "one seed"
+    caption = (
+        f"perplexity and agreement: mean ± standard deviation over {len(results['settings']['seeds'])} seeds"
+        if several
+        else "one seed"
+    )
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
     for name in ("para-\nmeters", "perplexity", "agrees with\nteacher, %", "ECE", "tokens\nper s", "loss, %\nof step"):

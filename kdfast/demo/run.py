@@ -92,6 +92,9 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         settings, display, out = self.settings, self.display, self.out
+        if self.progress.finished or self.progress.current is not None:
+            step = 0 if self.progress.current is None else self.progress.current["step"]
+            display.note(f"going on after {len(self.progress.finished)} students and {step} steps of the next one")
         display.note("reading the standard library's source")
         teacher, tokenizer, record = load_teacher()
         corpus = load_corpus()

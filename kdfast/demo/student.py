@@ -62,6 +62,7 @@ class Student:
         clock.lap("model")
         # The graph is cut at the logits so that the loss and its gradient are timed apart from the model.
         leaf = logits.detach().requires_grad_()
+        terms: Any
         if self.method.divergence is None:
             terms = kdfast.distill_loss(leaf, None, labels, return_terms=True)
         else:
@@ -96,7 +97,7 @@ class Student:
         if self.step in self.probes["step"]:
             return
         with torch.inference_mode():
-            terms = kdfast.distill_loss(self.model(ids[:, :-1]), teacher_logits, ids[:, 1:], return_terms=True)
+            terms: Any = kdfast.distill_loss(self.model(ids[:, :-1]), teacher_logits, ids[:, 1:], return_terms=True)
         self.probes["step"].append(self.step)
         _record(terms, self.probes)
 
