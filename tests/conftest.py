@@ -1,0 +1,64 @@
+"""Shared fixtures: seeds that are fresh in every run, backends by instruction set, poisoned outputs."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import hypothesis
+import pytest
+import torch
+
+try:
+    from kdfast import _core
+except ImportError:
+    _core = None
+
+ISAS = _core.supported_isas() if _core is not None else []
+BACKENDS = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
+SEED = int(os.environ.get("KDFAST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
+
+# No data base: a run leaves nothing behind, and the failing example is printed.
+hypothesis.settings.register_profile("kdfast", deadline=None, database=None, max_examples=25, print_blob=True)
+hypothesis.settings.load_profile("kdfast")
+
+
+def pytest_report_header():
+    return f"seed: KDFAST_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def seeded(request, monkeypatch):
+    """Seeds torch from the run's seed and the test's name, so that one test alone repeats what it did in the run."""
+    torch.manual_seed(SEED ^ zlib.crc32(request.node.name.encode()))
+    print(f"rerun with KDFAST_TEST_SEED={SEED}")
+    monkeypatch.delenv("KDFAST_BACKEND", raising=False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Name of a backend; the compiled one appears once per instruction set of this machine."""
+    name, _, isa = request.param.partition("-")
+    if isa:
+        monkeypatch.setenv("KDFAST_FORCE_ISA", isa)
+    return name
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Makes ``torch.empty`` return NaN, so that memory which a kernel leaves unwritten shows."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``, undone at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

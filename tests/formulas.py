@@ -1,0 +1,243 @@
+"""The losses written a second time, from their definitions, sharing no line with the package.
+
+``expected`` is numpy and scipy in fp64, one token at a time: values. ``eager`` is what a person would write in PyTorch,
+with log_softmax and differences of logarithms: its error is the yardstick of a kernel's. ``CASES`` names every
+divergence once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.special import log_softmax, logsumexp, rel_entr, softmax
+
+from kdfast import Divergence
+
+
+class Case(NamedTuple):
+    """A divergence as kdfast is told it, and as (name, weight, parameter) for the formulas here."""
+
+    argument: Any
+    terms: list[tuple[str, float, float]]
+
+
+CASES = {
+    "forward_kl": Case("forward_kl", [("forward_kl", 1.0, 0.0)]),
+    "reverse_kl": Case("reverse_kl", [("reverse_kl", 1.0, 0.0)]),
+    "jsd": Case("jsd", [("jsd", 1.0, 0.5)]),
+    "jsd-0.2": Case(Divergence("jsd", beta=0.2), [("jsd", 1.0, 0.2)]),
+    "jsd-normalized": Case(Divergence("jsd", beta=0.7, normalize=True), [("jsd", 1 / 0.21, 0.7)]),
+    "skew_forward_kl": Case("skew_forward_kl", [("skew_forward_kl", 1.0, 0.1)]),
+    "skew_reverse_kl": Case(Divergence("skew_reverse_kl", lam=0.3), [("skew_reverse_kl", 1.0, 0.3)]),
+    "tvd": Case("tvd", [("tvd", 1.0, 0.0)]),
+    "alpha_div": Case(Divergence("alpha_div", a=0.3), [("alpha_div", 1.0, 0.3)]),
+    "hellinger": Case("hellinger", [("hellinger", 1.0, 0.0)]),
+    "mixture": Case(
+        {"forward_kl": 0.5, "tvd": 2.0, Divergence("jsd", beta=0.4): 0.25},
+        [("forward_kl", 0.5, 0.0), ("tvd", 2.0, 0.0), ("jsd", 0.25, 0.4)],
+    ),
+}
+
+
+# --- Values, numpy ----------------------------------------------------------------------------------------------------
+
+
+def divergence(name, x, q, p):
+    """D(q, p) of two vectors of probabilities."""
+    match name:
+        case "forward_kl":
+            return rel_entr(q, p).sum()
+        case "reverse_kl":
+            return rel_entr(p, q).sum()
+        case "jsd":
+            m = x * q + (1 - x) * p
+            return x * rel_entr(q, m).sum() + (1 - x) * rel_entr(p, m).sum()
+        case "skew_forward_kl":
+            return rel_entr(q, x * q + (1 - x) * p).sum()
+        case "skew_reverse_kl":
+            return rel_entr(p, (1 - x) * q + x * p).sum()
+        case "tvd":
+            return np.abs(p - q).sum() / 2
+        case "alpha_div":
+            return (1 - (q**x * p ** (1 - x)).sum()) / (x * (1 - x))
+        case "hellinger":
+            return 1 - np.sqrt(p * q).sum()
+    raise ValueError(name)
+
+
+def mixed(terms, q, p):
+    return sum(weight * divergence(name, x, q, p) for name, weight, x in terms)
+
+
+def _array(x):
+    return None if x is None else np.asarray(x.detach().double()) if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+def _teacher(teachers, weights, ensemble, tau, token, columns):
+    """q of one token."""
+    logits = [t[token][:columns] / tau for t in teachers]
+    w = np.ones(len(logits)) if weights is None else np.array([wk if wk.ndim == 0 else wk[token] for wk in weights])
+    used = [(wk, t) for wk, t in zip(w / w.sum(), logits, strict=True) if wk > 0]
+    if ensemble == "logit":
+        return softmax(sum(wk * t for wk, t in used))
+    return sum(wk * softmax(t) for wk, t in used)
+
+
+class Token(NamedTuple):
+    soft: float  # tau^2 D, or D
+    hard: float
+    loss: float  # before its weight
+
+
+def expected_token(z, q, y, *, terms, temperature, alpha, scale_t2, label_smoothing, z_loss, columns):
+    soft = hard = 0.0
+    if q is not None:
+        p = softmax(z[:columns] / temperature)
+        soft = mixed(terms, q, p) * (temperature**2 if scale_t2 else 1.0)
+    if y is not None:
+        present = z > -np.inf
+        target = np.where(present, label_smoothing / present.sum(), 0.0)
+        target[y] += 1 - label_smoothing
+        log_p = log_softmax(z)
+        hard = -sum(t * l for t, l in zip(target, log_p, strict=True) if t > 0)
+    z2 = z_loss * logsumexp(z) ** 2 if z_loss else 0.0
+    return Token(soft, hard, (alpha * soft if alpha else 0) + ((1 - alpha) * hard if alpha < 1 else 0) + z2)
+
+
+def expected(
+    student,
+    teacher=None,
+    labels=None,
+    *,
+    terms=(("forward_kl", 1.0, 0.0),),
+    temperature=1.0,
+    alpha=None,
+    scale_t2=True,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    weights=None,
+    reduction="mean",
+    num_items=None,
+    teacher_weights=None,
+    ensemble="prob",
+):
+    """(loss, soft, hard) in fp64, as ``return_terms=True`` reports them; 0 stands where there is no such term."""
+    z, y, w = _array(student), _array(labels), _array(weights)
+    teachers = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
+    teachers = [_array(t) for t in teachers]
+    v = z.shape[-1]
+    columns = min([v, *(t.shape[-1] for t in teachers)])
+    if alpha is None:
+        alpha = 0.5 if teachers and y is not None else 1.0 if teachers else 0.0
+    a = np.broadcast_to(np.asarray(_array(alpha), dtype=float), z.shape[:-1])
+    w = np.ones(z.shape[:-1]) if w is None else w.astype(float)
+    tw = None if teacher_weights is None else list(_array(teacher_weights))
+    out, total = np.zeros((3, *z.shape[:-1])), 0.0
+    for token in np.ndindex(*z.shape[:-1]):
+        if w[token] == 0 or (y is not None and y[token] == ignore_index):
+            continue
+        total += w[token]
+        q = _teacher(teachers, tw, ensemble, temperature, token, columns) if teachers else None
+        label = None if y is None or (np.ndim(_array(alpha)) > 0 and a[token] == 1) else int(y[token])
+        got = expected_token(
+            z[token],
+            q,
+            label,
+            terms=terms,
+            temperature=temperature,
+            alpha=a[token],
+            scale_t2=scale_t2,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            columns=columns,
+        )
+        out[(slice(None), *token)] = w[token] * np.array([got.loss, got.soft, got.hard])
+    if reduction == "none":
+        return tuple(out)
+    sums = out.reshape(3, -1).sum(1)
+    if reduction == "mean":
+        total = total if num_items is None else num_items
+        sums = sums / total if total else sums
+    return tuple(sums)
+
+
+# --- What a person would write in PyTorch -----------------------------------------------------------------------------
+
+
+def eager_divergence(name, x, lq, lp):
+    q, p = lq.exp(), lp.exp()
+    match name:
+        case "forward_kl":
+            return (q * (lq - lp)).sum(-1)
+        case "reverse_kl":
+            return (p * (lp - lq)).sum(-1)
+        case "jsd":
+            lm = (x * q + (1 - x) * p).log()
+            return x * (q * (lq - lm)).sum(-1) + (1 - x) * (p * (lp - lm)).sum(-1)
+        case "skew_forward_kl":
+            return (q * (lq - (x * q + (1 - x) * p).log())).sum(-1)
+        case "skew_reverse_kl":
+            return (p * (lp - ((1 - x) * q + x * p).log())).sum(-1)
+        case "tvd":
+            return 0.5 * (p - q).abs().sum(-1)
+        case "alpha_div":
+            return (1 - (x * lq + (1 - x) * lp).exp().sum(-1)) / (x * (1 - x))
+        case "hellinger":
+            return 1 - (0.5 * (lq + lp)).exp().sum(-1)
+    raise ValueError(name)
+
+
+def eager(
+    student,
+    teacher=None,
+    labels=None,
+    *,
+    terms=(("forward_kl", 1.0, 0.0),),
+    temperature=1.0,
+    alpha=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    weights=None,
+    teacher_weights=None,
+    ensemble="prob",
+):
+    """w * loss of every token in the dtype of ``student``: log_softmax, differences of logarithms, F.cross_entropy."""
+    loss = torch.zeros(student.shape[:-1], dtype=student.dtype)
+    if alpha is None:
+        alpha = 0.5 if teacher is not None and labels is not None else 1.0 if teacher is not None else 0.0
+    if teacher is not None:
+        teachers = teacher if isinstance(teacher, list) else [teacher]
+        w = torch.ones(len(teachers)) if teacher_weights is None else teacher_weights
+        w = (w / w.sum(0)).reshape(len(teachers), *(w.shape[1:] or [1] * (student.dim() - 1)), 1).to(student.dtype)
+        lp = F.log_softmax(student / temperature, -1)
+        if ensemble == "logit":
+            lq = F.log_softmax(sum(wk * t for wk, t in zip(w, teachers, strict=True)) / temperature, -1)
+        elif len(teachers) == 1:
+            lq = F.log_softmax(teachers[0] / temperature, -1)
+        else:
+            lq = sum(wk * F.softmax(t / temperature, -1) for wk, t in zip(w, teachers, strict=True)).log()
+        soft = sum(weight * eager_divergence(name, x, lq, lp) for name, weight, x in terms)
+        loss = loss + alpha * temperature**2 * soft
+    if labels is not None:
+        if isinstance(alpha, torch.Tensor):
+            labels = torch.where((alpha == 1) & (labels != ignore_index), 0, labels)
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
+        ce = F.cross_entropy(student.flatten(0, -2), labels.flatten(), **options)
+        loss = loss + (1 - alpha) * ce.view(labels.shape)
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(student, -1).square()
+    if weights is not None:
+        loss = loss * weights
+    return loss if labels is None else torch.where(labels == ignore_index, 0.0, loss)
+
+
+def half_ulp(x, dtype):
+    """Half the distance between neighbours of ``dtype`` at x: the error of rounding to it."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(x.abs().clamp(min=info.tiny)).exponent - 1
+    return 0.5 * info.eps * torch.exp2(exponent.double())
