@@ -25,6 +25,7 @@ class Command(NamedTuple):
 #: Every command; a new one is a row here and a module with a function of that name.
 COMMANDS = {
     "demo": Command("kdfast.cli.demo", "demo"),
+    "bench": Command("kdfast.cli.bench", "bench"),
 }
 
 
