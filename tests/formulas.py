@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import log_softmax, logsumexp, rel_entr, softmax
+from scipy.special import log_softmax, logsumexp
 
 from kdfast import Divergence
 
@@ -45,20 +45,30 @@ CASES = {
 # --- Values, numpy ----------------------------------------------------------------------------------------------------
 
 
-def divergence(name, x, q, p):
-    """D(q, p) of two vectors of probabilities."""
+def relative_entropy(lq, lp):
+    """KL(q, p) from logarithms, which do not underflow."""
+    q = np.exp(lq)
+    return (q[q > 0] * (lq[q > 0] - lp[q > 0])).sum()
+
+
+def divergence(name, x, lq, lp):
+    """D(q, p) of two vectors of log-probabilities."""
+    q, p = np.exp(lq), np.exp(lp)
+
+    def mixture(share):  # log of share q + (1 - share) p
+        return np.logaddexp(np.log(share) + lq, np.log1p(-share) + lp)
+
     match name:
         case "forward_kl":
-            return rel_entr(q, p).sum()
+            return relative_entropy(lq, lp)
         case "reverse_kl":
-            return rel_entr(p, q).sum()
+            return relative_entropy(lp, lq)
         case "jsd":
-            m = x * q + (1 - x) * p
-            return x * rel_entr(q, m).sum() + (1 - x) * rel_entr(p, m).sum()
+            return x * relative_entropy(lq, mixture(x)) + (1 - x) * relative_entropy(lp, mixture(x))
         case "skew_forward_kl":
-            return rel_entr(q, x * q + (1 - x) * p).sum()
+            return relative_entropy(lq, mixture(x))
         case "skew_reverse_kl":
-            return rel_entr(p, (1 - x) * q + x * p).sum()
+            return relative_entropy(lp, mixture(1 - x))
         case "tvd":
             return np.abs(p - q).sum() / 2
         case "alpha_div":
@@ -68,8 +78,8 @@ def divergence(name, x, q, p):
     raise ValueError(name)
 
 
-def mixed(terms, q, p):
-    return sum(weight * divergence(name, x, q, p) for name, weight, x in terms)
+def mixed(terms, lq, lp):
+    return sum(weight * divergence(name, x, lq, lp) for name, weight, x in terms)
 
 
 def _array(x):
@@ -77,13 +87,13 @@ def _array(x):
 
 
 def _teacher(teachers, weights, ensemble, tau, token, columns):
-    """q of one token."""
+    """log q of one token."""
     logits = [t[token][:columns] / tau for t in teachers]
     w = np.ones(len(logits)) if weights is None else np.array([wk if wk.ndim == 0 else wk[token] for wk in weights])
     used = [(wk, t) for wk, t in zip(w / w.sum(), logits, strict=True) if wk > 0]
     if ensemble == "logit":
-        return softmax(sum(wk * t for wk, t in used))
-    return sum(wk * softmax(t) for wk, t in used)
+        return log_softmax(sum(wk * t for wk, t in used))
+    return logsumexp([np.log(wk) + log_softmax(t) for wk, t in used], axis=0)
 
 
 class Token(NamedTuple):
@@ -92,11 +102,11 @@ class Token(NamedTuple):
     loss: float  # before its weight
 
 
-def expected_token(z, q, y, *, terms, temperature, alpha, scale_t2, label_smoothing, z_loss, columns):
+def expected_token(z, lq, y, *, terms, temperature, alpha, scale_t2, label_smoothing, z_loss, columns):
     soft = hard = 0.0
-    if q is not None:
-        p = softmax(z[:columns] / temperature)
-        soft = mixed(terms, q, p) * (temperature**2 if scale_t2 else 1.0)
+    if lq is not None:
+        lp = log_softmax(z[:columns] / temperature)
+        soft = mixed(terms, lq, lp) * (temperature**2 if scale_t2 else 1.0)
     if y is not None:
         present = z > -np.inf
         target = np.where(present, label_smoothing / present.sum(), 0.0)
@@ -141,11 +151,11 @@ def expected(
         if w[token] == 0 or (y is not None and y[token] == ignore_index):
             continue
         total += w[token]
-        q = _teacher(teachers, tw, ensemble, temperature, token, columns) if teachers else None
+        lq = _teacher(teachers, tw, ensemble, temperature, token, columns) if teachers else None
         label = None if y is None or (np.ndim(_array(alpha)) > 0 and a[token] == 1) else int(y[token])
         got = expected_token(
             z[token],
-            q,
+            lq,
             label,
             terms=terms,
             temperature=temperature,
