@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("rich", reason="the bench extra is not installed")
 
 import typer
 
+import kdfast
 from kdfast.benchmark import cases, competitors, measure, process, results
 from kdfast.benchmark.cases import Case
 from kdfast.benchmark.compare import better, compare
@@ -226,6 +228,14 @@ def test_wrong_use_is_told_and_exits_2(kdfast_bench, arguments, message):
     code, printed = kdfast_bench(*arguments)
     assert code == 2
     assert message in printed
+
+
+def test_without_the_kernel_there_is_nothing_to_measure(kdfast_bench, monkeypatch):
+    monkeypatch.delattr(kdfast, "_core")
+    monkeypatch.setitem(sys.modules, "kdfast._core", None)
+    code, printed = kdfast_bench("--quick")
+    assert code == 2
+    assert "compiled kernel is missing" in printed
 
 
 # --- Comparing --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def bench(
     isa: Annotated[
         str | None, typer.Option(metavar="A,B", help="Measure kdfast under these instruction sets too.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds over all competitors of a case; their median counts.", min=1)] = 9,
+    rounds: Annotated[int, typer.Option(help="Rounds over all competitors of a case; their median counts.", min=1)] = 7,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if not given.", min=1)] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
