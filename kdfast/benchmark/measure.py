@@ -6,6 +6,7 @@ import gc
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,11 +58,14 @@ def measure(
     for competitor in (*competitors, *unmeasured):
         say(f"{case.name}: {competitor.name}, first step")
         try:
-            step = competitor.build(work)
-            step.prepare()
-            start = time.perf_counter()
-            loss = step.run()
-            first_step_s[competitor.name] = time.perf_counter() - start
+            with warnings.catch_warnings():
+                if competitor.optional:
+                    warnings.simplefilter("ignore")  # what a compiler has to say of the competitor
+                step = competitor.build(work)
+                step.prepare()
+                start = time.perf_counter()
+                loss = step.run()
+                first_step_s[competitor.name] = time.perf_counter() - start
         except Exception as error:  # whatever a compiler that is missing or does not know this Python raises
             if not competitor.optional:
                 raise

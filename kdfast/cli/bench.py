@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,10 +47,14 @@ def bench(
         Path | None, typer.Option("--with", metavar="NEW.json", help="Compare with this file in place of a run.")
     ] = None,
     fail_below: Annotated[
-        float | None, typer.Option(help="Exit 1 where a gated ratio is below this share of the base's, such as 0.9.")
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Exit 1 where a gated ratio is below this share of the base's, such as 0.9."
+        ),
     ] = None,
     gate: Annotated[
-        list[str] | None, typer.Option(help="Gated ratio: eager (default), torch.compile or triad. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Gated ratio: eager (default), torch.compile or triad. Repeatable."),
     ] = None,
 ) -> None:
     """Time the loss, forward and backward, beside eager PyTorch, torch.compile and the machine's bandwidth.
@@ -162,8 +165,7 @@ def _bench(
         _say_differences(console, base, run)
 
     def measure_one(case: cases.Case) -> CaseResult:
-        with console.status("") as status, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.compile's, on what it does to the competitor
+        with console.status("") as status:
             return measure(case, chosen, rounds=rounds, say=status.update)
 
     for case in selected:
