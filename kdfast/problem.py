@@ -177,8 +177,9 @@ def _alpha(alpha: object, *, labelled: bool, taught: bool, leading: torch.Size, 
         return default
     if not (labelled and taught):
         missing = "labels" if taught else "teacher"
-        if alpha != default or isinstance(alpha, Tensor):
-            msg = f"alpha must be {default:g} or None without {missing}, got {alpha!r}: pass {missing} too"
+        if isinstance(alpha, Tensor) or alpha != default:
+            got = f"a tensor {tuple(alpha.shape)}" if isinstance(alpha, Tensor) else repr(alpha)
+            msg = f"alpha must be {default:g} or None without {missing}, got {got}: pass {missing} too"
             raise ValueError(msg)
         return default
     if isinstance(alpha, Tensor) and alpha.dim() > 0:

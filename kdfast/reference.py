@@ -66,7 +66,7 @@ def distill_loss(problem: Problem) -> DistillTerms:
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a, b) over the last axis, from log-probabilities, (..., V) -> (...), nats; +inf where b lacks mass that a has."""
     a, b = log_a.exp(), log_b.exp()
-    present = a > 0
+    present = ~(a == 0)  # true for NaN, which must come out again
     d = torch.where(present, log_a - log_b, 0.0)
     return torch.where(present, a * (d + torch.expm1(-d)), b).sum(-1)
 
@@ -74,7 +74,8 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 def _log_mixture(log_q: Tensor, log_p: Tensor, share: float) -> Tensor:
     """Log of share * q + (1 - share) * p."""
     m = share * log_q.exp() + (1 - share) * log_p.exp()
-    return torch.where(m > 0, torch.where(m > 0, m, 1.0).log(), -INF)
+    absent = m == 0
+    return torch.where(absent, -INF, torch.where(absent, 1.0, m).log())
 
 
 def divergence(term: Term, log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ struct View {
     T* values(const char* name, const char* type, std::int64_t expected) const {
         if (dtype != type) throw ArgumentError(std::string(name) + ": dtype must be " + type + ", got " + dtype);
         std::int64_t step = 1;
-        for (std::size_t axis = shape.size(); axis-- > 0;) {
+        for (std::size_t axis = shape.size(); axis-- > 0 && count() > 0;) {
             if (shape[axis] != 1 && strides[axis] != step) throw ArgumentError(std::string(name) + " must be contiguous");
             step *= shape[axis];
         }

@@ -46,20 +46,20 @@ template <class D>
 class Call {
   public:
     Call(const DenseCall& call, D divergence, float weight)
-        : a_(call), divergence_(divergence), weight_(weight), inv_tau_(1 / call.temperature) {
+        : a_(call), divergence_(divergence), weight_(weight), inv_tau_(1 / call.temperature), c_(inv_tau_ * log2e) {
         taught_ = a_.teachers.empty() ? 0 : a_.columns;
         segments_ = (a_.student.columns + segment - 1) / segment;
         distributions_ = a_.distributions();
         const bool needs_softmax_at_one = a_.labels || a_.z2 || a_.c_hard || a_.c_z;
         tau_ = !needs_softmax_at_one || a_.temperature == 1 ? Tau::one : a_.temperature == 2 ? Tau::two : Tau::other;
         // The reverse KL's normaliser needs log q in pass 1, which an ensemble of distributions does not have yet.
-        normaliser_known_ = std::is_same_v<D, ForwardKl> || (std::is_same_v<D, ReverseKl> && distributions_ == 1);
+        sum_student_known_ = std::is_same_v<D, ForwardKl> || (std::is_same_v<D, ReverseKl> && distributions_ == 1);
     }
 
     void run(bool from_logits) {
         from_logits_ = from_logits;
         wants_gradient_ = a_.grad.data != nullptr;
-        joint_ = normaliser_known_ && wants_gradient_ && !a_.dsoft_dtemperature;
+        joint_ = sum_student_known_ && wants_gradient_ && !a_.dsoft_dtemperature;
         value_pass_ = from_logits && taught_ > 0 && !joint_;
         if (a_.rows >= a_.threads || segments_ == 1) {
             run_rows();
@@ -74,7 +74,7 @@ class Call {
         std::vector<Sums> teacher_sums;  // by segment, then distribution
         std::vector<Value> values;
         RowState state;
-        std::vector<TeacherState> teachers;  // by distribution
+        std::vector<Normaliser> teachers;  // by distribution
 
         Row(std::int64_t segments, std::int64_t distributions)
             : sums(segments), teacher_sums(segments * distributions), values(segments), state(), teachers(distributions) {}
@@ -92,7 +92,7 @@ class Call {
     void run_rows() {
         // Several rows a task where rows are short: they are less work than fetching a task.
         const std::int64_t fair = std::max<std::int64_t>(1, a_.rows / (8 * a_.threads));
-        const std::int64_t group = std::clamp<std::int64_t>(4 * segment / a_.student.columns, 1, fair);
+        const std::int64_t group = std::clamp<std::int64_t>(64 * segment / a_.student.columns, 1, fair);
         parallel((a_.rows + group - 1) / group, [&](std::int64_t index) {
             Row row(segments_, distributions_);
             const std::int64_t end = std::min(a_.rows, (index + 1) * group);
@@ -177,9 +177,8 @@ class Call {
                 const float w = teacher_weight(k, i);
                 if (w == 0) continue;
                 const float* t = teacher_tile(k, i, begin, n, b);
-                const V top = set1(row.teachers[k].max), c = set1(inv_tau_ * log2e);
-                const V shift = set1(std::log2(w) - row.teachers[k].log2_sum);
-                for (std::int64_t j = 0; j < size; j += width) use(j, fma(load(t + j) - top, c, shift));
+                const V c = set1(c_), from = set1(-row.teachers[k].hi), shift = set1(std::log2(w) - row.teachers[k].lo);
+                for (std::int64_t j = 0; j < size; j += width) use(j, fma(load(t + j), c, from) + shift);
             }
         };
         const auto finite = [](V x) { return select(equal(x, set1(-infinity)), set1(0), x); };
@@ -219,18 +218,21 @@ class Call {
                 const float* t = nullptr;
                 for (std::int64_t k = 0; k < distributions_; ++k) {
                     t = teacher_tile(k, i, start, n, b);
-                    add_tile<Tau::one, false>(t, nullptr, padded(n), inv_tau_, teachers[k]);
+                    const Rows& rows = a_.teachers[k];
+                    add_tile<Tau::one, false>(t, nullptr, padded(n), c_, teachers[k],
+                                              Ahead::of(rows.row(i), rows.dtype, start + tile));
                 }
                 const float* z = student_tile(i, start, n, b);
                 const auto add = tau_ == Tau::one   ? pick_sum<Tau::one>()
                                  : tau_ == Tau::two ? pick_sum<Tau::two>()
                                                     : pick_sum<Tau::other>();
-                add(z, t, padded(n), inv_tau_, out.student);
+                add(z, t, padded(n), c_, out.student, Ahead::of(a_.student.row(i), a_.student.dtype, start + tile));
                 if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.smoothing);
             },
             [&](std::int64_t start, std::int64_t n) {
                 const float* z = student_tile(i, start, n, b);
-                add_tile<Tau::one, false>(z, nullptr, padded(n), 1, out.rest);
+                add_tile<Tau::one, false>(z, nullptr, padded(n), log2e, out.rest,
+                                          Ahead::of(a_.student.row(i), a_.student.dtype, start + tile));
                 if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.smoothing);
             });
         row.sums[s] = out;
@@ -238,7 +240,7 @@ class Call {
 
     template <Tau T>
     auto pick_sum() const {
-        return std::is_same_v<D, ReverseKl> && normaliser_known_ ? add_tile<T, std::is_same_v<D, ReverseKl>>
+        return std::is_same_v<D, ReverseKl> && sum_student_known_ ? add_tile<T, std::is_same_v<D, ReverseKl>>
                                                                  : add_tile<T, false>;
     }
 
@@ -247,69 +249,63 @@ class Call {
         float* saved = a_.stats ? a_.stats + i * a_.stats_per_row() : nullptr;
         if (!from_logits_) {
             std::memcpy(&row.state, saved, sizeof(RowState));
-            std::memcpy(row.teachers.data(), saved + DenseCall::state_size, row.teachers.size() * sizeof(TeacherState));
+            std::memcpy(row.teachers.data(), saved + DenseCall::state_size, row.teachers.size() * sizeof(Normaliser));
             return;
         }
         Sums student, rest;
         Smoothing smoothing;
         for (const SegmentSums& s : row.sums) {
-            student.merge(s.student, inv_tau_);
-            rest.merge(s.rest, 1);
+            student.merge(s.student, c_);
+            rest.merge(s.rest, log2e);
             smoothing.sum += s.smoothing.sum;
             smoothing.present += s.smoothing.present;
         }
         row.state = {};
         row.state.present = static_cast<float>(smoothing.present);
-        row.state.max = student.reference();
-        row.state.log2_sum = static_cast<float>(std::log2(student.at_tau));
+        const double log2_student = student.log2_at_tau(c_);
+        row.state.at_tau = Normaliser::of(log2_student);
         for (std::int64_t k = 0; k < distributions_; ++k) {
             Sums t;
-            for (std::int64_t s = 0; s < segments_; ++s) t.merge(row.teacher_sums[s * distributions_ + k], inv_tau_);
-            row.teachers[k] = {t.reference(), static_cast<float>(std::log2(t.at_tau))};
-            if (std::is_same_v<D, ReverseKl> && normaliser_known_)  // sum p (log p - log q)
-                row.state.normaliser = static_cast<float>(
-                    student.cross / student.at_tau * inv_tau_ + std::log(t.at_tau / student.at_tau) +
-                    (static_cast<double>(t.reference()) - student.reference()) * inv_tau_);
+            for (std::int64_t s = 0; s < segments_; ++s) t.merge(row.teacher_sums[s * distributions_ + k], c_);
+            const double log2_teacher = t.log2_at_tau(c_);
+            row.teachers[k] = Normaliser::of(log2_teacher);
+            if (std::is_same_v<D, ReverseKl> && sum_student_known_)  // sum p (log p - log q)
+                row.state.sum_student = static_cast<float>(
+                    (student.cross / student.at_tau * c_ + log2_teacher - log2_student) * static_cast<double>(ln2));
         }
-        if (std::is_same_v<D, ForwardKl>) row.state.normaliser = -1;
-        student.merge(rest, inv_tau_);
-        row.state.max_one = student.reference();
-        row.state.log2_sum_one = static_cast<float>(std::log2(student.at_one));
-        if (a_.z2) {
-            const double lse = student.reference() + std::log(student.at_one);
-            a_.z2[i] = static_cast<float>(lse * lse);
-        }
-        if (a_.hard) a_.hard[i] = labelled(i) ? cross_entropy(i, student, smoothing) : 0;
+        if (std::is_same_v<D, ForwardKl>) row.state.sum_student = -1;
+        student.merge(rest, c_);
+        row.state.at_one = Normaliser::of(student.log2_at_one());
+        const double lse = student.logsumexp();
+        if (a_.z2) a_.z2[i] = static_cast<float>(lse * lse);
+        if (a_.hard) a_.hard[i] = labelled(i) ? cross_entropy(i, lse, smoothing) : 0;
     }
 
-    float cross_entropy(std::int64_t i, const Sums& student, const Smoothing& smoothing) const {
+    float cross_entropy(std::int64_t i, double lse, const Smoothing& smoothing) const {
         Buffers b;
-        const double reference = student.reference(), log_sum = std::log(student.at_one);
-        const double gold = *student_tile(i, a_.labels[i], 1, b);
-        const double ce = reference - gold + log_sum;
+        const double ce = lse - *student_tile(i, a_.labels[i], 1, b);
         if (a_.label_smoothing == 0) return static_cast<float>(ce);
-        const double mean = reference - smoothing.sum / smoothing.present + log_sum;
-        return static_cast<float>((1 - static_cast<double>(a_.label_smoothing)) * ce + a_.label_smoothing * mean);
+        const double e = a_.label_smoothing, mean = lse - smoothing.sum / smoothing.present;
+        return static_cast<float>((1 - e) * ce + e * mean);
     }
 
     // --- Pass 2
 
     RowConstants constants(std::int64_t i, const Row& row) const {
         RowConstants c;
-        c.inv_tau = inv_tau_;
+        c.c = c_;
         c.state = row.state;
         if (distributions_ == 1) {
             c.teacher = row.teachers[0];
-            c.teacher_factor = inv_tau_ * log2e;
+            c.teacher_c = c_;
         }
-        const double log2_one = row.state.log2_sum_one + (static_cast<double>(row.state.max_one) - row.state.max) * log2e;
-        // The log2_sum that p was divided by goes out as it came in, so its rounding does not stay.
-        c.one_from_p = static_cast<float>(std::exp2((tau_ == Tau::two ? 2.0 : 1.0) * row.state.log2_sum - log2_one));
+        const auto log2_sum = [](Normaliser n) { return static_cast<double>(n.hi) + n.lo; };
+        c.one_from_p = static_cast<float>(
+            std::exp2((tau_ == Tau::two ? 2 : 1) * log2_sum(row.state.at_tau) - log2_sum(row.state.at_one)));
         if (a_.c_soft) c.c_soft = a_.c_soft[i] * weight_ * inv_tau_;
         if (a_.c_hard && labelled(i)) c.c_one = a_.c_hard[i];
         if (a_.c_z) {
-            const double lse = row.state.max_one + row.state.log2_sum_one * static_cast<double>(ln2);
-            c.c_one += static_cast<float>(2 * a_.c_z[i] * lse);
+            c.c_one += static_cast<float>(2 * a_.c_z[i] * log2_sum(row.state.at_one) * static_cast<double>(ln2));
         }
         return c;
     }
@@ -318,7 +314,15 @@ class Call {
     void visit_taught(std::int64_t i, const Row& row, const RowConstants& c, std::int64_t start, std::int64_t n,
                       Buffers& b, Value& sums) const {
         const float* t = distributions_ == 1 ? teacher_tile(0, i, start, n, b) : ensemble_tile(i, start, n, row, b);
-        visit<D, T, W>(divergence_, student_tile(i, start, n, b), t, padded(n), c, b.g, sums);
+        visit<D, T, W>(divergence_, student_tile(i, start, n, b), t, padded(n), c, next_row(a_.student, i, start),
+                       next_row(a_.teachers[0], i, start), b.g, sums);
+    }
+
+    // What the next row will read first, fetched while this one's later passes compute.
+    Ahead next_row(const Rows& rows, std::int64_t i, std::int64_t start) const {
+        const std::int64_t column = a_.student.columns - start;  // later passes run from the end, the first from the beginning
+        if (i + 1 == a_.rows || column == a_.student.columns) return {rows.row(i), 0};
+        return Ahead::of(rows.row(i + 1), rows.dtype, column);
     }
 
     void value_segment(std::int64_t i, Row& row, std::int64_t s) const {
@@ -336,10 +340,10 @@ class Call {
     }
 
     void finish_value(Row& row) const {
-        if (normaliser_known_) return;
+        if (sum_student_known_) return;
         Value total;
         for (const Value& v : row.values) total += v;
-        row.state.normaliser = static_cast<float>(total.normaliser);
+        row.state.sum_student = static_cast<float>(total.student);
     }
 
     // --- Pass 3
@@ -373,7 +377,7 @@ class Call {
             s,
             [&](std::int64_t start, std::int64_t n) {
                 if (joint_ && from_logits_) {
-                    visit_taught<T, D::normaliser_known ? Want::value_and_gradient : Want::gradient>(i, row, c, start, n, b, sums);
+                    visit_taught<T, D::sum_student_known ? Want::value_and_gradient : Want::gradient>(i, row, c, start, n, b, sums);
                 } else if (soft) {
                     visit_taught<T, Want::gradient>(i, row, c, start, n, b, sums);
                 }
@@ -391,14 +395,14 @@ class Call {
         if (a_.stats) {
             float* saved = a_.stats + i * a_.stats_per_row();
             std::memcpy(saved, &row.state, sizeof(RowState));
-            std::memcpy(saved + DenseCall::state_size, row.teachers.data(), row.teachers.size() * sizeof(TeacherState));
+            std::memcpy(saved + DenseCall::state_size, row.teachers.data(), row.teachers.size() * sizeof(Normaliser));
         }
         if (taught_ == 0) return;
         Value total;
         for (const Value& v : row.values) total += v;
         if (a_.soft) a_.soft[i] = static_cast<float>(total.value * weight_);
         if (a_.dsoft_dtemperature) {  // -(1 / tau) (dD/dx . x + dD/dy . y), x and y the logits over tau, up to a shift: u and v
-            const double student = total.student_u - total.normaliser * total.p_u;
+            const double student = total.student_u - total.student * total.p_u;
             const double teacher = total.teacher_v - total.teacher * total.q_v;
             a_.dsoft_dtemperature[i] = static_cast<float>(-weight_ * inv_tau_ * static_cast<double>(ln2) * (student + teacher));
         }
@@ -408,11 +412,12 @@ class Call {
     const D divergence_;
     const float weight_;
     const float inv_tau_;
+    const float c_;  // log2e / tau
     std::int64_t taught_;  // columns under the distillation term
     std::int64_t segments_;
     std::int64_t distributions_;
     Tau tau_;
-    bool normaliser_known_;
+    bool sum_student_known_;
     bool from_logits_ = true;
     bool wants_gradient_ = false;
     bool joint_ = false;       // value and gradient in one pass
@@ -436,7 +441,7 @@ void run(const DenseCall& call, bool from_logits) {
     check(call);
     if (call.rows == 0) return;
     const auto go = [&](auto divergence, float weight) { Call(call, divergence, weight).run(from_logits); };
-    if (call.terms.size() > 1) return go(Mixture{&call.terms}, 1);
+    if (call.terms.size() > 1) return go(Mixture(call.terms), 1);
     if (call.terms.empty()) return go(ForwardKl(0), 1);  // no teacher: nothing asks it
     Mixture::with(call.terms[0], [&](auto divergence) {
         go(divergence, call.terms[0].weight);

@@ -2,8 +2,8 @@
 //
 // With u = log2 p and v = log2 q of a column and d = ln q - ln p, a divergence gives
 //   value       f(q, p), >= 0 and summing to D over the row,
-//   student()   p df/dp, up to a multiple of p, which the gradient does not see:
-//               dD/dz_i = (student_i - p_i * sum student) / tau,
+//   student()   p df/dp, up to a multiple of p, which the gradient does not see,
+//   pull()      the gradient that follows, student_i - p_i * sum student = tau dD/dz_i,
 //   teacher()   q df/dq, likewise, which is needed for dD/dtau only.
 // A column of -inf has p = 0 (q = 0), and d may be infinite or NaN there, so each product with d is selected away where its
 // factor is 0.
@@ -14,8 +14,15 @@ namespace kdfast::cpu::KDFAST_ISA {
 constexpr float ln2 = 0.693147180559945f;
 constexpr float log2e = 1.44269504088896f;
 
-// 2^x, relative error 1e-7; 0 below 2^-126
-KDFAST_INLINE V exp2(V x) {
+// 2^-lo for a small lo, ready for exp2: the two coefficients that its size makes visible in fp32 are scaled.
+struct Correction {
+    V c0, c1;
+    explicit Correction(float lo)
+        : c0(set1(1 - ln2 * lo)), c1(set1(0.693146977599962f * (1 - ln2 * lo))) {}
+};
+
+// 2^x times a correction, relative error 1e-7; 0 below 2^-126
+KDFAST_INLINE V exp2(V x, const Correction& scale) {
     x = exp2_argument(x);
     const V n = round(x);
     const V r = x - n;
@@ -23,10 +30,12 @@ KDFAST_INLINE V exp2(V x) {
     y = fma(y, r, set1(0.009671512640426183f));
     y = fma(y, r, set1(0.05550733741848172f));
     y = fma(y, r, set1(0.24022242085401063f));
-    y = fma(y, r, set1(0.693146977599962f));
-    y = fma(y, r, set1(1.0f));
+    y = fma(y, r, scale.c1);
+    y = fma(y, r, scale.c0);
     return scale2(y, n);
 }
+
+KDFAST_INLINE V exp2(V x) { return exp2(x, Correction(0)); }
 
 // log2 x for x >= 0, absolute error 1e-7 beside the rounding; -inf at 0
 KDFAST_INLINE V log2(V x) {
@@ -42,49 +51,53 @@ KDFAST_INLINE V log2(V x) {
     return fma(y, r, exponent(x));
 }
 
-// (x + expm1(-x)) / x^2 for abs(x) < 0.35, relative error 1.3e-7
-constexpr float series_limit = 0.35f;
+// g(x) = x + expm1(-x), over x^2, for abs(x) < 1/8, relative error 8e-6. Beyond that, the plain form has enough digits.
+constexpr float series_limit = 0.125f;
 KDFAST_INLINE V kl_series(V x) {
-    V y = set1(0.0013901530702795175f);
-    y = fma(y, x, set1(-0.008363733005316646f));
-    y = fma(y, x, set1(0.041666860846238225f));
-    y = fma(y, x, set1(-0.16666573736159818f));
-    return fma(y, x, set1(0.49999999525688515f));
+    const V y = fma(set1(0.04167209088852112f), x, set1(-0.16676433148902373f));
+    return fma(y, x, set1(0.5000000847639212f));
 }
 
-// a (x + expm1(-x)) = a x + b - a, where x = ln a - ln b: one summand of KL(a, b). The second form loses its digits where x is
-// small, the first overflows where it is large.
+// a g(x) = a x + b - a, where x = ln a - ln b: one summand of KL(a, b), >= 0. b where a is 0.
 KDFAST_INLINE V kl_term(V a, V b, V x) {
-    const V near = a * (x * x) * kl_series(x);
-    const V far = fma(a, x, b - a);
-    return select(equal(a, set1(0)), b, select(less(abs(x), set1(series_limit)), near, far));
+    const V x2 = x * x;
+    const V near = a * (x2 * kl_series(x));
+    const V far = add_times(b - a, a, x);
+    return select(less(x2, set1(series_limit * series_limit)), near, far);
 }
-
-// Product that is 0 where a is, whatever b holds.
-KDFAST_INLINE V times(V a, V b) { return select(equal(a, set1(0)), a, a * b); }
 
 struct Column {
     V u, v, p, q, d;
 };
 
+// A divergence whose pull has no shorter form.
+template <class D>
+struct General {
+    V pull(const Column& c, V sum_student) const {
+        return fnma(c.p, sum_student, static_cast<const D*>(this)->student(c));
+    }
+};
+
 struct ForwardKl {
-    static constexpr bool normaliser_known = true;  // sum student is -1
+    static constexpr bool sum_student_known = true;  // sum student is -1
     explicit ForwardKl(float) {}
+    V pull(const Column& c, V) const { return c.p - c.q; }
     V value(const Column& c) const { return kl_term(c.q, c.p, c.d); }
     V student(const Column& c) const { return set1(0) - c.q; }
     V teacher(const Column& c) const { return times(c.q, c.d); }
 };
 
 struct ReverseKl {
-    static constexpr bool normaliser_known = true;  // sum student is D, which the first pass has
+    static constexpr bool sum_student_known = true;  // sum student is D, which the first pass has
     explicit ReverseKl(float) {}
     V value(const Column& c) const { return kl_term(c.p, c.q, set1(0) - c.d); }
+    V pull(const Column& c, V sum_student) const { return times(c.p, (set1(0) - c.d) - sum_student); }
     V student(const Column& c) const { return set1(0) - times(c.p, c.d); }
     V teacher(const Column& c) const { return set1(0) - c.p; }
 };
 
-struct Jsd {
-    static constexpr bool normaliser_known = false;
+struct Jsd : General<Jsd> {
+    static constexpr bool sum_student_known = false;
     V beta, rest;
     explicit Jsd(float b) : beta(set1(b)), rest(set1(1 - b)) {}
     V log2_mixture(const Column& c) const { return log2(fma(beta, c.q, rest * c.p)); }
@@ -98,8 +111,8 @@ struct Jsd {
     V teacher(const Column& c) const { return beta * times(c.q, (c.v - log2_mixture(c)) * set1(ln2)); }
 };
 
-struct SkewForwardKl {  // KL(q, m), m = lam q + (1 - lam) p
-    static constexpr bool normaliser_known = false;
+struct SkewForwardKl : General<SkewForwardKl> {  // KL(q, m), m = lam q + (1 - lam) p
+    static constexpr bool sum_student_known = false;
     V lam, rest;
     explicit SkewForwardKl(float l) : lam(set1(l)), rest(set1(1 - l)) {}
     V mixture(const Column& c) const { return fma(lam, c.q, rest * c.p); }
@@ -114,8 +127,8 @@ struct SkewForwardKl {  // KL(q, m), m = lam q + (1 - lam) p
     }
 };
 
-struct SkewReverseKl {  // KL(p, m), m = (1 - lam) q + lam p
-    static constexpr bool normaliser_known = false;
+struct SkewReverseKl : General<SkewReverseKl> {  // KL(p, m), m = (1 - lam) q + lam p
+    static constexpr bool sum_student_known = false;
     V lam, rest;
     explicit SkewReverseKl(float l) : lam(set1(l)), rest(set1(1 - l)) {}
     V mixture(const Column& c) const { return fma(rest, c.q, lam * c.p); }
@@ -130,20 +143,19 @@ struct SkewReverseKl {  // KL(p, m), m = (1 - lam) q + lam p
     V teacher(const Column& c) const { return set1(0) - times(c.p, rest * c.q / mixture(c)); }
 };
 
-struct Tvd {
-    static constexpr bool normaliser_known = false;
+struct Tvd : General<Tvd> {
+    static constexpr bool sum_student_known = false;
     explicit Tvd(float) {}
     V value(const Column& c) const { return set1(0.5f) * abs(c.p - c.q); }
-    // sign(0) = 0; a NaN compares false both ways, and the product brings it back
-    static V half_sign(V x) {
-        return select(less(set1(0), x), set1(0.5f), select(less(x, set1(0)), set1(-0.5f), set1(0)));
+    static V half_sign(V x) {  // sign(0) = 0; x - x is 0 or NaN
+        return select(less(set1(0), x), set1(0.5f), select(less(x, set1(0)), set1(-0.5f), x - x));
     }
     V student(const Column& c) const { return c.p * half_sign(c.p - c.q); }
     V teacher(const Column& c) const { return c.q * half_sign(c.q - c.p); }
 };
 
-struct AlphaDiv {
-    static constexpr bool normaliser_known = false;
+struct AlphaDiv : General<AlphaDiv> {
+    static constexpr bool sum_student_known = false;
     V a, rest, scale;
     explicit AlphaDiv(float x) : a(set1(x)), rest(set1(1 - x)), scale(set1(1 / (x * (1 - x)))) {}
     V geometric(const Column& c) const { return exp2(fma(a, c.v, rest * c.u)); }  // q^a p^(1-a)
@@ -158,8 +170,8 @@ struct AlphaDiv {
     V teacher(const Column& c) const { return set1(0) - scale * a * geometric(c); }
 };
 
-struct Hellinger {
-    static constexpr bool normaliser_known = false;
+struct Hellinger : General<Hellinger> {
+    static constexpr bool sum_student_known = false;
     explicit Hellinger(float) {}
     V geometric(const Column& c) const { return exp2(set1(0.5f) * (c.u + c.v)); }  // sqrt(p q)
     // (sqrt p - sqrt q)^2 / 2 = sqrt(p q) (cosh(d / 2) - 1)
@@ -176,9 +188,10 @@ struct Hellinger {
 };
 
 // Any weighted sum: each term is asked in turn, at the price of a predictable branch a vector.
-struct Mixture {
-    static constexpr bool normaliser_known = false;
+struct Mixture : General<Mixture> {
+    static constexpr bool sum_student_known = false;
     const std::vector<Term>* terms;
+    explicit Mixture(const std::vector<Term>& t) : terms(&t) {}
 
     template <class Get>
     V sum(Get get) const {

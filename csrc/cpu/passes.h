@@ -9,32 +9,51 @@ namespace {
 // How softmax(z) follows from softmax(z / tau): equal, by squaring, or by an exponential of its own.
 enum class Tau : std::uint8_t { one, two, other };
 
-// A maximum and sums of exp(x - maximum), brought up to a new maximum whenever a tile has one.
+// log2 of a normaliser, in two floats: log2 p = x c - hi - lo. The part that hi rounds away would be a relative error of 1e-6 in
+// every p; lo goes into the coefficients of exp2 and costs nothing.
+struct Normaliser {
+    float hi, lo;
+    static Normaliser of(double log2_sum) {
+        const float rounded = static_cast<float>(log2_sum);
+        return {rounded, static_cast<float>(log2_sum - rounded)};
+    }
+};
+
+// Sums of 2^(x c - reference), c = log2e / tau or log2e, reference = max c rounded to fp32, where max is a logit that none of
+// those seen exceeds by much. Sums are brought up to a new maximum when they must be.
 struct Sums {
     float max = -infinity;
     double at_tau = 0, at_one = 0, cross = 0;
 
-    void rescale(float to, double inv_tau) {
+    // A row of -inf alone has no maximum; a reference of 0 keeps -inf - reference from being NaN, and a NaN a NaN.
+    static float reference(float max, float c) { return max == -infinity ? 0.0f : max * c; }
+    float reference(float c) const { return reference(max, c); }
+
+    void rescale(float to, float c) {
         if (!(to > max)) return;
         if (max != -infinity) {  // before, the sums are 0, or NaN and to stay so
-            const double shift = static_cast<double>(max) - to;
-            const double f = std::exp(shift * inv_tau);
+            const double f = std::exp2(static_cast<double>(reference(c)) - reference(to, c));
             at_tau *= f;
             cross *= f;
-            at_one *= std::exp(shift);
+            at_one *= c == log2e ? f : std::exp2(static_cast<double>(reference(log2e)) - reference(to, log2e));
         }
         max = to;
     }
-    void merge(Sums other, double inv_tau) {
+    void merge(Sums other, float c) {
         const float top = std::max(max, other.max);
-        rescale(top, inv_tau);
-        other.rescale(top, inv_tau);
+        rescale(top, c);
+        other.rescale(top, c);
         at_tau += other.at_tau;
         at_one += other.at_one;
         cross += other.cross;
     }
-    // A row of -inf alone has no maximum to subtract; 0 keeps -inf - max from being NaN, and a NaN a NaN.
-    float reference() const { return max == -infinity ? 0.0f : max; }
+    double log2_at_tau(float c) const { return reference(c) + std::log2(at_tau); }
+    double log2_at_one() const { return reference(log2e) + std::log2(at_one); }
+    // logsumexp, nats, with the rounding of log2e and of the reference taken out where the logits are large
+    double logsumexp() const {
+        const double top = max == -infinity ? 0 : max;
+        return top + (log2_at_one() - top * static_cast<double>(log2e)) * static_cast<double>(ln2);
+    }
 };
 
 struct Smoothing {
@@ -47,31 +66,48 @@ struct SegmentSums {
     Smoothing smoothing;
 };
 
-// Cross = sum exp((z - max) / tau) (z - t): the reverse KL's normaliser before normalisation.
+struct TileSums {
+    float at_tau, at_one, cross;
+    bool overflowed() const { return !(at_tau < 1e30f && at_one < 1e30f); }
+};
+
+// Cross = sum 2^(z c - reference) (z - t): the reverse KL's normaliser before normalisation.
 template <Tau T, bool Cross>
-void add_tile(const float* z, const float* t, std::int64_t n, float inv_tau, Sums& sums) {
-    sums.rescale(max_of(z, n), inv_tau);
-    const V m = set1(sums.reference()), c = set1(inv_tau * log2e), one = set1(log2e);
-    V s0 = set1(0), s1 = set1(0), o0 = set1(0), o1 = set1(0), x0 = set1(0);
+TileSums sum_tile(const float* z, const float* t, std::int64_t n, float scale, const Sums& sums, Ahead next) {
+    const V c = set1(scale), from = set1(-sums.reference(scale)), from_one = set1(-sums.reference(log2e));
+    V s0 = set1(0), s1 = s0, o0 = s0, o1 = s0, x0 = s0;
     const auto step = [&](std::int64_t i, V& s, V& o) {
-        const V raw = load(z + i);
-        const V x = raw - m;
-        const V e = exp2(x * c);
+        const V x = load(z + i);
+        const V e = exp2(fma(x, c, from));
         s = s + e;
         if constexpr (T == Tau::two) o = fma(e, e, o);
-        if constexpr (T == Tau::other) o = o + exp2(x * one);
-        if constexpr (Cross) x0 = x0 + times(e, raw - load(t + i));
+        if constexpr (T == Tau::other) o = o + exp2(fma(x, set1(log2e), from_one));
+        if constexpr (Cross) x0 = add_times(x0, e, x - load(t + i));
     };
     std::int64_t i = 0;
     for (; i + 2 * width <= n; i += 2 * width) {
+        next.fetch(i);
         step(i, s0, o0);
+        next.fetch(i + width);
         step(i + width, s1, o1);
     }
     if (i < n) step(i, s0, o0);
-    const double at_tau = hsum(s0 + s1);
-    sums.at_tau += at_tau;
-    sums.at_one += T == Tau::one ? at_tau : hsum(o0 + o1);
-    if constexpr (Cross) sums.cross += hsum(x0);
+    const float at_tau = hsum(s0 + s1);
+    return {at_tau, T == Tau::one ? at_tau : hsum(o0 + o1), Cross ? hsum(x0) : 0};
+}
+
+// The first tile's maximum serves the tiles after it until a sum overflows: looking for a maximum in each would cost a pass.
+template <Tau T, bool Cross>
+void add_tile(const float* z, const float* t, std::int64_t n, float c, Sums& sums, Ahead next) {
+    if (sums.max == -infinity) sums.rescale(max_of(z, n), c);
+    TileSums tile_sums = sum_tile<T, Cross>(z, t, n, c, sums, next);
+    if (tile_sums.overflowed()) {  // or NaN, which stays
+        sums.rescale(max_of(z, n), c);
+        tile_sums = sum_tile<T, Cross>(z, t, n, c, sums, next);
+    }
+    sums.at_tau += tile_sums.at_tau;
+    sums.at_one += tile_sums.at_one;
+    sums.cross += tile_sums.cross;
 }
 
 void add_smoothing(const float* z, std::int64_t n, Smoothing& s) {
@@ -88,34 +124,31 @@ void add_smoothing(const float* z, std::int64_t n, Smoothing& s) {
 
 // --- Passes 2 and 3: the value and the gradient
 
-// What is known of a row once pass 1 is over, rounded to fp32 as it is saved for a later backward call.
+// What is known of a row once pass 1 is over, as it is saved for a later backward call.
 struct RowState {
-    float max, log2_sum;          // of z / tau over the distilled columns: log2 p = (z - max) c - log2_sum
-    float max_one, log2_sum_one;  // of z over all columns
-    float normaliser;             // sum of student(column) over the row
-    float present;                // columns whose logit is not -inf; counted for label smoothing only
-};
-struct TeacherState {
-    float max, log2_sum;
+    Normaliser at_tau;  // of z / tau over the distilled columns
+    Normaliser at_one;  // of z over all columns
+    float sum_student;  // of student(column), which pull() subtracts
+    float present;      // columns whose logit is not -inf; counted for label smoothing only
 };
 
 struct RowConstants {
-    float inv_tau;
+    float c;  // log2e / tau
     RowState state;
-    TeacherState teacher = {0, 0};  // as here where the tile holds log2 q already
-    float teacher_factor = 1;
+    Normaliser teacher = {0, 0};  // as here, and teacher_c = 1, where the tile holds log2 q already
+    float teacher_c = 1;
     float c_soft = 0;      // c_soft * weight / tau
     float c_one = 0;       // factor of softmax(z): c_hard + 2 c_z logsumexp(z)
     float one_from_p = 0;  // Tau::one: softmax(z) = p * this; Tau::two: p^2 * this
 };
 
 struct Value {
-    double value = 0, normaliser = 0;
-    double student_u = 0, p_u = 0, teacher_v = 0, q_v = 0, teacher = 0;  // for dD/dtau
+    double value = 0, student = 0;
+    double student_u = 0, p_u = 0, teacher = 0, teacher_v = 0, q_v = 0;  // for dD/dtau
 
     void operator+=(const Value& o) {
         value += o.value;
-        normaliser += o.normaliser;
+        student += o.student;
         student_u += o.student_u;
         p_u += o.p_u;
         teacher_v += o.teacher_v;
@@ -127,22 +160,28 @@ struct Value {
 enum class Want : std::uint8_t { value, value_and_dtau, gradient, value_and_gradient };
 
 template <class D, Tau T, Want W>
-void visit(const D& divergence, const float* z, const float* t, std::int64_t n, const RowConstants& row, float* g, Value& sums) {
+void visit(const D& divergence, const float* z, const float* t, std::int64_t n, const RowConstants& row, Ahead next_z,
+           Ahead next_t, float* g, Value& sums) {
     constexpr bool wants_gradient = W == Want::gradient || W == Want::value_and_gradient;
-    const V max = set1(row.state.max), c = set1(row.inv_tau * log2e), log2_sum = set1(-row.state.log2_sum);
-    const V tmax = set1(row.teacher.max), tc = set1(row.teacher_factor), tlog2_sum = set1(-row.teacher.log2_sum);
-    const V max_one = set1(row.state.max_one), log2_sum_one = set1(-row.state.log2_sum_one);
-    const V c_soft = set1(row.c_soft), c_one = set1(row.c_one), one_from_p = set1(row.one_from_p * row.c_one);
-    const V normaliser = set1(row.state.normaliser);
-    V value = set1(0), total = value, student_u = value, p_u = value, teacher_v = value, q_v = value, teacher = value;
+    const RowState& state = row.state;
+    const Correction p_scale(state.at_tau.lo), q_scale(row.teacher.lo), one_scale(state.at_one.lo);
+    const V c = set1(row.c), p_from = set1(-state.at_tau.hi), p_lo = set1(state.at_tau.lo);
+    const V tc = set1(row.teacher_c), q_from = set1(-row.teacher.hi), q_lo = set1(row.teacher.lo);
+    const V one_from = set1(-state.at_one.hi), c_soft = set1(row.c_soft), c_one = set1(row.c_one);
+    const V one_from_p = set1(row.one_from_p * row.c_one), sum_student = set1(state.sum_student);
+    const V d_lo = set1(ln2 * (state.at_tau.lo - row.teacher.lo));
+    V value = set1(0), total = value, student_u = value, p_u = value, teacher = value, teacher_v = value, q_v = value;
     for (std::int64_t i = 0; i < n; i += width) {
+        next_z.fetch(i);
+        next_t.fetch(i);
         const V raw = load(z + i);
+        const V u = fma(raw, c, p_from), v = fma(load(t + i), tc, q_from);
         Column col;
-        col.u = fma(raw - max, c, log2_sum);
-        col.v = fma(load(t + i) - tmax, tc, tlog2_sum);
-        col.p = exp2(col.u);
-        col.q = exp2(col.v);
-        col.d = (col.v - col.u) * set1(ln2);
+        col.u = u - p_lo;
+        col.v = v - q_lo;
+        col.p = exp2(u, p_scale);
+        col.q = exp2(v, q_scale);
+        col.d = fma(v - u, set1(ln2), d_lo);
         if constexpr (W != Want::gradient) value = value + divergence.value(col);
         if constexpr (W == Want::value || W == Want::value_and_dtau) {
             const V student = divergence.student(col);
@@ -159,13 +198,13 @@ void visit(const D& divergence, const float* z, const float* t, std::int64_t n, 
         if constexpr (wants_gradient) {
             V one;
             if constexpr (T == Tau::one) one = col.p * one_from_p;
-            if constexpr (T == Tau::two) one = col.p * col.p * one_from_p;
-            if constexpr (T == Tau::other) one = exp2(fma(raw - max_one, set1(log2e), log2_sum_one)) * c_one;
-            store(g + i, fma(c_soft, fnma(col.p, normaliser, divergence.student(col)), one));
+            if constexpr (T == Tau::two) one = col.p * (col.p * one_from_p);
+            if constexpr (T == Tau::other) one = exp2(fma(raw, set1(log2e), one_from), one_scale) * c_one;
+            store(g + i, fma(c_soft, divergence.pull(col, sum_student), one));
         }
     }
     if constexpr (W != Want::gradient) sums.value += hsum(value);
-    sums.normaliser += hsum(total);
+    sums.student += hsum(total);
     if constexpr (W == Want::value_and_dtau) {
         sums.student_u += hsum(student_u);
         sums.p_u += hsum(p_u);
@@ -185,9 +224,10 @@ void add_where_present(const float* z, std::int64_t n, float amount, float* g) {
 
 // The gradient where only cross-entropy and z-loss have one.
 void visit_hard(const float* z, std::int64_t n, const RowConstants& row, float* g) {
-    const V max = set1(row.state.max_one), log2_sum = set1(-row.state.log2_sum_one), c = set1(row.c_one);
+    const Correction scale(row.state.at_one.lo);
+    const V from = set1(-row.state.at_one.hi), c = set1(row.c_one);
     for (std::int64_t i = 0; i < n; i += width)
-        store(g + i, exp2(fma(load(z + i) - max, set1(log2e), log2_sum)) * c);
+        store(g + i, exp2(fma(load(z + i), set1(log2e), from), scale) * c);
 }
 
 }  // namespace

@@ -32,6 +32,8 @@ KDFAST_INLINE V abs(V a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}
 KDFAST_INLINE M less(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 KDFAST_INLINE M equal(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 KDFAST_INLINE V select(M m, V yes, V no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
+KDFAST_INLINE V times(V a, V b) { return select(equal(a, set1(0)), a, a * b); }
+KDFAST_INLINE V add_times(V c, V a, V b) { return select(equal(a, set1(0)), c, fma(a, b, c)); }
 KDFAST_INLINE float hsum(V a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

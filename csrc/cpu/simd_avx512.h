@@ -30,6 +30,13 @@ KDFAST_INLINE V abs(V a) { return {_mm512_abs_ps(a.v)}; }
 KDFAST_INLINE M less(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 KDFAST_INLINE M equal(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 KDFAST_INLINE V select(M m, V yes, V no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
+// a b, and a b + c, where an a of 0 silences whatever b holds
+KDFAST_INLINE V times(V a, V b) {
+    return {_mm512_maskz_mul_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), a.v, b.v)};
+}
+KDFAST_INLINE V add_times(V c, V a, V b) {
+    return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ))};
+}
 KDFAST_INLINE float hsum(V a) { return _mm512_reduce_add_ps(a.v); }
 KDFAST_INLINE float hmax(V a) { return _mm512_reduce_max_ps(a.v); }
 // x rounded to the nearest integer

@@ -47,6 +47,8 @@ KDFAST_INLINE M equal(V a, V b) {
     return r;
 }
 KDFAST_INLINE V select(M m, V yes, V no) { KDFAST_LANES(m.m[i] ? yes.v[i] : no.v[i]); }
+KDFAST_INLINE V times(V a, V b) { return select(equal(a, set1(0)), a, a * b); }
+KDFAST_INLINE V add_times(V c, V a, V b) { return select(equal(a, set1(0)), c, fma(a, b, c)); }
 KDFAST_INLINE float hsum(V a) {
     return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
 }
