@@ -293,6 +293,25 @@ def test_a_second_measurement_that_passes_is_enough(tmp_path):
     assert [row.new for row in better(rows, compare(base, slow))] == [9.5]
 
 
+def test_one_disturbed_measure_fails_no_gate(kdfast_bench, tmp_path):
+    def result(*kdfast_ms):
+        return CaseResult(TINY, {"kdfast": timing(*kdfast_ms), "eager": timing(10.0, 10.0, 10.0)})
+
+    def file(name, *kdfast_ms):
+        run = Run(Machine.here(), "2026-01-01T00:00:00+00:00", {TINY.name: result(*kdfast_ms)})
+        (tmp_path / name).write_text(run.to_json())
+        return tmp_path / name
+
+    base = file("base", 1.0, 1.0, 1.0)
+    for name, rounds_ms, expected in [
+        ("busy", (1.0, 5.0, 5.0), 0),  # as fast as before in the one round that nobody disturbed
+        ("lucky base", (1.2, 1.05, 1.05), 0),
+        ("slower", (1.3, 1.25, 5.0), 1),
+    ]:
+        code, printed = kdfast_bench("--compare", base, "--with", file(name, *rounds_ms), "--fail-below", 0.9)
+        assert code == expected, printed
+
+
 def test_another_machine_is_said_to_be_one(kdfast_bench, tmp_path):
     other = dataclasses.replace(Machine.here(), cpu="abacus", commit="f00")
     base, new = write(tmp_path / "a.json", 10, machine=other), write(tmp_path / "b.json", 10)

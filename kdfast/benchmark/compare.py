@@ -22,13 +22,29 @@ class Row:
     case: str
     variant: str
     against: str
-    base: float
+    base: float  # CaseResult.ratio
     new: float
+    base_best: float  # CaseResult.best_ratio
+    new_best: float
+
+    @property
+    def by_median(self) -> float:
+        """The median ratio now over the one then: 1 is no change, below 1 is slower."""
+        return self.new / self.base
+
+    @property
+    def by_best(self) -> float:
+        """The same of the best rounds."""
+        return self.new_best / self.base_best
 
     @property
     def change(self) -> float:
-        """The ratio now over the ratio then: 1 is no change, below 1 is slower."""
-        return self.new / self.base
+        """The higher of the two: slower code lowers both, a neighbour's job seldom does.
+
+        With five jobs on each core, code compared with itself came out as low as 0.31 by the median alone, and 0.76 by
+        the higher of the two.
+        """
+        return max(self.by_median, self.by_best)
 
     def fails(self, fail_below: float | None, gates: Sequence[str]) -> bool:
         """It is gated, and below the limit."""
@@ -57,15 +73,17 @@ def compare_case(base: CaseResult, new: CaseResult) -> list[Row]:
     for variant in new.variants:
         for against in AGAINST:
             then, now = base.ratio(variant, against), new.ratio(variant, against)
-            if then is not None and now is not None:
-                rows.append(Row(new.case.name, variant, against, then, now))
+            best_then, best_now = base.best_ratio(variant, against), new.best_ratio(variant, against)
+            if then is None or now is None or best_then is None or best_now is None:
+                continue
+            rows.append(Row(new.case.name, variant, against, then, now, best_then, best_now))
     return rows
 
 
 def better(rows: Sequence[Row], again: Sequence[Row]) -> list[Row]:
-    """The rows, each with the higher ratio of two measurements: what fails then failed twice."""
+    """The rows, each from the better of two measurements: what fails then failed twice."""
     retried = {(row.case, row.variant, row.against): row for row in again}
-    return [max(row, retried.get((row.case, row.variant, row.against), row), key=lambda r: r.new) for row in rows]
+    return [max(row, retried.get((row.case, row.variant, row.against), row), key=lambda r: r.change) for row in rows]
 
 
 def require_gated(rows: Sequence[Row], gates: Sequence[str]) -> None:

@@ -60,6 +60,12 @@ class CaseResult:
         mine, theirs = self.timings[variant].rounds_ms, self.timings[against].rounds_ms
         return statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
 
+    def best_ratio(self, variant: str, against: str) -> float | None:
+        """The same of the best round of each: what the two can do when nothing disturbs them."""
+        if variant not in self.timings or against not in self.timings:
+            return None
+        return min(self.timings[against].rounds_ms) / min(self.timings[variant].rounds_ms)
+
     @property
     def variants(self) -> list[str]:
         """The measured settings of kdfast."""

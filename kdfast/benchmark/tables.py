@@ -84,12 +84,13 @@ def summary_grid(results: Sequence[CaseResult]) -> Grid:
 
 def comparison_grid(rows: Sequence[Row], fail_below: float | None, gates: Sequence[str]) -> Grid:
     """Then and now; with a limit, the verdict on what is gated."""
-    header = ["case", "variant", "against", "base", "new", "new / base"]
+    header = ["case", "variant", "against", "base", "new", "new / base", "of best rounds"]
     grid = Grid("Ratios, time of the other / time of kdfast: higher is better", header, text_columns=3)
     if fail_below is not None:
         grid.header.append("verdict")
     for row in rows:
-        cells = [row.case, row.variant, row.against, _number(row.base), _number(row.new), f"{row.change:.3f}"]
+        cells = [row.case, row.variant, row.against, _number(row.base), _number(row.new), f"{row.by_median:.3f}"]
+        cells.append(f"{row.by_best:.3f}")
         if fail_below is not None:
             gated = "ok" if row.against in gates else "not gated"
             cells.append("FAIL" if row.fails(fail_below, gates) else gated)

@@ -239,7 +239,8 @@ def _verdict(console: Console, rows: Sequence[Row], fail_below: float | None, ga
     for row in failures:
         console.print(
             f"FAIL {row.case}: {row.variant} was {row.base:.2f} times as fast as {row.against}, now it is "
-            f"{row.new:.2f} times: {row.change:.3f} of the base, the limit is {fail_below}",
+            f"{row.new:.2f} times: {row.by_median:.3f} of the base, {row.by_best:.3f} in the best rounds, the limit is "
+            f"{fail_below}",
             style="red",
             highlight=False,
             markup=False,
