@@ -29,6 +29,7 @@ from kdfast.demo.train_teacher import held_out_nats
 TINY = replace(
     DemoSettings().shrunk(),
     steps=24,
+    batch=4,
     train_sequences=48,
     held_out_sequences=16,
     calibration_sequences=4,
@@ -47,7 +48,17 @@ def run(settings, out, **options):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def small_library():
+    """An eighth of the corpus for the runs: reading and encoding all of it takes longer than they do."""
+    library = corpus.load_corpus()
+    part = corpus.Corpus(library.train[::8], library.held_out[::4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdfast.demo.run.load_corpus", lambda: part)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small_library):
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "report"
     return out, run(TINY, out)
@@ -127,13 +138,19 @@ def test_report_needs_no_network(whole):
     assert "Quick run." in page
 
 
-@pytest.mark.parametrize("calls", [3, 30, 75], ids=["labelling", "first student", "last student"])
-def test_resume_equals_uninterrupted(whole, tmp_path, calls):
+@pytest.mark.parametrize(
+    ("calls", "finished", "training"),
+    [(3, 0, False), (30, 0, True), (85, 2, True)],
+    ids=["labelling", "first student", "last student"],
+)
+def test_resume_equals_uninterrupted(whole, tmp_path, calls, finished, training):
     _, expected = whole
     out = tmp_path / "report"
     with pytest.raises(Interrupted):
         run(TINY, out, interrupted=stop_after(calls))
-    assert (out / checkpoint.FILE_NAME).is_file()
+    progress = checkpoint.load(out, TINY)
+    assert len(progress.finished) == finished
+    assert (progress.current is not None) is training
     assert not (out / REPORT_NAME).exists()
     with pytest.raises(DemoError, match="--resume"):
         run(TINY, out)
