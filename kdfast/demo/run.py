@@ -122,9 +122,7 @@ class _Run:
         rows = slice(0, settings.batch)
         with torch.no_grad():
             logits = last(train[rows, :-1])
-        comparison = compare_loss_time(
-            logits, labelled[rows], train[rows, 1:], settings.temperature, max(settings.alpha, 0.5)
-        )
+        comparison = compare_loss_time(logits, labelled[rows], train[rows, 1:], settings.temperature, settings.alpha)
         results = {
             "kind": "kdfast demo",
             "quick": settings.quick,
