@@ -24,7 +24,7 @@ Measure = Callable[["Case"], "CaseResult"]
 
 def bench(
     *,
-    quick: Annotated[bool, typer.Option("--quick", help="The small selection, for a CI: about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The small selection, for a CI: a minute or two.")] = False,
     case: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Cases that match, or any DIVERGENCE-ROWSxVOCAB-DTYPE. Repeatable."),

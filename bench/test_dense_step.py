@@ -15,7 +15,7 @@ from kdfast.benchmark.measure import check_same
 
 pytest.importorskip("pytest_benchmark", reason="the bench extra is not installed")
 
-ROUNDS = 10
+ROUNDS = 5
 
 
 @pytest.fixture(scope="module", params=cases.QUICK, ids=lambda case: case.name)
