@@ -124,6 +124,18 @@ def _scalar(name: str, value: object, low: float = 0.0, high: float = math.inf, 
         raise ValueError(msg)
 
 
+def _check_writable(student: Tensor) -> None:
+    if any(step == 0 and size > 1 for size, step in zip(student.shape, student.stride(), strict=True)):
+        msg = "overwrite_logits: the student's tokens share memory (an expanded view): pass student.contiguous()"
+        raise ValueError(msg)
+    if student.shape[-1] > 1 and student.stride(-1) != 1:
+        msg = (
+            f"overwrite_logits needs rows that are contiguous in memory, got stride {student.stride(-1)} along the "
+            "vocabulary: pass student.contiguous(), or leave it False"
+        )
+        raise ValueError(msg)
+
+
 def _split_teacher(teacher: Teacher | None) -> tuple[tuple[Logits, ...], SparseTargets | None]:
     if teacher is None:
         return (), None
@@ -255,6 +267,8 @@ def build_problem(
     if overwrite_logits and isinstance(student, LMHead):
         msg = "overwrite_logits: an LMHead has no stored logits to overwrite: leave it False"
         raise ValueError(msg)
+    if overwrite_logits and isinstance(student, Tensor):
+        _check_writable(student)
     if teacher_grad and sparse is not None:
         msg = "teacher_grad: sparse targets carry no gradient: pass the teacher's logits"
         raise ValueError(msg)

@@ -263,7 +263,7 @@ class Call {
         row.state = {};
         row.state.present = static_cast<float>(smoothing.present);
         const double log2_student = student.log2_at_tau(c_);
-        row.state.at_tau = Normaliser::of(log2_student);
+        if (taught_ > 0) row.state.at_tau = Normaliser::of(log2_student);
         for (std::int64_t k = 0; k < distributions_; ++k) {
             Sums t;
             for (std::int64_t s = 0; s < segments_; ++s) t.merge(row.teacher_sums[s * distributions_ + k], c_);

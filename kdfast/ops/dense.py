@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdfast import reference
 from kdfast.divergence import Term
@@ -325,9 +324,15 @@ class Spec(NamedTuple):
 class _OnlyOnce(torch.autograd.Function):
     """Identity on a gradient that names the remedy where somebody differentiates it again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
+    def forward(grad: Tensor, *_: Tensor) -> Tensor:
         return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -371,8 +376,17 @@ class _Fused(torch.autograd.Function):
         return sum(terms[1:], terms[0]), *tokens
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = _Fused.gradients(ctx, upstream)
+        if torch.is_grad_enabled():  # create_graph=True
+            sources = (upstream, *ctx.saved_tensors[:1])
+            grads = tuple(None if g is None else _once(g, *sources) for g in grads)
+        return *grads, None, None
+
+    @staticmethod
+    def gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """To the student, the temperature and the coefficients."""
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             if ctx.spec.overwrite:
@@ -381,14 +395,14 @@ class _Fused(torch.autograd.Function):
             student, *_teachers = ctx.saved_tensors  # raises where one was changed since
             grad = _ops.dense_fused(student, *ctx.inputs, ctx.spec.wants_z, ctx.spec.wants_dtau, *ctx.coefficients)[-1]
         _ops.scale_(grad, upstream)
-        to_coefficients = (
+        to_coefficients = [
             None if c is None or not needed else upstream * torch.where((c != 0) | x.isfinite(), x, 0.0)
             for c, x, needed in zip(ctx.coefficients, ctx.tokens, ctx.needs_input_grad[2:5], strict=True)
-        )
+        ]
         dtau = None
         if ctx.needs_input_grad[1] and ctx.spec.wants_dtau:
-            dtau = (upstream * reference.weighted(ctx.coefficients[0], ctx.dtau, "sum")).to(ctx.inputs.temperature)
-        return grad, dtau, *to_coefficients, None, None
+            dtau = (upstream * reference.weighted(ctx.coefficients[0], ctx.dtau, "sum")).to(ctx.inputs.temperature.dtype)
+        return grad, dtau, *to_coefficients
 
 
 class _Tokens(torch.autograd.Function):
@@ -419,11 +433,19 @@ class _Tokens(torch.autograd.Function):
         ctx.spec = spec
 
     @staticmethod
-    def backward(ctx: Any, g_soft: Tensor, g_hard: Tensor, g_z: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None, g_z: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         student, temperature, labels, counted, teacher_weights, dtau, stats, *teachers = ctx.saved_tensors
         spec: Spec = ctx.spec
         inputs = spec.inputs(tuple(teachers), teacher_weights, labels, counted, temperature)
-        upstream = [g for g in (g_soft, g_hard, g_z) if g is not None]
+        # A term that the call does not have has an output without elements, whose upstream may be None or as empty.
+        coefficients = [
+            g if there else None
+            for g, there in ((g_soft, bool(teachers)), (g_hard, labels is not None), (g_z, spec.wants_z))
+        ]
+        g_soft = coefficients[0]
+        upstream = [g for g in coefficients if g is not None]
         to_student: Tensor | None = None
         to_temperature: Tensor | None = None
         to_teachers: list[Tensor | None] = [None] * len(teachers)
@@ -439,11 +461,11 @@ class _Tokens(torch.autograd.Function):
         if ctx.needs_input_grad[0] and upstream:
             if spec.overwrite:
                 with torch.no_grad():
-                    _ops.dense_backward_(student, *inputs, stats, g_soft, g_hard, g_z)
+                    _ops.dense_backward_(student, *inputs, stats, *coefficients)
                 torch.autograd.graph.increment_version(student)
                 to_student = student.detach()
             else:
-                grad = _ops.dense_backward(student, *inputs, stats, g_soft, g_hard, g_z)
+                grad = _ops.dense_backward(student, *inputs, stats, *coefficients)
                 to_student = _once(grad, *upstream, student)
         return to_student, to_temperature, None, None, None, None, *to_teachers
 
