@@ -71,9 +71,9 @@ FULL = (
     *_grid(["forward_kl"], [(2048, 32000), (8192, 1000), (1024, 50257), (384, 151643)]),
 )
 
-#: The selection for a CI: every divergence and both dtypes, in a minute or two. Every gradient is larger than 32 MiB: up
-#: to there glibc may or may not keep freed memory, so that one step takes 64,000 page faults in one run and none in the
-#: next.
+#: The selection for a CI: every divergence and both dtypes, in a minute or two. Every gradient is larger than 32 MiB:
+#: up to there glibc may or may not keep freed memory, so that one step takes 64,000 page faults in one run and none in
+#: the next.
 QUICK = (
     Case("forward_kl", 320, 32000, "fp32"),
     Case("forward_kl", 576, 32000, "bf16"),
