@@ -26,6 +26,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("kdfast.cli.demo", "demo"),
     "bench": Command("kdfast.cli.bench", "bench"),
+    "doctor": Command("kdfast.cli.doctor", "demo"),
 }
 
 
