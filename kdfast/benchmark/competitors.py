@@ -159,7 +159,7 @@ class LossStep:
         """The loss, 0-d, after its backward."""
         with _forced_isa(self._isa):
             loss = self._loss(self._student, self._work.teacher, self._work.labels)
-            loss.backward()
+            torch.autograd.backward(loss)  # what loss.backward() calls, and typed
         return loss.detach()
 
     def gradient(self) -> Tensor | None:

@@ -129,7 +129,7 @@ def gradient_difference(got: Tensor, expected: Tensor) -> float:
     """The largest over the tokens of norm(got - expected) / norm(expected), (rows, vocab) each; NaN if any is."""
     block = max(1, 2**22 // expected.shape[-1])  # rows at a time, so that the fp32 copies stay small
     errors = []
-    for a, b in zip(got.split(block), expected.split(block), strict=True):
+    for a, b in zip(torch.split(got, block), torch.split(expected, block), strict=True):
         reference = b.float()
         errors.append((a.float() - reference).norm(dim=-1) / reference.norm(dim=-1))
     return torch.cat(errors).max().item()
