@@ -40,8 +40,10 @@ inline Summand summand(const cpu::Term& term, double lq, double lp) {
     const auto x_log = [](double x, double log_ratio) { return x == 0 ? 0.0 : x * log_ratio; };
     const auto mixed = [&](double of_q, double of_p) { return std::log(of_q * q + of_p * p); };
     switch (term.kind) {
-        case Divergence::forward_kl: return {x_log(q, lq - lp), -q};
-        case Divergence::reverse_kl: return {x_log(p, lp - lq), x_log(p, lp - lq + 1)};
+        case Divergence::forward_kl:
+            return {x_log(q, lq - lp), -q};
+        case Divergence::reverse_kl:
+            return {x_log(p, lp - lq), x_log(p, lp - lq + 1)};
         case Divergence::jsd: {
             const double lm = mixed(w, 1 - w);
             return {w * x_log(q, lq - lm) + (1 - w) * x_log(p, lp - lm), (1 - w) * x_log(p, lp - lm)};
@@ -54,12 +56,14 @@ inline Summand summand(const cpu::Term& term, double lq, double lp) {
             const double lm = mixed(1 - w, w);
             return {x_log(p, lp - lm), x_log(p, lp - lm + 1 - w * std::exp(lp - lm))};
         }
-        case Divergence::tvd: return {std::abs(p - q) / 2, p > q ? p / 2 : p < q ? -p / 2 : 0 * (p + q)};
+        case Divergence::tvd:
+            return {std::abs(p - q) / 2, p > q ? p / 2 : p < q ? -p / 2 : 0 * (p + q)};
         case Divergence::alpha_div: {
             const double g = std::pow(q, w) * std::pow(p, 1 - w);
             return {(w * q + (1 - w) * p - g) / (w * (1 - w)), -g / w};
         }
-        case Divergence::hellinger: return {(p + q) / 2 - std::sqrt(p * q), -std::sqrt(p * q) / 2};
+        case Divergence::hellinger:
+            return {(p + q) / 2 - std::sqrt(p * q), -std::sqrt(p * q) / 2};
     }
     return {};
 }
@@ -141,14 +145,22 @@ struct OracleRow {
         for (std::size_t c = 0; c < lq.size(); ++c) {
             const double p = std::exp(lp[c]), q = std::exp(lq[c]);
             g.value[c] += c_soft / temperature * (student[c] - p * total);
-            g.magnitude[c] += std::abs(c_soft) / temperature * steepest *
-                              ((p + q) * (1 + std::abs(total)) + std::abs(student[c]));
+            g.magnitude[c] +=
+                std::abs(c_soft) / temperature * steepest * ((p + q) * (1 + std::abs(total)) + std::abs(student[c]));
         }
         return g;
     }
 
+    // abs(log p - log q) by column.
+    Vector log_ratios() const {
+        Vector out = log_softmax(distilled(), temperature);
+        const Vector lq = log_teacher();
+        for (std::size_t c = 0; c < out.size(); ++c) out[c] = std::abs(out[c] - lq[c]);
+        return out;
+    }
+
     double dsoft_dtemperature() const {
-        const double step = 1e-4 * temperature;
+        const double step = 1e-6 * temperature;  // small, so that the total variation has few kinks in it
         OracleRow up = *this, down = *this;
         up.temperature += step;
         down.temperature -= step;
