@@ -20,7 +20,8 @@ struct Rows {
     std::vector<std::int64_t> shape;    // leading axes
     std::vector<std::int64_t> strides;  // of the leading axes, in elements
 
-    std::byte* row(std::int64_t index) const {
+    // Inlined always: a copy of it outside an instruction set's namespace would be shared between them.
+    [[gnu::always_inline]] std::byte* row(std::int64_t index) const {
         std::int64_t offset = 0;
         for (std::size_t axis = shape.size(); axis-- > 0;) {
             offset += index % shape[axis] * strides[axis];

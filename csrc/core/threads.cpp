@@ -13,6 +13,9 @@
 namespace kdfast {
 namespace {
 
+// Whether this thread is in a task: a job that it starts then runs in place, as the pool waits for the job it is part of.
+thread_local bool inside = false;
+
 // Workers sleep between jobs: torch's own pool computes in the same process, and two pools that spin would take the cores
 // from each other.
 class Pool {
@@ -57,6 +60,7 @@ class Pool {
     }
 
     void drain() {
+        inside = true;
         try {
             for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
         } catch (...) {
@@ -64,6 +68,7 @@ class Pool {
             std::lock_guard lock(mutex_);
             if (!error_) error_ = std::current_exception();
         }
+        inside = false;
     }
 
     std::mutex callers_;
@@ -98,7 +103,7 @@ Pool& instance() {
 }  // namespace
 
 void parallel_for(std::int64_t count, int threads, const std::function<void(std::int64_t)>& task) {
-    if (threads <= 1 || count <= 1) {
+    if (threads <= 1 || count <= 1 || inside) {
         for (std::int64_t i = 0; i < count; ++i) task(i);
         return;
     }

@@ -75,8 +75,10 @@ struct DenseCall {
     std::int64_t stats_per_row() const { return state_size + 2 * distributions(); }
 };
 
-// Forward and, where grad is set, the gradient in the same call. Throws ArgumentError for a label out of range or a
-// temperature not above 0, before it writes anything.
+// Throws ArgumentError for a label out of range or a temperature not above 0.
+void check(const DenseCall& call);
+
+// Forward and, where grad is set, the gradient in the same call. Checks the call before it writes anything.
 using DenseForward = void (*)(const DenseCall&);
 // The gradient from the stats of an earlier forward call.
 using DenseBackward = void (*)(const DenseCall&);

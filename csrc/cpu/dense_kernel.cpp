@@ -14,10 +14,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <string>
 #include <type_traits>
 
-#include "core/error.h"
 #include "core/threads.h"
 #include "cpu/dense.h"
 
@@ -42,6 +40,12 @@ namespace {
 
 constexpr std::int64_t segment = 8 * tile;  // columns under one partial sum: the unit of work when rows are few
 
+// The divergences that most calls use: these are compiled for every way to get softmax(z) and to read and write; the others take
+// the general way of each.
+template <class D>
+constexpr bool specialised =
+    std::is_same_v<D, ForwardKl> || std::is_same_v<D, ReverseKl> || std::is_same_v<D, Jsd>;
+
 template <class D>
 class Call {
   public:
@@ -52,6 +56,8 @@ class Call {
         distributions_ = a_.distributions();
         const bool needs_softmax_at_one = a_.labels || a_.z2 || a_.c_hard || a_.c_z;
         tau_ = !needs_softmax_at_one || a_.temperature == 1 ? Tau::one : a_.temperature == 2 ? Tau::two : Tau::other;
+        const bool one_dtype = a_.teachers.size() == 1 && a_.teachers[0].dtype == a_.student.dtype;
+        direct_ = specialised<D> && one_dtype && a_.student.dtype != DType::f16;
         // The reverse KL's normaliser needs log q in pass 1, which an ensemble of distributions does not have yet.
         sum_student_known_ = std::is_same_v<D, ForwardKl> || (std::is_same_v<D, ReverseKl> && distributions_ == 1);
     }
@@ -212,36 +218,62 @@ class Call {
         SegmentSums out;
         Sums* teachers = row.teacher_sums.data() + s * distributions_;
         std::fill_n(teachers, distributions_, Sums{});
+        const std::byte* student = a_.student.row(i);
         for_segment(
             s,
             [&](std::int64_t start, std::int64_t n) {
-                const float* t = nullptr;
-                for (std::int64_t k = 0; k < distributions_; ++k) {
-                    t = teacher_tile(k, i, start, n, b);
-                    const Rows& rows = a_.teachers[k];
-                    add_tile<Tau::one, false>(t, nullptr, padded(n), c_, teachers[k],
-                                              Ahead::of(rows.row(i), rows.dtype, start + tile));
+                const Ahead next = Ahead::of(student, a_.student.dtype, start + tile);
+                if (direct_ && n % width == 0) {
+                    a_.student.dtype == DType::f32 ? sum_both<DirectFloat>(i, start, n, teachers[0], out.student)
+                                                   : sum_both<DirectBf16>(i, start, n, teachers[0], out.student);
+                } else {
+                    const float* t = nullptr;
+                    for (std::int64_t k = 0; k < distributions_; ++k) {
+                        t = teacher_tile(k, i, start, n, b);
+                        add_tile<ThroughTile, Tau::one, false>(t, nullptr, padded(n), c_, teachers[k], next);
+                    }
+                    sum_student<ThroughTile>(student_tile(i, start, n, b), t, padded(n), out.student, next);
                 }
-                const float* z = student_tile(i, start, n, b);
-                const auto add = tau_ == Tau::one   ? pick_sum<Tau::one>()
-                                 : tau_ == Tau::two ? pick_sum<Tau::two>()
-                                                    : pick_sum<Tau::other>();
-                add(z, t, padded(n), c_, out.student, Ahead::of(a_.student.row(i), a_.student.dtype, start + tile));
-                if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.smoothing);
+                if (a_.label_smoothing > 0) add_smoothing(student_tile(i, start, n, b), padded(n), out.smoothing);
             },
             [&](std::int64_t start, std::int64_t n) {
                 const float* z = student_tile(i, start, n, b);
-                add_tile<Tau::one, false>(z, nullptr, padded(n), log2e, out.rest,
-                                          Ahead::of(a_.student.row(i), a_.student.dtype, start + tile));
+                add_tile<ThroughTile, Tau::one, false>(z, nullptr, padded(n), log2e, out.rest,
+                                                       Ahead::of(student, a_.student.dtype, start + tile));
                 if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.smoothing);
             });
         row.sums[s] = out;
     }
 
-    template <Tau T>
-    auto pick_sum() const {
-        return std::is_same_v<D, ReverseKl> && sum_student_known_ ? add_tile<T, std::is_same_v<D, ReverseKl>>
-                                                                 : add_tile<T, false>;
+    template <class Io>
+    void sum_both(std::int64_t i, std::int64_t start, std::int64_t n, Sums& teacher, Sums& student) const {
+        const std::byte *z = a_.student.row(i), *t = a_.teachers[0].row(i);
+        const auto* t_tile = columns<Io>(t, start);
+        add_tile<Io, Tau::one, false>(t_tile, nullptr, n, c_, teacher, Ahead::of(t, a_.student.dtype, start + tile));
+        sum_student<Io>(columns<Io>(z, start), t_tile, n, student, Ahead::of(z, a_.student.dtype, start + tile));
+    }
+
+    template <class Io>
+    static typename Io::Element* columns(std::byte* row, std::int64_t start) {
+        return reinterpret_cast<typename Io::Element*>(row) + start;
+    }
+    template <class Io>
+    static const typename Io::Element* columns(const std::byte* row, std::int64_t start) {
+        return reinterpret_cast<const typename Io::Element*>(row) + start;
+    }
+
+    template <class Io>
+    void sum_student(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, Sums& sums,
+                     Ahead next) const {
+        constexpr bool cross = std::is_same_v<D, ReverseKl>;
+        const auto add = [&](auto crossed) {
+            switch (tau_) {
+                case Tau::one: return add_tile<Io, Tau::one, crossed>(z, t, n, c_, sums, next);
+                case Tau::two: return add_tile<Io, Tau::two, crossed>(z, t, n, c_, sums, next);
+                case Tau::other: return add_tile<Io, Tau::other, crossed>(z, t, n, c_, sums, next);
+            }
+        };
+        cross && sum_student_known_ ? add(std::bool_constant<cross>()) : add(std::false_type());
     }
 
     // Combines the segments to the row's state, or takes the state that an earlier call saved.
@@ -314,8 +346,15 @@ class Call {
     void visit_taught(std::int64_t i, const Row& row, const RowConstants& c, std::int64_t start, std::int64_t n,
                       Buffers& b, Value& sums) const {
         const float* t = distributions_ == 1 ? teacher_tile(0, i, start, n, b) : ensemble_tile(i, start, n, row, b);
-        visit<D, T, W>(divergence_, student_tile(i, start, n, b), t, padded(n), c, next_row(a_.student, i, start),
-                       next_row(a_.teachers[0], i, start), b.g, sums);
+        visit<ThroughTile, D, T, W>(divergence_, student_tile(i, start, n, b), t, padded(n), c,
+                                    next_row(a_.student, i, start), next_row(a_.teachers[0], i, start), b.g, sums);
+    }
+
+    template <class Io, Tau T, Want W>
+    void visit_direct(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n, Value& sums) const {
+        auto* g = wants_gradient_ ? columns<Io>(a_.grad.row(i), start) : nullptr;
+        visit<Io, D, T, W>(divergence_, columns<Io>(a_.student.row(i), start), columns<Io>(a_.teachers[0].row(i), start),
+                           n, c, next_row(a_.student, i, start), next_row(a_.teachers[0], i, start), g, sums);
     }
 
     // What the next row will read first, fetched while this one's later passes compute.
@@ -332,8 +371,13 @@ class Call {
         for_segment(
             s,
             [&](std::int64_t start, std::int64_t n) {
-                a_.dsoft_dtemperature ? visit_taught<Tau::one, Want::value_and_dtau>(i, row, c, start, n, b, sums)
-                                      : visit_taught<Tau::one, Want::value>(i, row, c, start, n, b, sums);
+                if (a_.dsoft_dtemperature)
+                    return visit_taught<Tau::one, Want::value_and_dtau>(i, row, c, start, n, b, sums);
+                if constexpr (specialised<D>) {  // fp32 is read in place anyway
+                    if (direct_ && n % width == 0 && a_.student.dtype == DType::bf16)
+                        return visit_direct<DirectBf16, Tau::one, Want::value>(i, c, start, n, sums);
+                }
+                visit_taught<Tau::one, Want::value>(i, row, c, start, n, b, sums);
             },
             [](std::int64_t, std::int64_t) {});
         row.values[s] = sums;
@@ -349,11 +393,20 @@ class Call {
     // --- Pass 3
 
     void gradient_segment(std::int64_t i, Row& row, std::int64_t s) const {
+        if constexpr (!specialised<D>) return gradient_segment<Tau::other>(i, row, s);
         switch (tau_) {
             case Tau::one: return gradient_segment<Tau::one>(i, row, s);
             case Tau::two: return gradient_segment<Tau::two>(i, row, s);
             case Tau::other: return gradient_segment<Tau::other>(i, row, s);
         }
+    }
+
+    static bool in_tile(std::int64_t label, std::int64_t start, std::int64_t n) { return label >= start && label < start + n; }
+
+    // Whether vectors of the gradient can be streamed to memory from here on.
+    bool aligned(std::int64_t start, std::int64_t i) const {
+        const auto size = static_cast<std::int64_t>(size_of(a_.grad.dtype));
+        return (reinterpret_cast<std::uintptr_t>(a_.grad.row(i)) + start * size) % (width * size) == 0;
     }
 
     template <Tau T>
@@ -368,16 +421,30 @@ class Call {
             if (smoothed != 0)
                 add_where_present(student_tile(i, start, n, b), padded(n), -smoothed / row.state.present, b.g);
             if (a_.c_hard && labelled(i)) {
-                const std::int64_t label = a_.labels[i] - start;
-                if (label >= 0 && label < n) b.g[label] -= a_.c_hard[i] - smoothed;
+                if (in_tile(a_.labels[i], start, n)) b.g[a_.labels[i] - start] -= a_.c_hard[i] - smoothed;
             }
             store_tile(a_.grad.dtype, a_.grad.row(i), start, b.g, n, b.z);
         };
         for_segment(
             s,
             [&](std::int64_t start, std::int64_t n) {
-                if (joint_ && from_logits_) {
-                    visit_taught<T, D::sum_student_known ? Want::value_and_gradient : Want::gradient>(i, row, c, start, n, b, sums);
+                constexpr Want joint = D::sum_student_known ? Want::value_and_gradient : Want::gradient;
+                const bool with_value = joint_ && from_logits_;
+                if constexpr (specialised<D>) {
+                    const bool plain = n % width == 0 && smoothed == 0 && !(labelled(i) && in_tile(a_.labels[i], start, n));
+                    if (direct_ && soft && plain && aligned(start, i)) {
+                        const bool floats = a_.student.dtype == DType::f32;
+                        if (with_value)
+                            floats ? visit_direct<DirectFloat, T, joint>(i, c, start, n, sums)
+                                   : visit_direct<DirectBf16, T, joint>(i, c, start, n, sums);
+                        else
+                            floats ? visit_direct<DirectFloat, T, Want::gradient>(i, c, start, n, sums)
+                                   : visit_direct<DirectBf16, T, Want::gradient>(i, c, start, n, sums);
+                        return;
+                    }
+                }
+                if (with_value) {
+                    visit_taught<T, joint>(i, row, c, start, n, b, sums);
                 } else if (soft) {
                     visit_taught<T, Want::gradient>(i, row, c, start, n, b, sums);
                 }
@@ -418,6 +485,7 @@ class Call {
     std::int64_t distributions_;
     Tau tau_;
     bool sum_student_known_;
+    bool direct_;  // student and teacher can be read, and the gradient written, without the detour through tiles
     bool from_logits_ = true;
     bool wants_gradient_ = false;
     bool joint_ = false;       // value and gradient in one pass
@@ -425,17 +493,6 @@ class Call {
 };
 
 static_assert(sizeof(RowState) == DenseCall::state_size * sizeof(float));
-
-void check(const DenseCall& call) {
-    if (!(call.temperature > 0)) throw ArgumentError("temperature must be > 0, got " + std::to_string(call.temperature));
-    if (!call.labels) return;
-    for (std::int64_t i = 0; i < call.rows; ++i) {
-        const std::int64_t y = call.labels[i];
-        if ((call.counted && !call.counted[i]) || y == no_label || (y >= 0 && y < call.student.columns)) continue;
-        throw ArgumentError("labels must be in [0, " + std::to_string(call.student.columns) + ") or ignore_index, got " +
-                            std::to_string(y));
-    }
-}
 
 void run(const DenseCall& call, bool from_logits) {
     check(call);

@@ -72,17 +72,18 @@ struct TileSums {
 };
 
 // Cross = sum 2^(z c - reference) (z - t): the reverse KL's normaliser before normalisation.
-template <Tau T, bool Cross>
-TileSums sum_tile(const float* z, const float* t, std::int64_t n, float scale, const Sums& sums, Ahead next) {
+template <class Io, Tau T, bool Cross>
+TileSums sum_tile(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float scale,
+                  const Sums& sums, Ahead next) {
     const V c = set1(scale), from = set1(-sums.reference(scale)), from_one = set1(-sums.reference(log2e));
     V s0 = set1(0), s1 = s0, o0 = s0, o1 = s0, x0 = s0;
     const auto step = [&](std::int64_t i, V& s, V& o) {
-        const V x = load(z + i);
+        const V x = Io::get(z + i);
         const V e = exp2(fma(x, c, from));
         s = s + e;
         if constexpr (T == Tau::two) o = fma(e, e, o);
         if constexpr (T == Tau::other) o = o + exp2(fma(x, set1(log2e), from_one));
-        if constexpr (Cross) x0 = add_times(x0, e, x - load(t + i));
+        if constexpr (Cross) x0 = add_times(x0, e, x - Io::get(t + i));
     };
     std::int64_t i = 0;
     for (; i + 2 * width <= n; i += 2 * width) {
@@ -97,13 +98,14 @@ TileSums sum_tile(const float* z, const float* t, std::int64_t n, float scale, c
 }
 
 // The first tile's maximum serves the tiles after it until a sum overflows: looking for a maximum in each would cost a pass.
-template <Tau T, bool Cross>
-void add_tile(const float* z, const float* t, std::int64_t n, float c, Sums& sums, Ahead next) {
-    if (sums.max == -infinity) sums.rescale(max_of(z, n), c);
-    TileSums tile_sums = sum_tile<T, Cross>(z, t, n, c, sums, next);
+template <class Io, Tau T, bool Cross>
+void add_tile(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float c, Sums& sums,
+              Ahead next) {
+    if (sums.max == -infinity) sums.rescale(max_of<Io>(z, n), c);
+    TileSums tile_sums = sum_tile<Io, T, Cross>(z, t, n, c, sums, next);
     if (tile_sums.overflowed()) {  // or NaN, which stays
-        sums.rescale(max_of(z, n), c);
-        tile_sums = sum_tile<T, Cross>(z, t, n, c, sums, next);
+        sums.rescale(max_of<Io>(z, n), c);
+        tile_sums = sum_tile<Io, T, Cross>(z, t, n, c, sums, next);
     }
     sums.at_tau += tile_sums.at_tau;
     sums.at_one += tile_sums.at_one;
@@ -159,9 +161,9 @@ struct Value {
 
 enum class Want : std::uint8_t { value, value_and_dtau, gradient, value_and_gradient };
 
-template <class D, Tau T, Want W>
-void visit(const D& divergence, const float* z, const float* t, std::int64_t n, const RowConstants& row, Ahead next_z,
-           Ahead next_t, float* g, Value& sums) {
+template <class Io, class D, Tau T, Want W>
+void visit(const D& divergence, const typename Io::Element* z, const typename Io::Element* t, std::int64_t n,
+           const RowConstants& row, Ahead next_z, Ahead next_t, typename Io::Element* g, Value& sums) {
     constexpr bool wants_gradient = W == Want::gradient || W == Want::value_and_gradient;
     const RowState& state = row.state;
     const Correction p_scale(state.at_tau.lo), q_scale(row.teacher.lo), one_scale(state.at_one.lo);
@@ -174,8 +176,8 @@ void visit(const D& divergence, const float* z, const float* t, std::int64_t n, 
     for (std::int64_t i = 0; i < n; i += width) {
         next_z.fetch(i);
         next_t.fetch(i);
-        const V raw = load(z + i);
-        const V u = fma(raw, c, p_from), v = fma(load(t + i), tc, q_from);
+        const V raw = Io::get(z + i);
+        const V u = fma(raw, c, p_from), v = fma(Io::get(t + i), tc, q_from);
         Column col;
         col.u = u - p_lo;
         col.v = v - q_lo;
@@ -200,7 +202,7 @@ void visit(const D& divergence, const float* z, const float* t, std::int64_t n, 
             if constexpr (T == Tau::one) one = col.p * one_from_p;
             if constexpr (T == Tau::two) one = col.p * (col.p * one_from_p);
             if constexpr (T == Tau::other) one = exp2(fma(raw, set1(log2e), one_from), one_scale) * c_one;
-            store(g + i, fma(c_soft, divergence.pull(col, sum_student), one));
+            Io::put(g + i, fma(c_soft, divergence.pull(col, sum_student), one));
         }
     }
     if constexpr (W != Want::gradient) sums.value += hsum(value);

@@ -58,13 +58,15 @@ KDFAST_INLINE V load_bf16(const std::uint16_t* p) {
 KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {  // to nearest, ties to even; NaN stays NaN
+KDFAST_INLINE __m256i to_bf16(V a) {  // to nearest, ties to even; NaN stays NaN
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
     r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+    return _mm512_cvtepi32_epi16(r);
 }
+KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+KDFAST_INLINE void stream_bf16(std::uint16_t* p, V a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
 KDFAST_INLINE void store_f16(std::uint16_t* p, V a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }

@@ -95,6 +95,7 @@ KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
         p[i] = static_cast<std::uint16_t>(a.v[i] != a.v[i] ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
 }
+KDFAST_INLINE void stream_bf16(std::uint16_t* p, V a) { store_bf16(p, a); }
 KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     V r;
     for (int i = 0; i < width; ++i) {

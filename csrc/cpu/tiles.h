@@ -20,6 +20,24 @@ struct Ahead {
     void fetch(std::int64_t i) const { __builtin_prefetch(at + i * bytes, 0, 2); }
 };
 
+// How a loop over columns reads logits and writes the gradient. Through a tile of fp32 anything goes; the other two spare the
+// common cases the detour: whole vectors of one dtype throughout, written past the cache to aligned memory.
+struct ThroughTile {
+    using Element = float;
+    KDFAST_INLINE static V get(const float* p) { return load(p); }
+    KDFAST_INLINE static void put(float* p, V a) { store(p, a); }
+};
+struct DirectFloat {
+    using Element = float;
+    KDFAST_INLINE static V get(const float* p) { return load(p); }
+    KDFAST_INLINE static void put(float* p, V a) { stream(p, a); }
+};
+struct DirectBf16 {
+    using Element = std::uint16_t;
+    KDFAST_INLINE static V get(const std::uint16_t* p) { return load_bf16(p); }
+    KDFAST_INLINE static void put(std::uint16_t* p, V a) { stream_bf16(p, a); }
+};
+
 struct Buffers {  // one thread's scratch
     alignas(64) float z[tile], t[tile], mix[tile], g[tile];
 };
@@ -91,14 +109,15 @@ void store_tile(DType dtype, std::byte* row, std::int64_t begin, const float* va
     if (n % 2) target[n - 1] = narrowed[n - 1];
 }
 
-float max_of(const float* x, std::int64_t n) {
+template <class Io>
+float max_of(const typename Io::Element* x, std::int64_t n) {
     V a = set1(-infinity), b = a;
     std::int64_t i = 0;
     for (; i + 2 * width <= n; i += 2 * width) {
-        a = max(a, load(x + i));
-        b = max(b, load(x + i + width));
+        a = max(a, Io::get(x + i));
+        b = max(b, Io::get(x + i + width));
     }
-    if (i < n) a = max(a, load(x + i));
+    if (i < n) a = max(a, Io::get(x + i));
     return hmax(max(a, b));
 }
 
