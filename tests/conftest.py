@@ -8,14 +8,8 @@ import zlib
 import hypothesis
 import pytest
 import torch
+from machine import BACKENDS
 
-try:
-    from kdfast import _core
-except ImportError:
-    _core = None
-
-ISAS = _core.supported_isas() if _core is not None else []
-BACKENDS = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
 SEED = int(os.environ.get("KDFAST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
 # No data base: a run leaves nothing behind, and the failing example is printed.

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import ISAS
+from machine import ISAS
 
 from kdfast import DistillLoss, Divergence, LMHead, SparseTargets, backends, distill_loss
 

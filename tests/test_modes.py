@@ -9,8 +9,8 @@ import threading
 
 import pytest
 import torch
-from conftest import ISAS
 from formulas import CASES
+from machine import ISAS
 
 from kdfast import DistillLoss, distill_loss
 
