@@ -152,10 +152,10 @@ class DistillLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = inspect.signature(distill_loss).parameters
+        known = [name for name in inspect.signature(distill_loss).parameters if name not in _PER_CALL]
         for name, value in options.items():
-            if name not in known or name in _PER_CALL:
-                msg = f"DistillLoss got an unknown option {name!r}; it takes {', '.join(set(known) - set(_PER_CALL))}"
+            if name not in known:
+                msg = f"DistillLoss got an unknown option {name!r}; it takes {', '.join(known)}"
                 raise TypeError(msg)
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
@@ -163,15 +163,19 @@ class DistillLoss(nn.Module):
                 self.register_buffer(name, value, persistent=False)
         self.options = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
         probe = torch.zeros(1, 2)
-        fixed = {k: v for k, v in self.options.items() if k not in ("teacher_weights", "backend", "alpha")}
-        build_problem(probe, probe, torch.zeros(1, dtype=torch.int64), **fixed)  # raises now what every call would raise
+        fixed = {k: v for k, v in self.options.items() if k not in ("teacher_weights", "backend")}
+        if self.options.get("backend") is not None:
+            _registry.check_name(self.options["backend"], "backend")
+        build_problem(
+            probe, probe, torch.zeros(1, dtype=torch.int64), **fixed
+        )  # raises now what every call would raise
 
     def forward(
         self, student: Logits, teacher: Teacher | None = None, labels: Tensor | None = None, **options: Any
     ) -> Tensor | DistillTerms:
         """The loss; arguments as in :func:`kdfast.distill_loss`."""
         tensors = {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
-        return distill_loss(student, teacher, labels, **{**self.options, **tensors, **options})  # type: ignore[no-any-return]
+        return distill_loss(student, teacher, labels, **{**self.options, **tensors, **options})
 
     def extra_repr(self) -> str:
         """The options that were set."""

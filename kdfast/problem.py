@@ -63,6 +63,11 @@ class Problem:
         return bool(self.teachers) or self.sparse is not None
 
     @property
+    def has_z_loss(self) -> bool:
+        """Whether there may be a z term: a tensor's value is not looked at."""
+        return isinstance(self.z_loss, Tensor) or self.z_loss != 0.0
+
+    @property
     def learns_temperature(self) -> bool:
         """Whether the caller wants the gradient of the temperature."""
         return self.temperature.requires_grad
@@ -98,7 +103,7 @@ def _check_per_token(name: str, value: object, leading: torch.Size, device: torc
         msg = f"{name} must be a tensor, got {type(value).__name__}"
         raise TypeError(msg)
     if value.shape != leading:
-        msg = f"{name} must have the shape of the student without its last axis, {tuple(leading)}, got {tuple(value.shape)}"
+        msg = f"{name} must have the student's leading axes {tuple(leading)}, got {tuple(value.shape)}"
         if name == "labels" and value.dim() == len(leading) + 1:
             msg += ": pass class indices; for class probabilities pass a teacher"
         raise ValueError(msg)
@@ -160,8 +165,7 @@ def _columns(student: Logits, sizes: dict[str, int], vocab: str) -> int:
     for name, size in sizes.items():
         if size != v and vocab == "strict":
             msg = (
-                f"{name} has {size} columns, student {v}: "
-                f'pass vocab="truncate" to distil over the first {min(size, v)}'
+                f'{name} has {size} columns, student {v}: pass vocab="truncate" to distil over the first {min(size, v)}'
             )
             raise ValueError(msg)
     return min([v, *sizes.values()])

@@ -1,14 +1,14 @@
 r"""Every loss in plain PyTorch: the specification, the oracle of the tests, and the fallback for any device.
 
-With z the student's logits, t the teacher's, tau the temperature, p = softmax(z / tau) and q = softmax(t / tau), the loss
-of one token is
+With z the student's logits, t the teacher's, tau the temperature, p = softmax(z / tau) and q = softmax(t / tau), the
+loss of one token is
 
     alpha * tau^2 * D(q, p) + (1 - alpha) * CE(z, y) + z_loss * logsumexp(z)^2
 
-and a call returns its weighted mean, sum, or the per-token values. Arithmetic is fp32, or fp64 where the student is fp64.
-Two rules run through the file. 0 log 0 = 0, in value and in gradient, so ``torch.where`` guards both branches of what is
-infinite at 0. And a KL is summed as a (d + expm1(-d)), d = log a - log b, whose terms are all >= 0: the plain form
-loses every digit once the two distributions are close.
+and a call returns its weighted mean, sum, or the per-token values. Arithmetic is fp32, or fp64 where the student is
+fp64. Two rules run through the file. 0 log 0 = 0, in value and in gradient, so ``torch.where`` guards both branches of
+what is infinite at 0. And a KL is summed as a (d + expm1(-d)), d = log a - log b, whose terms are all >= 0: the plain
+form loses every digit once the two distributions are close.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class DistillTerms(NamedTuple):
 
 
 class TokenTerms(NamedTuple):
-    """What every backend computes, per token (...), in nats; 0 for a dropped token; None where there is no such term."""
+    """What every backend computes, per token (...), in nats; 0 for a dropped token; None without such a term."""
 
     soft: Tensor | None  # D(q, p), before tau^2 and alpha
     hard: Tensor | None  # CE(z, y), label smoothing included
-    z: Tensor  # logsumexp(z)^2
+    z: Tensor | None  # logsumexp(z)^2
 
 
 class Coefficients(NamedTuple):
@@ -64,7 +64,7 @@ def distill_loss(problem: Problem) -> DistillTerms:
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a, b) over the last axis, from log-probabilities, (..., V) -> (...), nats; +inf where b lacks mass that a has."""
+    """KL(a, b) over the last axis, from log-probabilities, (..., V) -> (...), nats; +inf where only a has mass."""
     a, b = log_a.exp(), log_b.exp()
     present = ~(a == 0)  # true for NaN, which must come out again
     d = torch.where(present, log_a - log_b, 0.0)
@@ -94,7 +94,9 @@ def divergence(term: Term, log_q: Tensor, log_p: Tensor) -> Tensor:
         case "skew_reverse_kl":
             return kl(log_p, _log_mixture(log_q, log_p, 1 - x))
         case "tvd":
-            return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+            difference = log_p.exp() - log_q.exp()
+            # the factor is 1, or NaN where the derivative of abs, which calls the sign of NaN 0, would hide one
+            return 0.5 * (difference.abs() * (1 + 0 * difference.detach())).sum(-1)
         case "alpha_div":  # x q + (1 - x) p >= q^x p^(1-x), term by term, and the left side sums to 1
             excess = x * log_q.exp() + (1 - x) * log_p.exp() - (x * log_q + (1 - x) * log_p).exp()
             return excess.sum(-1) / (x * (1 - x))
@@ -112,13 +114,14 @@ def token_terms(problem: Problem) -> TokenTerms:
     dtype = torch.float64 if _dtype(problem.student) == torch.float64 else torch.float32
     z = _logits(problem.student, problem.counted, dtype)
     _check_values(problem, z)
-    lse = torch.logsumexp(z, -1)
-    soft = hard = None
+    soft = hard = square = None
     if problem.has_teacher:
-        soft = _keep(_soft(problem, z[..., : problem.columns], z, dtype), problem.counted)
+        soft = _keep(_soft(problem, z[..., : problem.columns], dtype), problem.counted)
     if problem.labels is not None:
-        hard = _keep(_cross_entropy(problem.labels, z, lse, problem), problem.counted)
-    return TokenTerms(soft, hard, _keep(lse.square(), problem.counted))
+        hard = _keep(_cross_entropy(problem.labels, z, problem), problem.counted)
+    if problem.has_z_loss:
+        square = _keep(torch.logsumexp(z, -1).square(), problem.counted)
+    return TokenTerms(soft, hard, square)
 
 
 def _dtype(logits: Logits) -> torch.dtype:
@@ -143,6 +146,8 @@ def _check_values(problem: Problem, z: Tensor) -> None:
     if tau.device.type == "cpu" and not tau > 0:
         msg = f"temperature must be > 0, got {tau.item()}"
         raise ValueError(msg)
+    if problem.sparse is not None:
+        _check_ids(problem.sparse)
     if problem.labels is not None:
         y = problem.labels if problem.counted is None else problem.labels[problem.counted]
         bad = y[(y != NO_LABEL) & ((y < 0) | (y >= z.shape[-1]))]
@@ -151,25 +156,38 @@ def _check_values(problem: Problem, z: Tensor) -> None:
             raise ValueError(msg)
 
 
-def _cross_entropy(labels: Tensor, z: Tensor, lse: Tensor, problem: Problem) -> Tensor:
-    """(1 - e) (lse - z_y) + e mean(lse - z_j), the mean over the columns whose logit is not -inf."""
+def _check_ids(target: SparseTargets) -> None:
+    ids = target.ids
+    if ids.numel() and (int(ids.max()) >= target.vocab_size or int(ids.min()) < -1):
+        worst = int(ids.max()) if int(ids.max()) >= target.vocab_size else int(ids.min())
+        msg = f"teacher: ids must be in [0, {target.vocab_size}), or -1 beyond k_eff, got {worst}"
+        raise ValueError(msg)
+    ordered = ids.sort(-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if bool(twice.any()):
+        msg = f"teacher: ids must differ within a token, got {int(ordered[..., 1:][twice][0])} twice"
+        raise ValueError(msg)
+
+
+def _cross_entropy(labels: Tensor, z: Tensor, problem: Problem) -> Tensor:
+    """Minus (1 - e) log p_y + e mean(log p_j), p at temperature 1, over the columns whose logit is not -inf."""
     unread = labels == NO_LABEL
     if problem.counted is not None:
         unread = unread | ~problem.counted
-    z_y = z.gather(-1, torch.where(unread, 0, labels)[..., None]).squeeze(-1)
-    ce = lse - z_y
+    log_p = torch.log_softmax(z, -1)
+    ce = -log_p.gather(-1, torch.where(unread, 0, labels)[..., None]).squeeze(-1)
     if problem.label_smoothing > 0:
         present = z > -INF
-        mean = torch.where(present, lse[..., None] - z, 0.0).sum(-1) / present.sum(-1)
-        ce = (1 - problem.label_smoothing) * ce + problem.label_smoothing * mean
+        mean = torch.where(present, log_p, 0.0).sum(-1) / present.sum(-1)
+        ce = (1 - problem.label_smoothing) * ce - problem.label_smoothing * mean
     return torch.where(unread, 0.0, ce)
 
 
-def _soft(problem: Problem, z: Tensor, z_all: Tensor, dtype: torch.dtype) -> Tensor:
+def _soft(problem: Problem, z: Tensor, dtype: torch.dtype) -> Tensor:
     tau = problem.temperature.to(dtype=dtype, device=z.device)
-    if problem.sparse is not None:
-        return sparse_divergence(problem, problem.sparse, torch.log_softmax(z_all / tau, -1), tau)
     log_p = torch.log_softmax(z / tau, -1)
+    if problem.sparse is not None:
+        return sparse_divergence(problem, problem.sparse, log_p, tau)
     log_q = teacher_log_probs(problem, tau, dtype)
     return sum_terms(problem.terms, log_q, log_p)
 
@@ -220,13 +238,17 @@ def sparse_divergence(problem: Problem, target: SparseTargets, log_p: Tensor, ta
         if names != {"forward_kl"}:
             msg = f"divergence: targets of method {target.method!r} serve forward_kl only, got {sorted(names)}"
             raise ValueError(msg)
-        mass, weight = torch.where(usable, target.mass, 0.0), sum(t.weight for t in problem.terms)  # type: ignore[arg-type]
+        assert target.mass is not None
+        assert target.neg_entropy is not None
+        _check_drawn(problem, target)
+        mass, weight = torch.where(usable, target.mass, 0.0), sum(t.weight for t in problem.terms)
         return weight * (target.neg_entropy - torch.where(mass > 0, mass * log_p_k, 0.0).sum(-1))
     allowed = {"bucket": {"forward_kl", "reverse_kl", "jsd"}, "renorm": {"forward_kl", "jsd"}, "zero": {"forward_kl"}}
     if not names <= allowed[problem.tail]:
         msg = f"divergence: tail={problem.tail!r} is defined for {sorted(allowed[problem.tail])}, got {sorted(names)}"
         raise ValueError(msg)
-    log_q_k = torch.where(usable, target.logprobs / tau, -INF)  # type: ignore[operator]
+    assert target.logprobs is not None
+    log_q_k = torch.where(usable, target.logprobs / tau, -INF)
     if problem.tail == "renorm":
         log_q_k = log_q_k - torch.logsumexp(log_q_k, -1, keepdim=True)
         return sum_terms(problem.terms, _with_tail(log_q_k, empty=True), _with_tail(log_p_k))
@@ -235,6 +257,15 @@ def sparse_divergence(problem: Problem, target: SparseTargets, log_p: Tensor, ta
         d = torch.where(usable, log_q_k - log_p_k, 0.0)
         return sum(t.weight for t in problem.terms) * torch.where(usable, log_q_k.exp() * d, 0.0).sum(-1)
     return sum_terms(problem.terms, _with_tail(log_q_k), _with_tail(log_p_k))
+
+
+def _check_drawn(problem: Problem, target: SparseTargets) -> None:
+    """Sampled targets hold the temperature they were drawn at as the one key of ``lse``; 1 where there is none."""
+    drawn = next(iter(target.lse)) if target.lse else 1.0
+    if problem.learns_temperature or problem.temperature.item() != drawn:
+        asked = "a learned one" if problem.learns_temperature else f"{problem.temperature.item():g}"
+        msg = f"temperature: sampled targets serve the temperature they were drawn at, {drawn:g}, got {asked}"
+        raise ValueError(msg)
 
 
 def captured_lse(problem: Problem, target: SparseTargets) -> Tensor:
@@ -276,7 +307,7 @@ def _with_tail(log_a: Tensor, *, empty: bool = False) -> Tensor:
 
 
 def token_weights(problem: Problem) -> Tensor:
-    """w of every token, (...), the mean's denominator included and 0 where the token is dropped."""
+    """Weight of every token, (...), the mean's denominator included and 0 where the token is dropped."""
     student = problem.student if isinstance(problem.student, Tensor) else problem.student.hidden
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     w = torch.ones(problem.leading, dtype=dtype, device=student.device)
@@ -297,15 +328,14 @@ def soft_scale(problem: Problem, w: Tensor) -> Tensor | float:
 
 
 def coefficients(problem: Problem, w: Tensor) -> Coefficients:
-    """What each term of each token counts in the loss, given w from :func:`token_weights`; differentiable."""
+    """What each term of each token counts in the loss, given the weights from :func:`token_weights`; differentiable."""
     soft = w * (problem.alpha * soft_scale(problem, w)) if problem.has_teacher else None
     hard = w * (1.0 - problem.alpha) if problem.labels is not None else None
-    no_z = not isinstance(problem.z_loss, Tensor) and problem.z_loss == 0.0
-    return Coefficients(soft, hard, None if no_z else w * problem.z_loss)
+    return Coefficients(soft, hard, w * problem.z_loss if problem.has_z_loss else None)
 
 
 def weighted(c: Tensor, x: Tensor, reduction: str) -> Tensor:
-    """c * x per token, or its sum; a factor of 0 silences an infinite term."""
+    """Product c * x per token, or its sum; a factor of 0 silences an infinite term."""
     product = c * torch.where((c != 0) | x.isfinite(), x, 0.0)
     return product if reduction == "none" else product.sum(dtype=torch.float64).to(product.dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
@@ -109,7 +109,7 @@ class SparseTargets:
             raise ValueError(msg)
         for name, value in (("logprobs", self.logprobs), ("mass", self.mass)):
             if value is not None and value.shape != self.ids.shape:
-                msg = f"SparseTargets: {name} must have the shape of ids {tuple(self.ids.shape)}, got {tuple(value.shape)}"
+                msg = f"SparseTargets: {name} must be {tuple(self.ids.shape)} as ids, got {tuple(value.shape)}"
                 raise ValueError(msg)
         per_token = {"k_eff": self.k_eff, "neg_entropy": self.neg_entropy, "gold_logprob": self.gold_logprob}
         per_token |= {f"lse[{t:g}]": v for t, v in (self.lse or {}).items()}
@@ -133,10 +133,13 @@ class SparseTargets:
         """The temperatures at which these targets are exact."""
         return tuple(sorted({1.0, *(self.lse or {})}))
 
-    def _map(self, fn: Any) -> SparseTargets:
-        lse = None if self.lse is None else {t: fn(v) for t, v in self.lse.items()}
-        tensors = {k: getattr(self, k) for k in ("ids", "logprobs", "k_eff", "mass", "neg_entropy", "gold_logprob")}
-        return replace(self, lse=lse, **{k: None if v is None else fn(v) for k, v in tensors.items()})
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> SparseTargets:
+        changed: dict[str, Any] = {k: None if v is None else fn(v) for k, v in self._tensors().items()}
+        changed["lse"] = None if self.lse is None else {t: fn(v) for t, v in self.lse.items()}
+        return replace(self, **changed)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {k: getattr(self, k) for k in ("ids", "logprobs", "k_eff", "mass", "neg_entropy", "gold_logprob")}
 
     def to(self, device: torch.device | str) -> SparseTargets:
         """The same targets on another device."""
@@ -173,9 +176,10 @@ class SparseTargets:
                 raise ValueError(msg)
             return torch.stack(present) if present else None
 
-        fields = {k: joined([getattr(t, k) for t in targets]) for k in first.__dataclass_fields__ if k not in _SCALARS}
-        lse = None if first.lse is None else {t: torch.stack([s.lse[t] for s in targets if s.lse]) for t in first.lse}
-        return replace(first, lse=lse, **fields)
+        changed: dict[str, Any] = {k: joined([t._tensors()[k] for t in targets]) for k in first._tensors()}
+        if first.lse is not None:
+            changed["lse"] = {t: torch.stack([s.lse[t] for s in targets if s.lse]) for t in first.lse}
+        return replace(first, **changed)
 
     def dense(self) -> Tensor:
         """(..., V) fp32: the weight that each column carries; for tests and inspection."""
@@ -183,6 +187,3 @@ class SparseTargets:
         weight = torch.where(self.valid, weight, 0.0)
         out = torch.zeros((*self.ids.shape[:-1], self.vocab_size), dtype=weight.dtype, device=weight.device)
         return out.scatter_add(-1, self.ids.clamp(min=0).long(), weight)
-
-
-_SCALARS = ("vocab_size", "method", "lse")

@@ -1,5 +1,5 @@
-// The extension module: checks what arrives, releases the GIL, calls the core. Tensors cross as pointers, shapes and strides,
-// so the module neither links torch nor depends on its version.
+// The extension module: checks what arrives, releases the GIL, calls the core. Tensors cross as pointers, shapes and
+// strides, so the module neither links torch nor depends on its version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -59,7 +59,8 @@ struct View {
         if (dtype != type) throw ArgumentError(std::string(name) + ": dtype must be " + type + ", got " + dtype);
         std::int64_t step = 1;
         for (std::size_t axis = shape.size(); axis-- > 0 && count() > 0;) {
-            if (shape[axis] != 1 && strides[axis] != step) throw ArgumentError(std::string(name) + " must be contiguous");
+            if (shape[axis] != 1 && strides[axis] != step)
+                throw ArgumentError(std::string(name) + " must be contiguous");
             step *= shape[axis];
         }
         if (count() != expected)
@@ -101,7 +102,8 @@ void dense(bool backward, const View& student, const std::vector<View>& teachers
     if (call.student.columns < 1) throw ArgumentError("student must have at least one column");
     for (const View& t : teachers) {
         call.teachers.push_back(t.rows("teacher", leading));
-        if (call.teachers.back().columns < columns) throw ArgumentError("teacher has fewer columns than the distillation term");
+        if (call.teachers.back().columns < columns)
+            throw ArgumentError("teacher has fewer columns than the distillation term");
     }
     call.columns = columns;
     if (columns < 1 || columns > call.student.columns) throw ArgumentError("columns must lie in [1, V]");
@@ -115,7 +117,8 @@ void dense(bool backward, const View& student, const std::vector<View>& teachers
         if (!teacher_weights) throw ArgumentError("several teachers need teacher_weights");
         const auto n = static_cast<std::int64_t>(teachers.size());
         const bool per_row = teacher_weights->shape.size() > 1;
-        call.teacher_weights = teacher_weights->values<float>("teacher_weights", "float32", per_row ? n * call.rows : n);
+        call.teacher_weights =
+            teacher_weights->values<float>("teacher_weights", "float32", per_row ? n * call.rows : n);
         call.teacher_weights_stride = per_row ? call.rows : 1;
         call.teacher_weights_per_row = per_row ? 1 : 0;
     }
@@ -155,14 +158,15 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Compiled core of kdfast; private, use the functions of the package.";
     py::class_<View>(m, "View", "A tensor: address, dtype, shape and strides in elements.")
-        .def(py::init<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>(), py::arg("data"),
-             py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+        .def(py::init<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>(),
+             py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
     m.def("dense", &dense, py::kw_only(), py::arg("backward"), py::arg("student"), py::arg("teachers"),
           py::arg("teacher_weights"), py::arg("labels"), py::arg("counted"), py::arg("temperature"), py::arg("names"),
-          py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"), py::arg("columns"), py::arg("label_smoothing"),
-          py::arg("soft") = py::none(), py::arg("hard") = py::none(), py::arg("z2") = py::none(),
-          py::arg("dsoft_dtemperature") = py::none(), py::arg("stats") = py::none(), py::arg("grad") = py::none(),
-          py::arg("c_soft") = py::none(), py::arg("c_hard") = py::none(), py::arg("c_z") = py::none(), py::arg("threads"),
+          py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"), py::arg("columns"),
+          py::arg("label_smoothing"), py::arg("soft") = py::none(), py::arg("hard") = py::none(),
+          py::arg("z2") = py::none(), py::arg("dsoft_dtemperature") = py::none(), py::arg("stats") = py::none(),
+          py::arg("grad") = py::none(), py::arg("c_soft") = py::none(), py::arg("c_hard") = py::none(),
+          py::arg("c_z") = py::none(), py::arg("threads"),
           "The dense distillation loss: forward, forward with gradient, or gradient from saved stats.");
     m.def(
         "scale",
@@ -189,7 +193,8 @@ PYBIND11_MODULE(_core, m) {
         "advise_huge_pages",
         [](const View& data) {
             const std::size_t size = data.dtype == "float32" ? 4 : 2;
-            kdfast::advise_huge_pages(reinterpret_cast<void*>(data.data), static_cast<std::size_t>(data.count()) * size);
+            kdfast::advise_huge_pages(reinterpret_cast<void*>(data.data),
+                                      static_cast<std::size_t>(data.count()) * size);
         },
         py::arg("data"), "Asks for huge pages behind fresh, untouched memory.");
     m.def("isa", [] { return std::string(kdfast::cpu::kernels().isa); }, "The instruction set in use.");

@@ -13,11 +13,12 @@
 namespace kdfast {
 namespace {
 
-// Whether this thread is in a task: a job that it starts then runs in place, as the pool waits for the job it is part of.
+// Whether this thread is in a task: a job that it starts then runs in place, as the pool waits for the job it is part
+// of.
 thread_local bool inside = false;
 
-// Workers sleep between jobs: torch's own pool computes in the same process, and two pools that spin would take the cores
-// from each other.
+// Workers sleep between jobs: torch's own pool computes in the same process, and two pools that spin would take the
+// cores from each other.
 class Pool {
   public:
     void run(std::int64_t count, int threads, const std::function<void(std::int64_t)>& task) {
@@ -84,8 +85,8 @@ class Pool {
     std::exception_ptr error_;
 };
 
-// Never destroyed: its threads may outlive static destructors. A forked child has none of the threads, and perhaps a locked
-// mutex, so it starts over with a new pool and leaves the old one where it is.
+// Never destroyed: its threads may outlive static destructors. A forked child has none of the threads, and perhaps a
+// locked mutex, so it starts over with a new pool and leaves the old one where it is.
 std::atomic<Pool*> pool{nullptr};
 
 Pool& instance() {

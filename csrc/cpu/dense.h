@@ -35,16 +35,17 @@ struct Term {
 inline constexpr std::int64_t no_label = INT64_MIN;
 
 // One call. With z a student's row, t_k its teachers' rows, per row:
-//   soft = sum of weight * D(q, p) over the terms,  q, p = softmax of (t, z) / temperature over the first `columns` columns
-//   hard = cross-entropy of softmax(z) over all columns,   z2 = logsumexp(z)^2
-//   grad = c_soft * dsoft/dz + c_hard * dhard/dz + c_z * dz2/dz
+//   soft = sum of weight * D(q, p) over the terms,  q, p = softmax of (t, z) / temperature over the first `columns`
+//   columns hard = cross-entropy of softmax(z) over all columns,   z2 = logsumexp(z)^2 grad = c_soft * dsoft/dz +
+//   c_hard * dhard/dz + c_z * dz2/dz
 // Pointers to per-row values are contiguous; null where there is no such value.
 struct DenseCall {
     std::int64_t rows = 0;
     std::int64_t columns = 0;  // of the distillation term; <= student.columns
     Rows student;
     std::vector<Rows> teachers;
-    const float* teacher_weights = nullptr;  // teacher k of row i: [k * teacher_weights_stride + i * teacher_weights_per_row]
+    const float* teacher_weights =
+        nullptr;  // teacher k of row i: [k * teacher_weights_stride + i * teacher_weights_per_row]
     std::int64_t teacher_weights_stride = 0;
     std::int64_t teacher_weights_per_row = 0;  // 0: the same for every row
     bool mix_logits = false;                   // q = softmax(sum w_k t_k / tau), not sum w_k softmax(t_k / tau)
@@ -70,7 +71,9 @@ struct DenseCall {
     int threads = 1;
 
     // Teachers whose softmax is taken: a mixture of logits has one.
-    std::int64_t distributions() const { return mix_logits && !teachers.empty() ? 1 : static_cast<std::int64_t>(teachers.size()); }
+    std::int64_t distributions() const {
+        return mix_logits && !teachers.empty() ? 1 : static_cast<std::int64_t>(teachers.size());
+    }
     static constexpr std::int64_t state_size = 6;  // of a row, in floats
     std::int64_t stats_per_row() const { return state_size + 2 * distributions(); }
 };
@@ -82,7 +85,8 @@ void check(const DenseCall& call);
 using DenseForward = void (*)(const DenseCall&);
 // The gradient from the stats of an earlier forward call.
 using DenseBackward = void (*)(const DenseCall&);
-// out[i] = a[i] + b[i], non-temporal where the ISA can: the two-read, one-write bandwidth that the losses are held against.
+// out[i] = a[i] + b[i], non-temporal where the ISA can: the two-read, one-write bandwidth that the losses are held
+// against.
 using Triad = void (*)(const float* a, const float* b, float* out, std::int64_t count, int threads);
 // data[i] *= factor
 using Scale = void (*)(const Rows& data, std::int64_t rows, float factor, int threads);

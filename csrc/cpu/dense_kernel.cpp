@@ -1,15 +1,16 @@
 // The dense loss for one ISA; compiled once per row of dispatch.cpp's table, with KDFAST_ISA naming the namespace.
 //
-// A row is read twice (three times where the divergence's normaliser is not known after the first pass), and stays in cache
-// in between: memory sees each logit once and each gradient once, written past the cache.
+// A row is read twice (three times where the divergence's normaliser is not known after the first pass), and stays in
+// cache in between: memory sees each logit once and each gradient once, written past the cache.
 //
 //   pass 1  maxima and sums of exponentials of the student and of each teacher        -> RowState
 //   pass 2  the divergence's value and, where unknown so far, sum student(column)
 //   pass 3  the gradient; the same pass as 2 for forward and reverse KL
 //
-// Order of summation: fp32 lanes within a tile, fp64 across tiles, segments combined by number. Rows go to threads whole;
-// where there are fewer rows than threads, segments do, pass by pass. Both ways sum in the same order, so the result has the
-// same bits for any number of threads. Beside its outputs a call needs a few tiles a thread and a few numbers a segment.
+// Order of summation: fp32 lanes within a tile, fp64 across tiles, segments combined by number. Rows go to threads
+// whole; where there are fewer rows than threads, segments do, pass by pass. Both ways sum in the same order, so the
+// result has the same bits for any number of threads. Beside its outputs a call needs a few tiles a thread and a few
+// numbers a segment.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -40,11 +41,10 @@ namespace {
 
 constexpr std::int64_t segment = 8 * tile;  // columns under one partial sum: the unit of work when rows are few
 
-// The divergences that most calls use: these are compiled for every way to get softmax(z) and to read and write; the others take
-// the general way of each.
+// The divergences that most calls use: these are compiled for every way to get softmax(z) and to read and write; the
+// others take the general way of each.
 template <class D>
-constexpr bool specialised =
-    std::is_same_v<D, ForwardKl> || std::is_same_v<D, ReverseKl> || std::is_same_v<D, Jsd>;
+constexpr bool specialised = std::is_same_v<D, ForwardKl> || std::is_same_v<D, ReverseKl> || std::is_same_v<D, Jsd>;
 
 template <class D>
 class Call {
@@ -83,7 +83,11 @@ class Call {
         std::vector<Normaliser> teachers;  // by distribution
 
         Row(std::int64_t segments, std::int64_t distributions)
-            : sums(segments), teacher_sums(segments * distributions), values(segments), state(), teachers(distributions) {}
+            : sums(segments),
+              teacher_sums(segments * distributions),
+              values(segments),
+              state(),
+              teachers(distributions) {}
     };
 
     template <class Task>
@@ -169,8 +173,7 @@ class Call {
             const float w = teacher_weight(static_cast<std::int64_t>(j), i);
             if (w == 0) continue;
             const float* t = load_tile(a_.teachers[j].row(i), a_.teachers[j].dtype, begin, n, b.t);
-            for (std::int64_t c = 0; c < size; c += width)
-                store(b.mix + c, fma(set1(w), load(t + c), load(b.mix + c)));
+            for (std::int64_t c = 0; c < size; c += width) store(b.mix + c, fma(set1(w), load(t + c), load(b.mix + c)));
         }
         return b.mix;
     }
@@ -184,7 +187,7 @@ class Call {
                 if (w == 0) continue;
                 const float* t = teacher_tile(k, i, begin, n, b);
                 const V c = set1(c_), from = set1(-row.teachers[k].hi), shift = set1(std::log2(w) - row.teachers[k].lo);
-                for (std::int64_t j = 0; j < size; j += width) use(j, fma(load(t + j), c, from) + shift);
+                for (std::int64_t j = 0; j < size; j += width) use(j, affine(load(t + j), c, from) + shift);
             }
         };
         const auto finite = [](V x) { return select(equal(x, set1(-infinity)), set1(0), x); };
@@ -192,8 +195,7 @@ class Call {
         each([&](std::int64_t j, V v) { store(b.mix + j, max(load(b.mix + j), v)); });
         std::fill_n(b.g, size, 0.0f);
         each([&](std::int64_t j, V v) { store(b.g + j, load(b.g + j) + exp2(v - finite(load(b.mix + j)))); });
-        for (std::int64_t j = 0; j < size; j += width)
-            store(b.mix + j, finite(load(b.mix + j)) + log2(load(b.g + j)));
+        for (std::int64_t j = 0; j < size; j += width) store(b.mix + j, finite(load(b.mix + j)) + log2(load(b.g + j)));
         return b.mix;
     }
 
@@ -268,12 +270,15 @@ class Call {
         constexpr bool cross = std::is_same_v<D, ReverseKl>;
         const auto add = [&](auto crossed) {
             switch (tau_) {
-                case Tau::one: return add_tile<Io, Tau::one, crossed>(z, t, n, c_, sums, next);
-                case Tau::two: return add_tile<Io, Tau::two, crossed>(z, t, n, c_, sums, next);
-                case Tau::other: return add_tile<Io, Tau::other, crossed>(z, t, n, c_, sums, next);
+                case Tau::one:
+                    return add_tile<Io, Tau::one, crossed>(z, t, n, c_, sums, next);
+                case Tau::two:
+                    return add_tile<Io, Tau::two, crossed>(z, t, n, c_, sums, next);
+                case Tau::other:
+                    return add_tile<Io, Tau::other, crossed>(z, t, n, c_, sums, next);
             }
         };
-        cross && sum_student_known_ ? add(std::bool_constant<cross>()) : add(std::false_type());
+        cross&& sum_student_known_ ? add(std::bool_constant<cross>()) : add(std::false_type());
     }
 
     // Combines the segments to the row's state, or takes the state that an earlier call saved.
@@ -353,13 +358,15 @@ class Call {
     template <class Io, Tau T, Want W>
     void visit_direct(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n, Value& sums) const {
         auto* g = wants_gradient_ ? columns<Io>(a_.grad.row(i), start) : nullptr;
-        visit<Io, D, T, W>(divergence_, columns<Io>(a_.student.row(i), start), columns<Io>(a_.teachers[0].row(i), start),
-                           n, c, next_row(a_.student, i, start), next_row(a_.teachers[0], i, start), g, sums);
+        visit<Io, D, T, W>(divergence_, columns<Io>(a_.student.row(i), start),
+                           columns<Io>(a_.teachers[0].row(i), start), n, c, next_row(a_.student, i, start),
+                           next_row(a_.teachers[0], i, start), g, sums);
     }
 
     // What the next row will read first, fetched while this one's later passes compute.
     Ahead next_row(const Rows& rows, std::int64_t i, std::int64_t start) const {
-        const std::int64_t column = a_.student.columns - start;  // later passes run from the end, the first from the beginning
+        const std::int64_t column =
+            a_.student.columns - start;  // later passes run from the end, the first from the beginning
         if (i + 1 == a_.rows || column == a_.student.columns) return {rows.row(i), 0};
         return Ahead::of(rows.row(i + 1), rows.dtype, column);
     }
@@ -395,13 +402,18 @@ class Call {
     void gradient_segment(std::int64_t i, Row& row, std::int64_t s) const {
         if constexpr (!specialised<D>) return gradient_segment<Tau::other>(i, row, s);
         switch (tau_) {
-            case Tau::one: return gradient_segment<Tau::one>(i, row, s);
-            case Tau::two: return gradient_segment<Tau::two>(i, row, s);
-            case Tau::other: return gradient_segment<Tau::other>(i, row, s);
+            case Tau::one:
+                return gradient_segment<Tau::one>(i, row, s);
+            case Tau::two:
+                return gradient_segment<Tau::two>(i, row, s);
+            case Tau::other:
+                return gradient_segment<Tau::other>(i, row, s);
         }
     }
 
-    static bool in_tile(std::int64_t label, std::int64_t start, std::int64_t n) { return label >= start && label < start + n; }
+    static bool in_tile(std::int64_t label, std::int64_t start, std::int64_t n) {
+        return label >= start && label < start + n;
+    }
 
     // Whether vectors of the gradient can be streamed to memory from here on.
     bool aligned(std::int64_t start, std::int64_t i) const {
@@ -431,7 +443,8 @@ class Call {
                 constexpr Want joint = D::sum_student_known ? Want::value_and_gradient : Want::gradient;
                 const bool with_value = joint_ && from_logits_;
                 if constexpr (specialised<D>) {
-                    const bool plain = n % width == 0 && smoothed == 0 && !(labelled(i) && in_tile(a_.labels[i], start, n));
+                    const bool plain =
+                        n % width == 0 && smoothed == 0 && !(labelled(i) && in_tile(a_.labels[i], start, n));
                     if (direct_ && soft && plain && aligned(start, i)) {
                         const bool floats = a_.student.dtype == DType::f32;
                         if (with_value)
@@ -468,10 +481,12 @@ class Call {
         Value total;
         for (const Value& v : row.values) total += v;
         if (a_.soft) a_.soft[i] = static_cast<float>(total.value * weight_);
-        if (a_.dsoft_dtemperature) {  // -(1 / tau) (dD/dx . x + dD/dy . y), x and y the logits over tau, up to a shift: u and v
+        if (a_.dsoft_dtemperature) {  // -(1 / tau) (dD/dx . x + dD/dy . y), x and y the logits over tau, up to a shift:
+                                      // u and v
             const double student = total.student_u - total.student * total.p_u;
             const double teacher = total.teacher_v - total.teacher * total.q_v;
-            a_.dsoft_dtemperature[i] = static_cast<float>(-weight_ * inv_tau_ * static_cast<double>(ln2) * (student + teacher));
+            a_.dsoft_dtemperature[i] =
+                static_cast<float>(-weight_ * inv_tau_ * static_cast<double>(ln2) * (student + teacher));
         }
     }
 
@@ -479,7 +494,7 @@ class Call {
     const D divergence_;
     const float weight_;
     const float inv_tau_;
-    const float c_;  // log2e / tau
+    const float c_;        // log2e / tau
     std::int64_t taught_;  // columns under the distillation term
     std::int64_t segments_;
     std::int64_t distributions_;

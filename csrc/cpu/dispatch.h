@@ -17,8 +17,8 @@ struct Isa {
 // Best first.
 std::span<const Isa> isa_table();
 
-// The kernels of the environment's KDFAST_FORCE_ISA, or the best that this machine supports. Read on every call, so that a
-// test can go through the table. Throws ArgumentError for a name that is unknown or not supported here.
+// The kernels of the environment's KDFAST_FORCE_ISA, or the best that this machine supports. Read on every call, so
+// that a test can go through the table. Throws ArgumentError for a name that is unknown or not supported here.
 const Kernels& kernels();
 
 }  // namespace kdfast::cpu

@@ -5,8 +5,8 @@
 //   student()   p df/dp, up to a multiple of p, which the gradient does not see,
 //   pull()      the gradient that follows, student_i - p_i * sum student = tau dD/dz_i,
 //   teacher()   q df/dq, likewise, which is needed for dD/dtau only.
-// A column of -inf has p = 0 (q = 0), and d may be infinite or NaN there, so each product with d is selected away where its
-// factor is 0.
+// A column of -inf has p = 0 (q = 0), and d may be infinite or NaN there, so each product with d is selected away where
+// its factor is 0.
 #pragma once
 
 namespace kdfast::cpu::KDFAST_ISA {
@@ -17,8 +17,7 @@ constexpr float log2e = 1.44269504088896f;
 // 2^-lo for a small lo, ready for exp2: the two coefficients that its size makes visible in fp32 are scaled.
 struct Correction {
     V c0, c1;
-    explicit Correction(float lo)
-        : c0(set1(1 - ln2 * lo)), c1(set1(0.693146977599962f * (1 - ln2 * lo))) {}
+    explicit Correction(float lo) : c0(set1(1 - ln2 * lo)), c1(set1(0.693146977599962f * (1 - ln2 * lo))) {}
 };
 
 // 2^x times a correction, relative error 1e-7; 0 below 2^-126
@@ -202,14 +201,22 @@ struct Mixture : General<Mixture> {
     template <class Get>
     static V with(const Term& t, Get get) {
         switch (t.kind) {
-            case Divergence::forward_kl: return get(ForwardKl(t.parameter));
-            case Divergence::reverse_kl: return get(ReverseKl(t.parameter));
-            case Divergence::jsd: return get(Jsd(t.parameter));
-            case Divergence::skew_forward_kl: return get(SkewForwardKl(t.parameter));
-            case Divergence::skew_reverse_kl: return get(SkewReverseKl(t.parameter));
-            case Divergence::tvd: return get(Tvd(t.parameter));
-            case Divergence::alpha_div: return get(AlphaDiv(t.parameter));
-            case Divergence::hellinger: return get(Hellinger(t.parameter));
+            case Divergence::forward_kl:
+                return get(ForwardKl(t.parameter));
+            case Divergence::reverse_kl:
+                return get(ReverseKl(t.parameter));
+            case Divergence::jsd:
+                return get(Jsd(t.parameter));
+            case Divergence::skew_forward_kl:
+                return get(SkewForwardKl(t.parameter));
+            case Divergence::skew_reverse_kl:
+                return get(SkewReverseKl(t.parameter));
+            case Divergence::tvd:
+                return get(Tvd(t.parameter));
+            case Divergence::alpha_div:
+                return get(AlphaDiv(t.parameter));
+            case Divergence::hellinger:
+                return get(Hellinger(t.parameter));
         }
         __builtin_unreachable();
     }

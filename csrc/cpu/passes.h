@@ -9,8 +9,8 @@ namespace {
 // How softmax(z) follows from softmax(z / tau): equal, by squaring, or by an exponential of its own.
 enum class Tau : std::uint8_t { one, two, other };
 
-// log2 of a normaliser, in two floats: log2 p = x c - hi - lo. The part that hi rounds away would be a relative error of 1e-6 in
-// every p; lo goes into the coefficients of exp2 and costs nothing.
+// log2 of a normaliser, in two floats: log2 p = x c - hi - lo. The part that hi rounds away would be a relative error
+// of 1e-6 in every p; lo goes into the coefficients of exp2 and costs nothing.
 struct Normaliser {
     float hi, lo;
     static Normaliser of(double log2_sum) {
@@ -19,8 +19,8 @@ struct Normaliser {
     }
 };
 
-// Sums of 2^(x c - reference), c = log2e / tau or log2e, reference = max c rounded to fp32, where max is a logit that none of
-// those seen exceeds by much. Sums are brought up to a new maximum when they must be.
+// Sums of 2^(x c - reference), c = log2e / tau or log2e, reference = max c rounded to fp32, where max is a logit that
+// none of those seen exceeds by much. Sums are brought up to a new maximum when they must be.
 struct Sums {
     float max = -infinity;
     double at_tau = 0, at_one = 0, cross = 0;
@@ -79,10 +79,10 @@ TileSums sum_tile(const typename Io::Element* z, const typename Io::Element* t, 
     V s0 = set1(0), s1 = s0, o0 = s0, o1 = s0, x0 = s0;
     const auto step = [&](std::int64_t i, V& s, V& o) {
         const V x = Io::get(z + i);
-        const V e = exp2(fma(x, c, from));
+        const V e = exp2(affine(x, c, from));
         s = s + e;
         if constexpr (T == Tau::two) o = fma(e, e, o);
-        if constexpr (T == Tau::other) o = o + exp2(fma(x, set1(log2e), from_one));
+        if constexpr (T == Tau::other) o = o + exp2(affine(x, set1(log2e), from_one));
         if constexpr (Cross) x0 = add_times(x0, e, x - Io::get(t + i));
     };
     std::int64_t i = 0;
@@ -97,7 +97,8 @@ TileSums sum_tile(const typename Io::Element* z, const typename Io::Element* t, 
     return {at_tau, T == Tau::one ? at_tau : hsum(o0 + o1), Cross ? hsum(x0) : 0};
 }
 
-// The first tile's maximum serves the tiles after it until a sum overflows: looking for a maximum in each would cost a pass.
+// The first tile's maximum serves the tiles after it until a sum overflows: looking for a maximum in each would cost a
+// pass.
 template <class Io, Tau T, bool Cross>
 void add_tile(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float c, Sums& sums,
               Ahead next) {
@@ -177,7 +178,7 @@ void visit(const D& divergence, const typename Io::Element* z, const typename Io
         next_z.fetch(i);
         next_t.fetch(i);
         const V raw = Io::get(z + i);
-        const V u = fma(raw, c, p_from), v = fma(Io::get(t + i), tc, q_from);
+        const V u = affine(raw, c, p_from), v = affine(Io::get(t + i), tc, q_from);
         Column col;
         col.u = u - p_lo;
         col.v = v - q_lo;
@@ -201,7 +202,7 @@ void visit(const D& divergence, const typename Io::Element* z, const typename Io
             V one;
             if constexpr (T == Tau::one) one = col.p * one_from_p;
             if constexpr (T == Tau::two) one = col.p * (col.p * one_from_p);
-            if constexpr (T == Tau::other) one = exp2(fma(raw, set1(log2e), one_from), one_scale) * c_one;
+            if constexpr (T == Tau::other) one = exp2(affine(raw, set1(log2e), one_from), one_scale) * c_one;
             Io::put(g + i, fma(c_soft, divergence.pull(col, sum_student), one));
         }
     }
@@ -228,8 +229,7 @@ void add_where_present(const float* z, std::int64_t n, float amount, float* g) {
 void visit_hard(const float* z, std::int64_t n, const RowConstants& row, float* g) {
     const Correction scale(row.state.at_one.lo);
     const V from = set1(-row.state.at_one.hi), c = set1(row.c_one);
-    for (std::int64_t i = 0; i < n; i += width)
-        store(g + i, exp2(fma(load(z + i), set1(log2e), from), scale) * c);
+    for (std::int64_t i = 0; i < n; i += width) store(g + i, exp2(affine(load(z + i), set1(log2e), from), scale) * c);
 }
 
 }  // namespace

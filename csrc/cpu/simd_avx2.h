@@ -26,6 +26,7 @@ KDFAST_INLINE V operator-(V a, V b) { return {_mm256_sub_ps(a.v, b.v)}; }
 KDFAST_INLINE V operator*(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }
 KDFAST_INLINE V operator/(V a, V b) { return {_mm256_div_ps(a.v, b.v)}; }
 KDFAST_INLINE V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+KDFAST_INLINE V affine(V x, V c, V from) { return fma(x, c, from); }
 KDFAST_INLINE V fnma(V a, V b, V c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 KDFAST_INLINE V max(V a, V b) { return {_mm256_max_ps(a.v, b.v)}; }
 KDFAST_INLINE V abs(V a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
@@ -60,8 +61,8 @@ KDFAST_INLINE V exponent(V a) {
 KDFAST_INLINE V mantissa(V a) {
     const __m256i bits = _mm256_castps_si256(a.v);
     const __m256i up = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x00400000)), 1);
-    const __m256i one = _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)),
-                                        _mm256_set1_epi32(0x3f800000));
+    const __m256i one =
+        _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), _mm256_set1_epi32(0x3f800000));
     const __m256 m = _mm256_castsi256_ps(_mm256_sub_epi32(one, up));
     return {_mm256_blendv_ps(m, a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }

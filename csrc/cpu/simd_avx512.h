@@ -1,4 +1,5 @@
-// Vectors of 16 fp32: AVX-512 F, BW, DQ, VL. The three simd_*.h files offer the same names; a unit includes one of them.
+// Vectors of 16 fp32: AVX-512 F, BW, DQ, VL. The three simd_*.h files offer the same names; a unit includes one of
+// them.
 #pragma once
 
 #include <immintrin.h>
@@ -23,7 +24,10 @@ KDFAST_INLINE V operator+(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
 KDFAST_INLINE V operator-(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
 KDFAST_INLINE V operator*(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
 KDFAST_INLINE V operator/(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
-KDFAST_INLINE V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a b + c
+KDFAST_INLINE V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a b + c
+// x c + from with one rounding, on every ISA: where x c is large and the result is not, a second one would be all of
+// it.
+KDFAST_INLINE V affine(V x, V c, V from) { return fma(x, c, from); }
 KDFAST_INLINE V fnma(V a, V b, V c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 KDFAST_INLINE V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }                // b where either is NaN
 KDFAST_INLINE V abs(V a) { return {_mm512_abs_ps(a.v)}; }
@@ -41,10 +45,12 @@ KDFAST_INLINE float hsum(V a) { return _mm512_reduce_add_ps(a.v); }
 KDFAST_INLINE float hmax(V a) { return _mm512_reduce_max_ps(a.v); }
 // x rounded to the nearest integer
 KDFAST_INLINE V round(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// exp2 is scale2(polynomial(x - n), n) with x = exp2_argument(x), n = round(x). Below 2^-126 the result is 0, never denormal.
+// exp2 is scale2(polynomial(x - n), n) with x = exp2_argument(x), n = round(x). Below 2^-126 the result is 0, never
+// denormal.
 KDFAST_INLINE V exp2_argument(V x) { return x; }
 KDFAST_INLINE V scale2(V a, V n) {
-    const M normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // true for NaN, which passes through
+    const M normal =
+        _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // true for NaN, which passes through
     return {_mm512_maskz_scalef_ps(normal, a.v, n.v)};
 }
 // x = mantissa * 2^exponent with the mantissa in [0.75, 1.5); 0 has exponent -inf
@@ -66,7 +72,9 @@ KDFAST_INLINE __m256i to_bf16(V a) {  // to nearest, ties to even; NaN stays NaN
     return _mm512_cvtepi32_epi16(r);
 }
 KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
-KDFAST_INLINE void stream_bf16(std::uint16_t* p, V a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+KDFAST_INLINE void stream_bf16(std::uint16_t* p, V a) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a));
+}
 KDFAST_INLINE void store_f16(std::uint16_t* p, V a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }

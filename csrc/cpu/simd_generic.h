@@ -17,8 +17,8 @@ struct M {
 };
 
 #define KDFAST_INLINE [[gnu::always_inline]] inline
-#define KDFAST_LANES(expression)                       \
-    V r;                                               \
+#define KDFAST_LANES(expression)                         \
+    V r;                                                 \
     for (int i = 0; i < width; ++i) r.v[i] = expression; \
     return r
 
@@ -33,6 +33,13 @@ KDFAST_INLINE V operator-(V a, V b) { KDFAST_LANES(a.v[i] - b.v[i]); }
 KDFAST_INLINE V operator*(V a, V b) { KDFAST_LANES(a.v[i] * b.v[i]); }
 KDFAST_INLINE V operator/(V a, V b) { KDFAST_LANES(a.v[i] / b.v[i]); }
 KDFAST_INLINE V fma(V a, V b, V c) { KDFAST_LANES(a.v[i] * b.v[i] + c.v[i]); }
+KDFAST_INLINE V affine(V x, V c, V from) {
+#if defined(__FP_FAST_FMAF)
+    KDFAST_LANES(__builtin_fmaf(x.v[i], c.v[i], from.v[i]));
+#else  // a product of two floats is exact as a double
+    KDFAST_LANES(static_cast<float>(static_cast<double>(x.v[i]) * c.v[i] + from.v[i]));
+#endif
+}
 KDFAST_INLINE V fnma(V a, V b, V c) { KDFAST_LANES(c.v[i] - a.v[i] * b.v[i]); }
 KDFAST_INLINE V max(V a, V b) { KDFAST_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 KDFAST_INLINE V abs(V a) { KDFAST_LANES(std::bit_cast<float>(std::bit_cast<std::uint32_t>(a.v[i]) & 0x7fffffffu)); }
@@ -57,14 +64,16 @@ KDFAST_INLINE float hmax(V a) {
     for (int i = 1; i < width; ++i) r = r > a.v[i] ? r : a.v[i];
     return r;
 }
-// Adding and taking away 1.5 * 2^23 leaves no room for a fraction; right for abs(x) < 2^22, and exp2 has clamped before.
+// Adding and taking away 1.5 * 2^23 leaves no room for a fraction; right for abs(x) < 2^22, and exp2 has clamped
+// before.
 KDFAST_INLINE V round(V a) { KDFAST_LANES((a.v[i] + 12582912.0f) - 12582912.0f); }
 KDFAST_INLINE V exp2_argument(V x) { KDFAST_LANES(x.v[i] < -127.0f ? -127.0f : x.v[i]); }  // keeps NaN
 KDFAST_INLINE V scale2(V a, V n) {  // through the exponent field, where n = -127 makes 0
     V r;
     for (int i = 0; i < width; ++i) {
         const float whole = n.v[i] >= -127.0f ? n.v[i] : -127.0f;  // a NaN cannot be converted; a is NaN then
-        r.v[i] = a.v[i] * std::bit_cast<float>(static_cast<std::uint32_t>(static_cast<std::int32_t>(whole) + 127) << 23);
+        r.v[i] =
+            a.v[i] * std::bit_cast<float>(static_cast<std::uint32_t>(static_cast<std::int32_t>(whole) + 127) << 23);
     }
     return r;
 }
@@ -101,7 +110,8 @@ KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     for (int i = 0; i < width; ++i) {
         const std::uint32_t h = p[i];
         const std::uint32_t magnitude = (h & 0x7fffu) << 13;
-        // A half's exponent field, moved to where a float's is, is 112 too low; the product mends that and denormals with it.
+        // A half's exponent field, moved to where a float's is, is 112 too low; the product mends that and denormals
+        // with it.
         float f = std::bit_cast<float>(magnitude) * 0x1p112f;
         if ((h & 0x7c00u) == 0x7c00u) f = std::bit_cast<float>(magnitude | 0x7f800000u);
         r.v[i] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(f) | (h & 0x8000u) << 16);

@@ -7,8 +7,9 @@ namespace {
 constexpr std::int64_t tile = 1024;  // columns
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-// Memory that will be read soon, to be fetched while arithmetic goes on: column i of what comes is at `at + i * bytes`. A tile's
-// arithmetic hides the fetch of the next tile, a gradient's that of the next row; the hardware's own prefetch ends with each page.
+// Memory that will be read soon, to be fetched while arithmetic goes on: column i of what comes is at `at + i * bytes`.
+// A tile's arithmetic hides the fetch of the next tile, a gradient's that of the next row; the hardware's own prefetch
+// ends with each page.
 struct Ahead {
     const std::byte* at;
     std::int64_t bytes;  // a column; 0 where there is nothing to fetch
@@ -20,8 +21,8 @@ struct Ahead {
     void fetch(std::int64_t i) const { __builtin_prefetch(at + i * bytes, 0, 2); }
 };
 
-// How a loop over columns reads logits and writes the gradient. Through a tile of fp32 anything goes; the other two spare the
-// common cases the detour: whole vectors of one dtype throughout, written past the cache to aligned memory.
+// How a loop over columns reads logits and writes the gradient. Through a tile of fp32 anything goes; the other two
+// spare the common cases the detour: whole vectors of one dtype throughout, written past the cache to aligned memory.
 struct ThroughTile {
     using Element = float;
     KDFAST_INLINE static V get(const float* p) { return load(p); }
@@ -44,8 +45,8 @@ struct Buffers {  // one thread's scratch
 
 std::int64_t padded(std::int64_t n) { return (n + width - 1) / width * width; }
 
-// fp32 values of [begin, begin + n) of a row, up to padded(n): the row's own memory where it can be used as it is, `buffer`
-// otherwise. What is added at the end is -inf, a column that no sum sees.
+// fp32 values of [begin, begin + n) of a row, up to padded(n): the row's own memory where it can be used as it is,
+// `buffer` otherwise. What is added at the end is -inf, a column that no sum sees.
 template <V (*Load)(const std::uint16_t*)>
 const float* widen(const std::byte* row, std::int64_t begin, std::int64_t n, float* buffer) {
     const auto* source = reinterpret_cast<const std::uint16_t*>(row) + begin;
@@ -62,9 +63,12 @@ const float* widen(const std::byte* row, std::int64_t begin, std::int64_t n, flo
 
 const float* load_tile(const std::byte* row, DType dtype, std::int64_t begin, std::int64_t n, float* buffer) {
     switch (dtype) {
-        case DType::bf16: return widen<load_bf16>(row, begin, n, buffer);
-        case DType::f16: return widen<load_f16>(row, begin, n, buffer);
-        case DType::f32: break;
+        case DType::bf16:
+            return widen<load_bf16>(row, begin, n, buffer);
+        case DType::f16:
+            return widen<load_f16>(row, begin, n, buffer);
+        case DType::f32:
+            break;
     }
     const float* source = reinterpret_cast<const float*>(row) + begin;
     if (n % width == 0) return source;
@@ -84,8 +88,8 @@ void narrow(std::uint16_t* out, const float* values, std::int64_t n) {
     }
 }
 
-// Whole vectors go past the cache: the gradient is not read again here, and a line that is written in full that way need not
-// be fetched first.
+// Whole vectors go past the cache: the gradient is not read again here, and a line that is written in full that way
+// need not be fetched first.
 void stream_floats(float* out, const float* values, std::int64_t n) {
     constexpr std::uintptr_t bytes = width * sizeof(float);
     std::int64_t i = 0;

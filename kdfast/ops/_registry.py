@@ -1,7 +1,7 @@
 """Which implementation serves a call: the only dispatch of the package.
 
-An implementation is a row of :data:`ROWS`: a name, the devices it runs on, why it may be missing, why it may decline a call,
-and the loss itself. ``None`` as backend takes the first row that serves the call; a name takes that row or raises.
+An implementation is a row of :data:`ROWS`: a name, why it may be missing, why it may decline a call, and the loss
+itself. ``None`` as backend takes the first row that serves the call; a name takes that row or raises.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kdfast import reference
-from kdfast.ops import dense
+from kdfast.ops import dense, dense_autograd
 from kdfast.problem import Problem, build_problem
 from kdfast.reference import DistillTerms
 
@@ -35,7 +35,13 @@ class Implementation:
 
 #: Best first.
 ROWS: tuple[Implementation, ...] = (
-    Implementation("cpu", dense.cpu_unavailable, dense.cpu_declines, dense.cpu_distill_loss, dense.cpu_detail),
+    Implementation(
+        "cpu",
+        lambda: dense.EXTENSION_MISSING,
+        dense_autograd.cpu_declines,
+        dense_autograd.cpu_distill_loss,
+        dense.cpu_detail,
+    ),
     Implementation(
         "reference", lambda: None, lambda problem: None, reference.distill_loss, lambda: "plain PyTorch, any device"
     ),
@@ -62,7 +68,7 @@ def select(problem: Problem, backend: str | None) -> Implementation:
             msg = f"backend {name!r} cannot serve this call: {reason}"
             raise RuntimeError(msg)
         return row
-    declined = []
+    declined: list[str] = []
     for row in ROWS:
         reason = row.unavailable() or row.declines(problem)
         if reason is None:
@@ -74,16 +80,20 @@ def select(problem: Problem, backend: str | None) -> Implementation:
     raise RuntimeError(msg)
 
 
+def check_name(name: str, source: str) -> None:
+    """Raise ValueError where no backend of any machine has this name."""
+    known = [*(row.name for row in ROWS), *_PLANNED]
+    if name not in known:
+        msg = f"{source} must be one of {', '.join(map(repr, known))}, got {name!r}"
+        raise ValueError(msg)
+
+
 def _named(name: str, source: str) -> Implementation:
-    for row in ROWS:
-        if row.name == name:
-            return row
+    check_name(name, source)
     if name in _PLANNED:
         msg = f"backend {name!r} is not available: {_PLANNED[name]}"
         raise RuntimeError(msg)
-    known = ", ".join(repr(row.name) for row in ROWS)
-    msg = f"{source} must be one of {known}, {', '.join(map(repr, _PLANNED))}, got {name!r}"
-    raise ValueError(msg)
+    return next(row for row in ROWS if row.name == name)
 
 
 def _say_once(message: str) -> None:
@@ -150,4 +160,3 @@ def backends(problem: Problem | None = None, *, dtype: torch.dtype = torch.float
         rows.append(BackendStatus(row.name, missing is None, chosen, reason or row.detail()))
     rows += [BackendStatus(name, available=False, chosen=False, reason=why) for name, why in _PLANNED.items()]
     return Backends(tuple(rows))
-

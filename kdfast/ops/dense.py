@@ -1,16 +1,17 @@
-r"""The dense loss as operators: schemas, fakes, vmap rules, the CPU implementation, and autograd around them.
+"""The dense loss as operators: schemas, the CPU implementation, fakes and vmap rules.
 
-Two ways through one kernel, chosen by :func:`distill_loss`:
+Two ways through one kernel:
 
 *gradient in forward* (``dense_fused``)
-    one call returns the per-token terms and the finished gradient, as the upstream gradient of a scalar loss is nearly always 1.
-    Another upstream scales the buffer once, in place. A second backward recomputes.
+    one call returns the per-token terms and the finished gradient, as the upstream gradient of a scalar loss is nearly
+    always 1. Another upstream scales the buffer once, in place. A second backward recomputes.
 *statistics* (``dense_forward``, ``dense_backward``)
-    forward saves a few numbers per token and backward reads the logits again, under the upstream gradient of each token: for
-    per-token losses, fp16 (whose gradient underflows before a loss scale could reach it), torch.compile and torch.func.
+    forward saves a few numbers per token and backward reads the logits again, under the upstream gradient of each
+    token: for per-token losses, fp16 (whose gradient would underflow before a loss scale reached it), torch.compile and
+    torch.func.
 
-The operators return D, CE and logsumexp^2 per token. Weights, alpha, tau^2 and the reduction are plain PyTorch on (N,) vectors,
-shared with the reference, so their gradients come from autograd.
+The operators return D, CE and logsumexp^2 per token, before alpha, tau^2, weights and the reduction. Autograd around
+them is in ``dense_autograd``.
 """
 
 from __future__ import annotations
@@ -20,16 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.divergence import Term
-from kdfast.problem import Problem
-from kdfast.reference import DistillTerms, TokenTerms
-
+#: Why there is no compiled kernel, or None where there is.
+EXTENSION_MISSING: str | None = None
 try:
     from kdfast import _core
-except ImportError as error:  # a source tree without its extension; `unavailable` says so where it matters
+except ImportError as error:  # a source tree whose extension was not built; the registry says so and goes on without
     _core = None  # type: ignore[assignment]
-    _IMPORT_ERROR = str(error)
+    EXTENSION_MISSING = f"the compiled extension is missing ({error})"
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = {
@@ -40,8 +38,8 @@ _DTYPE_NAMES = {
     torch.bool: "bool",
 }
 
-# Arguments that every operator takes. student (..., V); teachers (..., >= columns) each; teacher_weights (n,) or (n, ...) fp32;
-# labels (...) int64; counted (...) bool; temperature 0-d; c_soft, c_hard, c_z (...) fp32.
+# Arguments that every operator takes. student (..., V); teachers (..., >= columns) each; teacher_weights fp32, (n,) or
+# (n, ...); labels (...) int64; counted (...) bool; temperature 0-d; c_soft, c_hard, c_z (...) fp32.
 _INPUTS = (
     "Tensor[] teachers, Tensor? teacher_weights, Tensor? labels, Tensor? counted, Tensor temperature, "
     "str[] names, float[] weights, float[] parameters, bool mix_logits, int columns, float label_smoothing"
@@ -107,7 +105,9 @@ def _rows(x: Tensor) -> Tensor:
 def _call(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
     """Run the kernel; ``outputs`` are its named outputs and coefficients, (...) or (..., V) tensors or None."""
     backward = outputs.get("stats") is not None and outputs.get("grad") is not None
-    labels, counted, weights = (x if x is None else x.contiguous() for x in (inputs.labels, inputs.counted, inputs.teacher_weights))
+    labels, counted, weights = (
+        x if x is None else x.contiguous() for x in (inputs.labels, inputs.counted, inputs.teacher_weights)
+    )
     teachers = [_rows(t) for t in inputs.teachers]
     held = {k: v if k == "grad" else v.contiguous() for k, v in outputs.items() if v is not None}
     _core.dense(
@@ -152,7 +152,9 @@ def _token_outputs(student: Tensor, inputs: Inputs, wants_z: bool, wants_dtau: b
     return {k: torch.empty(s, dtype=torch.float32, device=student.device) for k, s in shapes.items()}
 
 
-def _run_forward(student: Tensor, inputs: Inputs, wants: tuple[bool, bool], **more: Tensor | None) -> tuple[Tensor, ...]:
+def _run_forward(
+    student: Tensor, inputs: Inputs, wants: tuple[bool, bool], **more: Tensor | None
+) -> tuple[Tensor, ...]:
     out = _token_outputs(student, inputs, *wants)
     _call(student, inputs, **{k: v for k, v in out.items() if v.shape == student.shape[:-1]}, **more)
     return tuple(out.values())
@@ -207,6 +209,12 @@ _library.impl("dense_backward_", _dense_backward_inplace, "CPU")
 _library.impl("dense_fused", _dense_fused, "CPU")
 _library.impl("dense_fused_", _dense_fused_inplace, "CPU")
 _library.impl("scale_", _scale_inplace, "CPU")
+
+
+def cpu_detail() -> str:
+    """What the compiled CPU kernel runs with."""
+    isas = ", ".join(_core.supported_isas())
+    return f"C++ kernel, {_core.isa()} of {isas}, {torch.get_num_threads()} threads"
 
 
 # --- Fakes: the shapes and strides that the implementations allocate --------------------------------------------------
@@ -280,288 +288,3 @@ def _batched(op: Any, outputs: int) -> Any:
 torch.library.register_vmap("kdfast::dense_forward", _batched(_ops.dense_forward, 5))
 torch.library.register_vmap("kdfast::dense_backward", _batched(_ops.dense_backward, 1))
 torch.library.register_vmap("kdfast::dense_fused", _batched(_ops.dense_fused, 5))
-
-
-# --- Autograd ---------------------------------------------------------------------------------------------------------
-
-
-class Spec(NamedTuple):
-    """What of a call is not a tensor."""
-
-    terms: tuple[Term, ...]
-    mix_logits: bool
-    columns: int
-    label_smoothing: float
-    wants_z: bool
-    wants_dtau: bool
-    overwrite: bool
-
-    def inputs(
-        self,
-        teachers: tuple[Tensor, ...],
-        teacher_weights: Tensor | None,
-        labels: Tensor | None,
-        counted: Tensor | None,
-        temperature: Tensor,
-    ) -> Inputs:
-        """The operators' arguments."""
-        names, weights, parameters = ([t[k] for t in self.terms if teachers] for k in range(3))
-        return Inputs(
-            list(teachers),
-            teacher_weights,
-            labels,
-            counted,
-            temperature,
-            names,  # type: ignore[arg-type]
-            weights,  # type: ignore[arg-type]
-            parameters,  # type: ignore[arg-type]
-            self.mix_logits,
-            self.columns,
-            self.label_smoothing,
-        )
-
-
-class _OnlyOnce(torch.autograd.Function):
-    """Identity on a gradient that names the remedy where somebody differentiates it again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor, *_: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        msg = (
-            "kdfast: the kernels have no second derivative (create_graph=True was differentiated again): "
-            'pass backend="reference" to distill_loss'
-        )
-        raise RuntimeError(msg)
-
-
-def _once(grad: Tensor, *sources: Tensor) -> Tensor:
-    needed = torch.is_grad_enabled() and any(s.requires_grad for s in sources)
-    return _OnlyOnce.apply(grad, *sources) if needed else grad  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _Fused(torch.autograd.Function):
-    """Scalar loss with the gradient made in the forward call; returns (loss, soft, hard, z2)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        temperature: Tensor,
-        c_soft: Tensor | None,
-        c_hard: Tensor | None,
-        c_z: Tensor | None,
-        spec: Spec,
-        inputs: Inputs,
-    ) -> tuple[Tensor, ...]:
-        coefficients = (c_soft, c_hard, c_z)
-        if spec.overwrite:
-            *tokens, dtau = _ops.dense_fused_(student, *inputs, spec.wants_z, spec.wants_dtau, *coefficients)
-            torch.autograd.graph.increment_version(student)
-            ctx.grad = student.detach()
-        else:
-            *tokens, dtau, ctx.grad = _ops.dense_fused(student, *inputs, spec.wants_z, spec.wants_dtau, *coefficients)
-            ctx.save_for_backward(student, *inputs.teachers)
-        ctx.spec, ctx.inputs, ctx.coefficients, ctx.tokens, ctx.dtau = spec, inputs, coefficients, tokens, dtau
-        terms = [reference.weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
-        ctx.mark_non_differentiable(*tokens)
-        return sum(terms[1:], terms[0]), *tokens
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            grads = _Fused.gradients(ctx, upstream)
-        if torch.is_grad_enabled():  # create_graph=True
-            sources = (upstream, *ctx.saved_tensors[:1])
-            grads = tuple(None if g is None else _once(g, *sources) for g in grads)
-        return *grads, None, None
-
-    @staticmethod
-    def gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """To the student, the temperature and the coefficients."""
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            if ctx.spec.overwrite:
-                msg = "kdfast: a second backward needs the logits that overwrite_logits=True gave away"
-                raise RuntimeError(msg)
-            student, *_teachers = ctx.saved_tensors  # raises where one was changed since
-            grad = _ops.dense_fused(student, *ctx.inputs, ctx.spec.wants_z, ctx.spec.wants_dtau, *ctx.coefficients)[-1]
-        _ops.scale_(grad, upstream)
-        to_coefficients = [
-            None if c is None or not needed else upstream * torch.where((c != 0) | x.isfinite(), x, 0.0)
-            for c, x, needed in zip(ctx.coefficients, ctx.tokens, ctx.needs_input_grad[2:5], strict=True)
-        ]
-        dtau = None
-        if ctx.needs_input_grad[1] and ctx.spec.wants_dtau:
-            dtau = (upstream * reference.weighted(ctx.coefficients[0], ctx.dtau, "sum")).to(ctx.inputs.temperature.dtype)
-        return grad, dtau, *to_coefficients
-
-
-class _Tokens(torch.autograd.Function):
-    """Per-token (soft, hard, z2), with a backward that reads the logits again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        student: Tensor,
-        temperature: Tensor,
-        labels: Tensor | None,
-        counted: Tensor | None,
-        teacher_weights: Tensor | None,
-        spec: Spec,
-        *teachers: Tensor,
-    ) -> tuple[Tensor, ...]:
-        inputs = spec.inputs(teachers, teacher_weights, labels, counted, temperature)
-        return _ops.dense_forward(student, *inputs, spec.wants_z, spec.wants_dtau)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        student, temperature, labels, counted, teacher_weights, spec, *teachers = inputs
-        dtau, stats = output[3:]
-        ctx.mark_non_differentiable(dtau, stats)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, temperature, labels, counted, teacher_weights, dtau, stats, *teachers)
-        ctx.spec = spec
-
-    @staticmethod
-    def backward(
-        ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None, g_z: Tensor | None, *_: Any
-    ) -> tuple[Tensor | None, ...]:
-        student, temperature, labels, counted, teacher_weights, dtau, stats, *teachers = ctx.saved_tensors
-        spec: Spec = ctx.spec
-        inputs = spec.inputs(tuple(teachers), teacher_weights, labels, counted, temperature)
-        # A term that the call does not have has an output without elements, whose upstream may be None or as empty.
-        coefficients = [
-            g if there else None
-            for g, there in ((g_soft, bool(teachers)), (g_hard, labels is not None), (g_z, spec.wants_z))
-        ]
-        g_soft = coefficients[0]
-        upstream = [g for g in coefficients if g is not None]
-        to_student: Tensor | None = None
-        to_temperature: Tensor | None = None
-        to_teachers: list[Tensor | None] = [None] * len(teachers)
-        if any(ctx.needs_input_grad[6:]) and g_soft is not None:
-            # The same divergence with its arguments, and so its roles, exchanged.
-            swapped = inputs._replace(
-                teachers=[student], labels=None, **_exchanged(spec.terms)
-            )
-            grad = _ops.dense_fused(teachers[0], *swapped, False, False, g_soft, None, None)[-1]
-            to_teachers[0] = _once(grad, *upstream, student, teachers[0])
-        if ctx.needs_input_grad[1] and spec.wants_dtau and g_soft is not None:
-            to_temperature = _once((g_soft * dtau).sum().to(temperature.dtype), *upstream, student, temperature)
-        if ctx.needs_input_grad[0] and upstream:
-            if spec.overwrite:
-                with torch.no_grad():
-                    _ops.dense_backward_(student, *inputs, stats, *coefficients)
-                torch.autograd.graph.increment_version(student)
-                to_student = student.detach()
-            else:
-                grad = _ops.dense_backward(student, *inputs, stats, *coefficients)
-                to_student = _once(grad, *upstream, student)
-        return to_student, to_temperature, None, None, None, None, *to_teachers
-
-
-_EXCHANGED = {
-    "forward_kl": "reverse_kl",
-    "reverse_kl": "forward_kl",
-    "skew_forward_kl": "skew_reverse_kl",
-    "skew_reverse_kl": "skew_forward_kl",
-}
-_COMPLEMENT = ("jsd", "alpha_div")  # D(q, p; x) = D(p, q; 1 - x)
-
-
-def _exchanged(terms: tuple[Term, ...]) -> dict[str, Any]:
-    """The terms of D(p, q), written as a divergence of exchanged arguments."""
-    return {
-        "names": [_EXCHANGED.get(t.name, t.name) for t in terms],
-        "weights": [t.weight for t in terms],
-        "parameters": [1 - t.parameter if t.name in _COMPLEMENT else t.parameter for t in terms],
-    }
-
-
-# --- The row of the registry ------------------------------------------------------------------------------------------
-
-
-def cpu_unavailable() -> str | None:
-    """Why the compiled CPU kernel cannot run here."""
-    return None if _core is not None else f"the compiled extension is missing ({_IMPORT_ERROR})"
-
-
-def cpu_detail() -> str:
-    """What the compiled CPU kernel runs with."""
-    isas = ", ".join(_core.supported_isas())
-    return f"C++ kernel, {_core.isa()} of {isas}, {torch.get_num_threads()} threads"
-
-
-def cpu_declines(problem: Problem) -> str | None:
-    """Why the compiled CPU kernel cannot serve this call."""
-    logits = (problem.student, *problem.teachers)
-    if not all(isinstance(x, Tensor) for x in logits):
-        return "an LMHead needs the reference"
-    if problem.sparse is not None:
-        return "sparse targets need the reference"
-    for x in logits:
-        if x.device.type != "cpu":  # type: ignore[union-attr]
-            return f"logits on {x.device}"  # type: ignore[union-attr]
-        if x.dtype not in KERNEL_DTYPES:  # type: ignore[union-attr]
-            return f"{x.dtype} logits (it takes float32, bfloat16 and float16)"  # type: ignore[union-attr]
-    if problem.temperature.device.type != "cpu":
-        return f"temperature on {problem.temperature.device}"
-    several = len(problem.teachers) > 1
-    if several and problem.teacher_grad:
-        return "gradients to an ensemble of teachers"
-    if problem.teacher_weights is not None and problem.teacher_weights.requires_grad:
-        return "gradients to teacher_weights"
-    if several and problem.ensemble == "prob" and problem.learns_temperature:
-        return "a learned temperature under ensemble='prob'"
-    return None
-
-
-def cpu_distill_loss(problem: Problem) -> DistillTerms:
-    """The loss through the compiled kernel."""
-    student = problem.student
-    assert isinstance(student, Tensor)  # noqa: S101 - cpu_declines has seen to it
-    teachers: tuple[Tensor, ...] = problem.teachers  # type: ignore[assignment]
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    spec = Spec(
-        problem.terms,
-        problem.ensemble == "logit" and len(teachers) > 1,
-        problem.columns,
-        problem.label_smoothing,
-        isinstance(problem.z_loss, Tensor) or problem.z_loss != 0.0,
-        problem.learns_temperature and bool(teachers),
-        problem.overwrite_logits and not transformed,
-    )
-    weights = problem.teacher_weights
-    if weights is not None:
-        weights = weights.detach().to(torch.float32)
-    tensors = (problem.labels, problem.counted, weights)
-    w = reference.token_weights(problem)
-    in_forward = (
-        torch.is_grad_enabled()
-        and student.requires_grad
-        and student.dtype != torch.float16
-        and problem.reduction != "none"
-        and not problem.teacher_grad
-        and not transformed
-    )
-    if not in_forward:
-        out = _Tokens.apply(student, problem.temperature, *tensors, spec, *teachers)  # type: ignore[no-untyped-call]
-        return reference.assemble(problem, _token_terms(problem, *out[:3]), w)
-    inputs = spec.inputs(teachers, weights, problem.labels, problem.counted, problem.temperature.detach())
-    c = reference.coefficients(problem, w)
-    loss, *out = _Fused.apply(student, problem.temperature, *c, spec, inputs)  # type: ignore[no-untyped-call]
-    return DistillTerms(loss, *reference.reduced_terms(problem, _token_terms(problem, *out), w))
-
-
-def _token_terms(problem: Problem, soft: Tensor, hard: Tensor, z2: Tensor) -> TokenTerms:
-    return TokenTerms(soft if problem.has_teacher else None, hard if problem.labels is not None else None, z2)
