@@ -1,0 +1,58 @@
+"""The documentation runs: docstring examples, and the loops that the README shows."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kdfast
+
+README = Path(__file__).parents[1] / "README.md"
+MODULES = ["kdfast.divergence", "kdfast.loss", "kdfast.ops._registry"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={"torch": torch})
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_readme_replacement_has_the_relation_it_states():
+    torch.manual_seed(0)
+    scope = {
+        "F": F,
+        "student": torch.randn(6, 50, requires_grad=True),
+        "teacher": torch.randn(6, 50),
+        "labels": torch.randint(0, 50, (6,)),
+        "T": 2.0,
+        "alpha": 0.9,
+    }
+    replacement = blocks()[0]
+    exec(replacement, scope)
+    before = "\n".join(
+        line.removeprefix("# before:").lstrip("# ") for line in replacement.splitlines() if line[:1] == "#"
+    )
+    exec(before.replace("loss =", "eager ="), scope)
+    torch.testing.assert_close(scope["loss"], scope["eager"])
+    assert scope["student"].grad is not None
+
+
+def test_readme_causal_language_model():
+    def model(ids):
+        return SimpleNamespace(logits=torch.nn.functional.one_hot((ids + 1) % 40, 40).float() * 9)
+
+    ids = torch.arange(10).repeat(2, 1)
+    scope = {"torch": torch, "kdfast": kdfast, "model": model, "teacher": model, "input_ids": ids}
+    exec(blocks()[1], scope)
+    assert scope["loss"] < 0.05  # a model that counts is right about the next token only if the two are aligned
