@@ -99,7 +99,7 @@ def distill_loss(
         >>> loss = distill_loss(student, teacher, torch.tensor([0, 2]), temperature=2.0, alpha=0.9)
         >>> loss.backward()
         >>> round(loss.item(), 3), tuple(student.grad.shape)
-        (0.529, (2, 5))
+        (0.401, (2, 5))
     """
     problem = build_problem(
         student,
@@ -146,8 +146,8 @@ class DistillLoss(nn.Module):
 
     Example:
         >>> criterion = DistillLoss(divergence="jsd", temperature=2.0)
-        >>> criterion(torch.zeros(2, 5), torch.zeros(2, 5))
-        tensor(0.)
+        >>> round(criterion(torch.zeros(2, 5), torch.zeros(2, 5)).item(), 6)
+        0.0
     """
 
     def __init__(self, **options: Any) -> None:

@@ -165,7 +165,7 @@ def _check_ids(target: SparseTargets) -> None:
     ordered = ids.sort(-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(twice.any()):
-        msg = f"teacher: ids must differ within a token, got {int(ordered[..., 1:][twice][0])} twice"
+        msg = f"teacher: ids hold duplicates within a token: {int(ordered[..., 1:][twice][0])} stands there twice"
         raise ValueError(msg)
 
 
