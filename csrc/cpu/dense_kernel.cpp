@@ -286,7 +286,9 @@ class Call {
         float* saved = a_.stats ? a_.stats + i * a_.stats_per_row() : nullptr;
         if (!from_logits_) {
             std::memcpy(&row.state, saved, sizeof(RowState));
-            std::memcpy(row.teachers.data(), saved + DenseCall::state_size, row.teachers.size() * sizeof(Normaliser));
+            if (distributions_ > 0)
+                std::memcpy(row.teachers.data(), saved + DenseCall::state_size,
+                            row.teachers.size() * sizeof(Normaliser));
             return;
         }
         Sums student, rest;
@@ -475,7 +477,9 @@ class Call {
         if (a_.stats) {
             float* saved = a_.stats + i * a_.stats_per_row();
             std::memcpy(saved, &row.state, sizeof(RowState));
-            std::memcpy(saved + DenseCall::state_size, row.teachers.data(), row.teachers.size() * sizeof(Normaliser));
+            if (distributions_ > 0)
+                std::memcpy(saved + DenseCall::state_size, row.teachers.data(),
+                            row.teachers.size() * sizeof(Normaliser));
         }
         if (taught_ == 0) return;
         Value total;
@@ -534,7 +538,7 @@ void triad(const float* a, const float* b, float* out, std::int64_t count, int t
             std::int64_t i = 0;
             for (; i + width <= size; i += width) store(buffers.g + i, load(a + start + i) + load(b + start + i));
             for (; i < size; ++i) buffers.g[i] = a[start + i] + b[start + i];
-            stream_floats(out + start, buffers.g, size);
+            stream_out(out + start, buffers.g, size);
         }
         fence();
     });

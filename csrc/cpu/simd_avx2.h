@@ -21,6 +21,9 @@ KDFAST_INLINE V set1(float x) { return {_mm256_set1_ps(x)}; }
 KDFAST_INLINE V load(const float* p) { return {_mm256_loadu_ps(p)}; }
 KDFAST_INLINE void store(float* p, V a) { _mm256_storeu_ps(p, a.v); }
 KDFAST_INLINE void stream(float* p, V a) { _mm256_stream_ps(p, a.v); }
+KDFAST_INLINE void stream_vector(void* to, const void* from) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
 KDFAST_INLINE V operator+(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
 KDFAST_INLINE V operator-(V a, V b) { return {_mm256_sub_ps(a.v, b.v)}; }
 KDFAST_INLINE V operator*(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }

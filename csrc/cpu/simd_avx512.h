@@ -20,6 +20,10 @@ KDFAST_INLINE V set1(float x) { return {_mm512_set1_ps(x)}; }
 KDFAST_INLINE V load(const float* p) { return {_mm512_loadu_ps(p)}; }
 KDFAST_INLINE void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
 KDFAST_INLINE void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }  // p aligned to the vector
+// 64 bytes from anywhere to an aligned address, past the cache
+KDFAST_INLINE void stream_vector(void* to, const void* from) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
 KDFAST_INLINE V operator+(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
 KDFAST_INLINE V operator-(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
 KDFAST_INLINE V operator*(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace kdfast::cpu::KDFAST_ISA {
 
@@ -28,6 +29,7 @@ KDFAST_INLINE void store(float* p, V a) {
     for (int i = 0; i < width; ++i) p[i] = a.v[i];
 }
 KDFAST_INLINE void stream(float* p, V a) { store(p, a); }
+KDFAST_INLINE void stream_vector(void* to, const void* from) { std::memcpy(to, from, width * sizeof(float)); }
 KDFAST_INLINE V operator+(V a, V b) { KDFAST_LANES(a.v[i] + b.v[i]); }
 KDFAST_INLINE V operator-(V a, V b) { KDFAST_LANES(a.v[i] - b.v[i]); }
 KDFAST_INLINE V operator*(V a, V b) { KDFAST_LANES(a.v[i] * b.v[i]); }

@@ -88,29 +88,25 @@ void narrow(std::uint16_t* out, const float* values, std::int64_t n) {
     }
 }
 
-// Whole vectors go past the cache: the gradient is not read again here, and a line that is written in full that way
-// need not be fetched first.
-void stream_floats(float* out, const float* values, std::int64_t n) {
-    constexpr std::uintptr_t bytes = width * sizeof(float);
+// Copies n elements past the cache: the gradient is not read again here, and a line that is written in full that way
+// need not be fetched first. The source may lie at any address, the target at any that suits its element.
+template <class Element>
+void stream_out(Element* out, const Element* values, std::int64_t n) {
+    constexpr std::int64_t step = width * sizeof(float) / sizeof(Element);
     std::int64_t i = 0;
-    while (i < n && reinterpret_cast<std::uintptr_t>(out + i) % bytes != 0) out[i] = values[i], ++i;
-    for (; i + width <= n; i += width) stream(out + i, load(values + i));
+    while (i < n && reinterpret_cast<std::uintptr_t>(out + i) % (width * sizeof(float)) != 0) {
+        out[i] = values[i];
+        ++i;
+    }
+    for (; i + step <= n; i += step) stream_vector(out + i, values + i);
     for (; i < n; ++i) out[i] = values[i];
 }
 
 void store_tile(DType dtype, std::byte* row, std::int64_t begin, const float* values, std::int64_t n, float* scratch) {
-    if (dtype == DType::f32) return stream_floats(reinterpret_cast<float*>(row) + begin, values, n);
-    auto* target = reinterpret_cast<std::uint16_t*>(row) + begin;
+    if (dtype == DType::f32) return stream_out(reinterpret_cast<float*>(row) + begin, values, n);
     auto* narrowed = reinterpret_cast<std::uint16_t*>(scratch);
     dtype == DType::bf16 ? narrow<store_bf16>(narrowed, values, n) : narrow<store_f16>(narrowed, values, n);
-    if (reinterpret_cast<std::uintptr_t>(target) % 4 != 0) {  // a row of odd length: shift by one to move words
-        *target++ = *narrowed++;
-        --n;
-    }
-    // fp32 here is only a carrier of bits
-    const std::int64_t words = n / 2;
-    stream_floats(reinterpret_cast<float*>(target), reinterpret_cast<const float*>(narrowed), words);
-    if (n % 2) target[n - 1] = narrowed[n - 1];
+    stream_out(reinterpret_cast<std::uint16_t*>(row) + begin, narrowed, n);
 }
 
 template <class Io>

@@ -390,19 +390,19 @@ TEST(several_teachers) {
 
 TEST(temperature_gradient_of_several_teachers) {
     for_each_isa([&](const cpu::Kernels& kernels) {
-        for (const Term& term : every_term)
-            for (bool mix : {false, true}) {
-                const Scope scope(text(cpu::divergence_names[static_cast<std::size_t>(term.kind)],
-                                       mix ? ", logits mixed" : ", distributions mixed"));
-                Case c(random, 3, 1050, DType::f32, 3);
-                c.terms = {term};
-                c.mix_logits = mix;
-                c.temperature = 1.5f;
-                const Outputs out = c.run(kernels, true);
-                c.check(out);
-                c.threads = 8;
-                CHECK(c.run(kernels, true).same(out));
-            }
+        for (const Term& term : every_term) {
+            const Scope scope(text(cpu::divergence_names[static_cast<std::size_t>(term.kind)]));
+            Case c(random, 3, 1050, DType::f32, 3);
+            c.terms = {term};
+            c.mix_logits = true;
+            c.temperature = 1.5f;
+            const Outputs out = c.run(kernels, true);
+            c.check(out);
+            c.threads = 8;
+            CHECK(c.run(kernels, true).same(out));
+            c.mix_logits = false;  // a mixture of softmaxes has another formula, which is not there
+            CHECK_THROWS(ArgumentError, c.run(kernels, true));
+        }
     });
 }
 
