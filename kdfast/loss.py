@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,50 @@ from kdfast.ops import _registry
 from kdfast.problem import Logits, Reduction, Teacher, build_problem
 from kdfast.reference import DistillTerms
 
+if TYPE_CHECKING:  # what follows tells a type checker which of two types a call returns
+    from typing_extensions import Unpack
 
+    class Options(TypedDict, total=False):
+        """The keyword arguments of :func:`distill_loss` but ``return_terms``."""
+
+        divergence: DivergenceLike
+        temperature: float | Tensor
+        alpha: float | Tensor | None
+        scale_t2: bool
+        ignore_index: int
+        label_smoothing: float
+        z_loss: float | Tensor
+        weights: Tensor | None
+        reduction: Reduction
+        num_items: float | Tensor | None
+        teacher_weights: Tensor | Sequence[float] | None
+        ensemble: Literal["prob", "logit"]
+        teacher_grad: bool
+        vocab: Literal["strict", "truncate"]
+        tail: Literal["bucket", "renorm", "zero"]
+        overwrite_logits: bool
+        memory_budget: int | None
+        backend: str | None
+
+
+@overload
+def distill_loss(
+    student: Logits,
+    teacher: Teacher | None = ...,
+    labels: Tensor | None = ...,
+    *,
+    return_terms: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def distill_loss(
+    student: Logits,
+    teacher: Teacher | None = ...,
+    labels: Tensor | None = ...,
+    *,
+    return_terms: Literal[True],
+    **options: Unpack[Options],
+) -> DistillTerms: ...
 def distill_loss(
     student: Logits,
     teacher: Teacher | None = None,
@@ -175,7 +218,9 @@ class DistillLoss(nn.Module):
     ) -> Tensor | DistillTerms:
         """The loss; arguments as in :func:`kdfast.distill_loss`."""
         tensors = {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
-        return distill_loss(student, teacher, labels, **{**self.options, **tensors, **options})
+        merged: Any = {**self.options, **tensors, **options}
+        loss: Tensor | DistillTerms = distill_loss(student, teacher, labels, **merged)
+        return loss
 
     def extra_repr(self) -> str:
         """The options that were set."""
