@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
-# Tests see the installed wheel and never the source tree: -P keeps the working directory off sys.path.
-PYTEST = $(BIN)/python -P -m pytest
+# Tests see the installed wheel, never the source tree: the script, unlike `python -m pytest`, keeps the working directory off
+# sys.path.
+PYTEST = $(BIN)/pytest
 
 .PHONY: demo test lint bench nightly sanitize clean
 
@@ -19,7 +20,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(BIN)/ruff check kdfast kernels tests bench
 	$(BIN)/ruff format --check kdfast kernels tests bench
-	cd / && $(abspath $(BIN))/python -P -m mypy --config-file $(CURDIR)/pyproject.toml -p kdfast
+	cd / && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml -p kdfast
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
 
 bench: $(VENV)/.test

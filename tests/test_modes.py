@@ -290,13 +290,14 @@ print("ok")
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this platform")
 @pytest.mark.parametrize("parent", [1, 2])
-def test_after_a_fork(parent):
+def test_after_a_fork(parent, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FORK.replace("{parent}", str(parent))],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
+        cwd=tmp_path,  # where no source tree stands before the installed package
     )
     assert done.stdout == "ok\n", done.stderr
 
