@@ -333,6 +333,7 @@ class Call {
     RowConstants constants(std::int64_t i, const Row& row) const {
         RowConstants c;
         c.c = c_;
+        c.streamed = a_.grad.data != a_.student.data || a_.student.dtype == DType::f32;
         c.state = row.state;
         if (distributions_ == 1) {
             c.teacher = row.teachers[0];

@@ -142,6 +142,7 @@ struct RowConstants {
     float teacher_c = 1;
     float c_soft = 0;      // c_soft * weight / tau
     float c_one = 0;       // factor of softmax(z): c_hard + 2 c_z logsumexp(z)
+    bool streamed = true;  // how the gradient is written, see tiles.h
     float one_from_p = 0;  // Tau::one: softmax(z) = p * this; Tau::two: p^2 * this
 };
 
@@ -203,7 +204,7 @@ void visit(const D& divergence, const typename Io::Element* z, const typename Io
             if constexpr (T == Tau::one) one = col.p * one_from_p;
             if constexpr (T == Tau::two) one = col.p * (col.p * one_from_p);
             if constexpr (T == Tau::other) one = exp2(affine(raw, set1(log2e), one_from), one_scale) * c_one;
-            Io::put(g + i, fma(c_soft, divergence.pull(col, sum_student), one));
+            Io::put(g + i, fma(c_soft, divergence.pull(col, sum_student), one), row.streamed);
         }
     }
     if constexpr (W != Want::gradient) sums.value += hsum(value);

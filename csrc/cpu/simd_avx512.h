@@ -83,15 +83,6 @@ KDFAST_INLINE void store_f16(std::uint16_t* p, V a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-KDFAST_INLINE void fence() { _mm_sfence(); }
-
-// Results below the normal range become 0 while this lives: some processors take a hundred cycles over each.
-struct FlushDenormals {
-    unsigned saved = _mm_getcsr();
-    FlushDenormals() { _mm_setcsr(saved | 0x8000u); }
-    ~FlushDenormals() { _mm_setcsr(saved); }
-    FlushDenormals(const FlushDenormals&) = delete;
-    FlushDenormals& operator=(const FlushDenormals&) = delete;
-};
-
 }  // namespace kdfast::cpu::KDFAST_ISA
+
+#include "cpu/simd_x86.h"
