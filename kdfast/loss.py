@@ -165,6 +165,7 @@ def distill_loss(
         tail=tail,
         overwrite_logits=overwrite_logits,
         memory_budget=memory_budget,
+        return_terms=return_terms,
     )
     terms = _registry.select(problem, backend).distill_loss(problem)
     return terms if return_terms else terms.loss

@@ -46,6 +46,7 @@ class Problem:
     tail: Literal["bucket", "renorm", "zero"]
     overwrite_logits: bool
     memory_budget: int | None
+    return_terms: bool
 
     @property
     def leading(self) -> torch.Size:
@@ -227,6 +228,7 @@ def build_problem(
     tail: Literal["bucket", "renorm", "zero"] = "bucket",
     overwrite_logits: bool = False,
     memory_budget: int | None = None,
+    return_terms: bool = False,
 ) -> Problem:
     """Check the arguments of ``distill_loss`` and normalise them; the errors raised here are its errors.
 
@@ -314,6 +316,7 @@ def build_problem(
         tail=tail,
         overwrite_logits=overwrite_logits,
         memory_budget=memory_budget,
+        return_terms=return_terms,
     )
 
 

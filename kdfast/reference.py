@@ -68,14 +68,17 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     a, b = log_a.exp(), log_b.exp()
     present = ~(a == 0)  # true for NaN, which must come out again
     d = torch.where(present, log_a - log_b, 0.0)
-    return torch.where(present, a * (d + torch.expm1(-d)), b).sum(-1)
+    # a * expm1(-d) is b - a: the one keeps its digits where a and b are close, the other does not overflow
+    close = d.abs() < 1
+    near = a * (d + torch.expm1(-torch.where(close, d, 0.0)))
+    return torch.where(present, torch.where(close, near, a * d + (b - a)), b).sum(-1)
 
 
 def _log_mixture(log_q: Tensor, log_p: Tensor, share: float) -> Tensor:
-    """Log of share * q + (1 - share) * p."""
+    """Log of share * q + (1 - share) * p; finite, as q and p have no say where their mixture underflows."""
     m = share * log_q.exp() + (1 - share) * log_p.exp()
-    absent = m == 0
-    return torch.where(absent, -INF, torch.where(absent, 1.0, m).log())
+    tiny = torch.finfo(m.dtype).tiny
+    return torch.where(m < tiny, tiny, m).log()  # clamp would hide a NaN's gradient
 
 
 def divergence(term: Term, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -336,7 +339,10 @@ def coefficients(problem: Problem, w: Tensor) -> Coefficients:
 
 def weighted(c: Tensor, x: Tensor, reduction: str) -> Tensor:
     """Product c * x per token, or its sum; a factor of 0 silences an infinite term."""
-    product = c * torch.where((c != 0) | x.isfinite(), x, 0.0)
+    audible = c != 0
+    if torch.is_grad_enabled():  # a factor of 0 may be learned, and its gradient is x
+        audible = audible | x.isfinite()
+    product = c * torch.where(audible, x, 0.0)
     return product if reduction == "none" else product.sum(dtype=torch.float64).to(product.dtype)
 
 
@@ -350,7 +356,9 @@ def assemble(problem: Problem, tokens: TokenTerms, w: Tensor) -> DistillTerms:
 
 
 def reduced_terms(problem: Problem, tokens: TokenTerms, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The soft and the hard term, detached and before alpha, reduced as the loss is."""
+    """The soft and the hard term, detached and before alpha, reduced as the loss is; None where not asked for."""
+    if not problem.return_terms:
+        return None, None
     with torch.no_grad():
         soft, hard = (None if x is None else weighted(w, x, problem.reduction) for x in tokens[:2])
         return None if soft is None else soft * soft_scale(problem, w), hard

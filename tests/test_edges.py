@@ -188,6 +188,41 @@ def test_large_logits(backend, name, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("height", [60, 130, 1000, 1e4])
+def test_the_maximum_may_come_late(backend, name, height):
+    """Sums that began under the first columns' maximum overflow, by any number of octaves, and must notice."""
+    v = 5000
+    for places in ([v - 1000, v - 2000], [v - 1, v - 1], [1200, v - 1]):
+        s, t = (torch.randn(6, v) for _ in range(2))
+        for x, place in zip((s, t), places, strict=True):
+            x[:, place] += height * (1 + torch.rand(6))
+        y = torch.randint(v, (6,))
+        for tau in (1.0, 2.0, 1.7):
+            options = {"divergence": CASES[name].argument, "temperature": tau, "reduction": "none"}
+            want, want_grad = run("reference", s.double(), t.double(), y, **options)
+            loss, grad = run(backend, s, t, y, **options)
+            assert_value(loss, want, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(grad.double(), want_grad, rtol=2e-3, atol=2e-6 * height)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("payload", [0x7FC00000, -0x400000, -1, 0x7F800001])
+def test_every_nan_is_one(backend, name, payload):
+    """Arithmetic on the bits of a number must not take one of the many NaNs for something else."""
+    nan = torch.tensor(payload, dtype=torch.int32).view(torch.float32)
+    for who in range(2):
+        logits = [torch.randn(2, 1500), torch.randn(2, 1500)]
+        logits[who][1, 1100] = nan
+        for tau in (1.0, 2.0, 1.7):
+            options = {"divergence": CASES[name].argument, "temperature": tau, "reduction": "none"}
+            loss, grad = run(backend, *logits, **options)
+            assert loss[0].isfinite()
+            assert loss[1].isnan()
+            assert grad[0].isfinite().all()
+            assert grad[1].isnan().all()
+
+
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("shift", [1e4, -1e4])
 def test_a_shift_of_the_logits_changes_nothing(backend, shift, name):
     """The shifted logits are exact in fp32, and so is their distance to the largest, which is all that counts."""

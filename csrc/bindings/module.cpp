@@ -51,6 +51,7 @@ struct View {
         r.shape.assign(shape.begin(), shape.end() - 1);
         r.strides.assign(strides.begin(), strides.end() - 1);
         if (r.shape != leading) throw ArgumentError(std::string(name) + ": leading axes differ from the student's");
+        r.merge_axes();
         return r;
     }
 

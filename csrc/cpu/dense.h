@@ -103,6 +103,7 @@ extern const Kernels generic_kernels;
 #if defined(KDFAST_X86)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 #endif
 
 }  // namespace kdfast::cpu

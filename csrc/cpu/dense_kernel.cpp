@@ -21,7 +21,10 @@
 #include "cpu/dense.h"
 
 // clang-format off: the order matters
-#if defined(KDFAST_ISA_AVX512)
+#if defined(KDFAST_ISA_AVX512_BF16)
+#define KDFAST_ISA avx512_bf16
+#include "cpu/simd_avx512.h"
+#elif defined(KDFAST_ISA_AVX512)
 #define KDFAST_ISA avx512
 #include "cpu/simd_avx512.h"
 #elif defined(KDFAST_ISA_AVX2)
@@ -58,6 +61,8 @@ class Call {
         tau_ = !needs_softmax_at_one || a_.temperature == 1 ? Tau::one : a_.temperature == 2 ? Tau::two : Tau::other;
         const bool one_dtype = a_.teachers.size() == 1 && a_.teachers[0].dtype == a_.student.dtype;
         direct_ = specialised<D> && one_dtype && a_.student.dtype != DType::f16;
+        // A short row is in the nearest cache still; over 16-bit logits, a stream took up to seven times as long.
+        streamed_ = a_.student.columns > tile && (a_.grad.data != a_.student.data || a_.student.dtype == DType::f32);
         // The reverse KL's normaliser needs log q in pass 1, which an ensemble of distributions does not have yet.
         sum_student_known_ = std::is_same_v<D, ForwardKl> || (std::is_same_v<D, ReverseKl> && distributions_ == 1);
     }
@@ -225,7 +230,7 @@ class Call {
             s,
             [&](std::int64_t start, std::int64_t n) {
                 const Ahead next = Ahead::of(student, a_.student.dtype, start + tile);
-                if (direct_ && n % width == 0) {
+                if (direct_) {
                     a_.student.dtype == DType::f32 ? sum_both<DirectFloat>(i, start, n, teachers[0], out.student)
                                                    : sum_both<DirectBf16>(i, start, n, teachers[0], out.student);
                 } else {
@@ -333,7 +338,7 @@ class Call {
     RowConstants constants(std::int64_t i, const Row& row) const {
         RowConstants c;
         c.c = c_;
-        c.streamed = a_.grad.data != a_.student.data || a_.student.dtype == DType::f32;
+        c.streamed = streamed_;
         c.state = row.state;
         if (distributions_ == 1) {
             c.teacher = row.teachers[0];
@@ -358,8 +363,15 @@ class Call {
                                     next_row(a_.student, i, start), next_row(a_.teachers[0], i, start), b.g, sums);
     }
 
-    template <class Io, Tau T, Want W>
+    template <Tau T, Want W>
     void visit_direct(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n, Value& sums) const {
+        if constexpr (specialised<D>)
+            a_.student.dtype == DType::f32 ? visit_in_place<DirectFloat, T, W>(i, c, start, n, sums)
+                                           : visit_in_place<DirectBf16, T, W>(i, c, start, n, sums);
+    }
+
+    template <class Io, Tau T, Want W>
+    void visit_in_place(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n, Value& sums) const {
         auto* g = wants_gradient_ ? columns<Io>(a_.grad.row(i), start) : nullptr;
         visit<Io, D, T, W>(divergence_, columns<Io>(a_.student.row(i), start),
                            columns<Io>(a_.teachers[0].row(i), start), n, c, next_row(a_.student, i, start),
@@ -383,10 +395,7 @@ class Call {
             [&](std::int64_t start, std::int64_t n) {
                 if (a_.dsoft_dtemperature)
                     return visit_taught<Tau::one, Want::value_and_dtau>(i, row, c, start, n, b, sums);
-                if constexpr (specialised<D>) {  // fp32 is read in place anyway
-                    if (direct_ && n % width == 0 && a_.student.dtype == DType::bf16)
-                        return visit_direct<DirectBf16, Tau::one, Want::value>(i, c, start, n, sums);
-                }
+                if (direct_) return visit_direct<Tau::one, Want::value>(i, c, start, n, sums);
                 visit_taught<Tau::one, Want::value>(i, row, c, start, n, b, sums);
             },
             [](std::int64_t, std::int64_t) {});
@@ -421,7 +430,28 @@ class Call {
     // Whether vectors of the gradient can be streamed to memory from here on.
     bool aligned(std::int64_t start, std::int64_t i) const {
         const auto size = static_cast<std::int64_t>(size_of(a_.grad.dtype));
-        return (reinterpret_cast<std::uintptr_t>(a_.grad.row(i)) + start * size) % (width * size) == 0;
+        return (reinterpret_cast<std::uintptr_t>(a_.grad.row(i)) + start * size) % (width * sizeof(float)) == 0;
+    }
+
+    // The few columns around a label, whose gradient has one more summand: kept aside, as the gradient may take their
+    // place, and written anew once their tile is done.
+    void keep(std::int64_t i, std::int64_t start, std::int64_t n, Buffers& b) const {
+        const auto copy = [&](const Rows& rows, float* to) {
+            const float* from = load_tile(rows.row(i), rows.dtype, start, n, to);
+            if (from != to) std::copy_n(from, n, to);
+        };
+        copy(a_.student, b.z);
+        copy(a_.teachers[0], b.t);
+    }
+
+    template <Tau T>
+    void mend(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n, std::int64_t label,
+              Buffers& b) const {
+        const Ahead nothing = {nullptr, 0};
+        Value unused;
+        visit<ThroughTile, D, T, Want::gradient>(divergence_, b.z, b.t, n, c, nothing, nothing, b.g, unused);
+        b.g[label - start] -= a_.c_hard[i];
+        store_tile(a_.grad.dtype, a_.grad.row(i), start, b.g, n, b.mix, false);
     }
 
     template <Tau T>
@@ -438,26 +468,21 @@ class Call {
             if (a_.c_hard && labelled(i)) {
                 if (in_tile(a_.labels[i], start, n)) b.g[a_.labels[i] - start] -= a_.c_hard[i] - smoothed;
             }
-            store_tile(a_.grad.dtype, a_.grad.row(i), start, b.g, n, b.z);
+            store_tile(a_.grad.dtype, a_.grad.row(i), start, b.g, n, b.z, streamed_);
         };
         for_segment(
             s,
             [&](std::int64_t start, std::int64_t n) {
                 constexpr Want joint = D::sum_student_known ? Want::value_and_gradient : Want::gradient;
                 const bool with_value = joint_ && from_logits_;
-                if constexpr (specialised<D>) {
-                    const bool plain =
-                        n % width == 0 && smoothed == 0 && !(labelled(i) && in_tile(a_.labels[i], start, n));
-                    if (direct_ && soft && plain && aligned(start, i)) {
-                        const bool floats = a_.student.dtype == DType::f32;
-                        if (with_value)
-                            floats ? visit_direct<DirectFloat, T, joint>(i, c, start, n, sums)
-                                   : visit_direct<DirectBf16, T, joint>(i, c, start, n, sums);
-                        else
-                            floats ? visit_direct<DirectFloat, T, Want::gradient>(i, c, start, n, sums)
-                                   : visit_direct<DirectBf16, T, Want::gradient>(i, c, start, n, sums);
-                        return;
-                    }
+                if (direct_ && soft && smoothed == 0 && (!streamed_ || aligned(start, i))) {
+                    const std::int64_t label = a_.c_hard && labelled(i) ? a_.labels[i] : -1;
+                    const std::int64_t at = start + (label - start) / step * step, m = std::min(step, start + n - at);
+                    if (in_tile(label, start, n)) keep(i, at, m, b);
+                    with_value ? visit_direct<T, joint>(i, c, start, n, sums)
+                               : visit_direct<T, Want::gradient>(i, c, start, n, sums);
+                    if (in_tile(label, start, n)) mend<T>(i, c, at, m, label, b);
+                    return;
                 }
                 if (with_value) {
                     visit_taught<T, joint>(i, row, c, start, n, b, sums);
@@ -505,7 +530,8 @@ class Call {
     std::int64_t distributions_;
     Tau tau_;
     bool sum_student_known_;
-    bool direct_;  // student and teacher can be read, and the gradient written, without the detour through tiles
+    bool streamed_;  // the gradient is written past the cache
+    bool direct_;    // student and teacher can be read, and the gradient written, without the detour through tiles
     bool from_logits_ = true;
     bool wants_gradient_ = false;
     bool joint_ = false;       // value and gradient in one pass
@@ -552,7 +578,7 @@ void scale(const Rows& data, std::int64_t rows, float factor, int threads) {
             const std::int64_t n = std::min(tile, data.columns - start);
             const float* x = load_tile(data.row(i), data.dtype, start, n, b.z);
             for (std::int64_t j = 0; j < n; j += width) store(b.g + j, load(x + j) * set1(factor));
-            store_tile(data.dtype, data.row(i), start, b.g, n, b.t);
+            store_tile(data.dtype, data.row(i), start, b.g, n, b.t, true);
         }
         fence();
     });

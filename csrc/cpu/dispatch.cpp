@@ -16,6 +16,8 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 bool has_avx2() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -24,6 +26,7 @@ bool has_avx2() {
 
 const Isa table[] = {
 #if defined(KDFAST_X86)
+    {"avx512_bf16", has_avx512_bf16, &avx512_bf16_kernels},
     {"avx512", has_avx512, &avx512_kernels},
     {"avx2", has_avx2, &avx2_kernels},
 #endif

@@ -95,13 +95,16 @@ struct ReverseKl {
     V teacher(const Column& c) const { return set1(0) - c.p; }
 };
 
+// a p + b q where both are mixed. Where it underflows neither has a say, and its logarithm must stay finite.
+KDFAST_INLINE V mix(V a, V p, V b, V q) { return max(set1(0x1p-126f), fma(a, p, b * q)); }
+
 struct Jsd : General<Jsd> {
     static constexpr bool sum_student_known = false;
     V beta, rest;
     explicit Jsd(float b) : beta(set1(b)), rest(set1(1 - b)) {}
-    V log2_mixture(const Column& c) const { return log2(fma(beta, c.q, rest * c.p)); }
+    V log2_mixture(const Column& c) const { return log2(mix(beta, c.q, rest, c.p)); }
     V value(const Column& c) const {
-        const V m = fma(beta, c.q, rest * c.p);
+        const V m = mix(beta, c.q, rest, c.p);
         const V lm = log2(m);
         const V dq = (c.v - lm) * set1(ln2), dp = (c.u - lm) * set1(ln2);
         return fma(beta, kl_term(c.q, m, dq), rest * kl_term(c.p, m, dp));
@@ -114,7 +117,7 @@ struct SkewForwardKl : General<SkewForwardKl> {  // KL(q, m), m = lam q + (1 - l
     static constexpr bool sum_student_known = false;
     V lam, rest;
     explicit SkewForwardKl(float l) : lam(set1(l)), rest(set1(1 - l)) {}
-    V mixture(const Column& c) const { return fma(lam, c.q, rest * c.p); }
+    V mixture(const Column& c) const { return mix(lam, c.q, rest, c.p); }
     V value(const Column& c) const {
         const V m = mixture(c);
         return kl_term(c.q, m, (c.v - log2(m)) * set1(ln2));
@@ -130,7 +133,7 @@ struct SkewReverseKl : General<SkewReverseKl> {  // KL(p, m), m = (1 - lam) q + 
     static constexpr bool sum_student_known = false;
     V lam, rest;
     explicit SkewReverseKl(float l) : lam(set1(l)), rest(set1(1 - l)) {}
-    V mixture(const Column& c) const { return fma(rest, c.q, lam * c.p); }
+    V mixture(const Column& c) const { return mix(rest, c.q, lam, c.p); }
     V value(const Column& c) const {
         const V m = mixture(c);
         return kl_term(c.p, m, (c.u - log2(m)) * set1(ln2));

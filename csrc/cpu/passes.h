@@ -71,28 +71,32 @@ struct TileSums {
     bool overflowed() const { return !(at_tau < 1e30f && at_one < 1e30f); }
 };
 
+// Enough for a sum to overflow, which is how a maximum that comes late is noticed.
+KDFAST_INLINE V at_most_128(V x) { return exp2_overflows ? x : min(set1(128), x); }
+
 // Cross = sum 2^(z c - reference) (z - t): the reverse KL's normaliser before normalisation.
 template <class Io, Tau T, bool Cross>
 TileSums sum_tile(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float scale,
                   const Sums& sums, Ahead next) {
     const V c = set1(scale), from = set1(-sums.reference(scale)), from_one = set1(-sums.reference(log2e));
     V s0 = set1(0), s1 = s0, o0 = s0, o1 = s0, x0 = s0;
-    const auto step = [&](std::int64_t i, V& s, V& o) {
-        const V x = Io::get(z + i);
-        const V e = exp2(affine(x, c, from));
+    const auto add = [&](V x, V y, V& s, V& o) KDFAST_INLINE_LAMBDA {
+        const V e = exp2(at_most_128(affine(x, c, from)));
         s = s + e;
         if constexpr (T == Tau::two) o = fma(e, e, o);
-        if constexpr (T == Tau::other) o = o + exp2(affine(x, set1(log2e), from_one));
-        if constexpr (Cross) x0 = add_times(x0, e, x - Io::get(t + i));
+        if constexpr (T == Tau::other) o = o + exp2(at_most_128(affine(x, set1(log2e), from_one)));
+        if constexpr (Cross) x0 = add_times(x0, e, x - y);
     };
-    std::int64_t i = 0;
-    for (; i + 2 * width <= n; i += 2 * width) {
-        next.fetch(i);
-        step(i, s0, o0);
-        next.fetch(i + width);
-        step(i + width, s1, o1);
+    Tail<Io> z_tail, t_tail;
+    for (std::int64_t i = 0; i < n; i += step) {
+        const bool whole = i + step <= n;
+        next.template fetch<Io>(i);
+        const Pair x = Io::get(whole ? z + i : z_tail.fill(z + i, n - i));
+        Pair y = x;
+        if constexpr (Cross) y = Io::get(whole ? t + i : t_tail.fill(t + i, n - i));
+        add(x.first, y.first, s0, o0);
+        add(x.second, y.second, s1, o1);
     }
-    if (i < n) step(i, s0, o0);
     const float at_tau = hsum(s0 + s1);
     return {at_tau, T == Tau::one ? at_tau : hsum(o0 + o1), Cross ? hsum(x0) : 0};
 }
@@ -175,11 +179,8 @@ void visit(const D& divergence, const typename Io::Element* z, const typename Io
     const V one_from_p = set1(row.one_from_p * row.c_one), sum_student = set1(state.sum_student);
     const V d_lo = set1(ln2 * (state.at_tau.lo - row.teacher.lo));
     V value = set1(0), total = value, student_u = value, p_u = value, teacher = value, teacher_v = value, q_v = value;
-    for (std::int64_t i = 0; i < n; i += width) {
-        next_z.fetch(i);
-        next_t.fetch(i);
-        const V raw = Io::get(z + i);
-        const V u = affine(raw, c, p_from), v = affine(Io::get(t + i), tc, q_from);
+    const auto column = [&](V raw, V target) KDFAST_INLINE_LAMBDA {  // its gradient
+        const V u = affine(raw, c, p_from), v = affine(target, tc, q_from);
         Column col;
         col.u = u - p_lo;
         col.v = v - q_lo;
@@ -199,12 +200,24 @@ void visit(const D& divergence, const typename Io::Element* z, const typename Io
             teacher_v = teacher_v + times(other, col.v);
             q_v = q_v + times(col.q, col.v);
         }
+        if constexpr (!wants_gradient) return set1(0);
+        V one;
+        if constexpr (T == Tau::one) one = col.p * one_from_p;
+        if constexpr (T == Tau::two) one = col.p * (col.p * one_from_p);
+        if constexpr (T == Tau::other) one = exp2(affine(raw, set1(log2e), one_from), one_scale) * c_one;
+        return fma(c_soft, divergence.pull(col, sum_student), one);
+    };
+    Tail<Io> z_tail, t_tail, g_tail;
+    for (std::int64_t i = 0; i < n; i += step) {
+        const bool whole = i + step <= n;
+        next_z.template fetch<Io>(i);
+        next_t.template fetch<Io>(i);
+        const Pair x = Io::get(whole ? z + i : z_tail.fill(z + i, n - i));
+        const Pair y = Io::get(whole ? t + i : t_tail.fill(t + i, n - i));
+        const Pair gradient = {column(x.first, y.first), column(x.second, y.second)};
         if constexpr (wants_gradient) {
-            V one;
-            if constexpr (T == Tau::one) one = col.p * one_from_p;
-            if constexpr (T == Tau::two) one = col.p * (col.p * one_from_p);
-            if constexpr (T == Tau::other) one = exp2(affine(raw, set1(log2e), one_from), one_scale) * c_one;
-            Io::put(g + i, fma(c_soft, divergence.pull(col, sum_student), one), row.streamed);
+            Io::put(whole ? g + i : g_tail.values, gradient, whole && row.streamed);
+            if (!whole) std::copy_n(g_tail.values, n - i, g + i);
         }
     }
     if constexpr (W != Want::gradient) sums.value += hsum(value);

@@ -14,8 +14,12 @@ struct V {
 struct M {
     __m256 m;
 };
+struct Pair {
+    V first, second;
+};
 
 #define KDFAST_INLINE [[gnu::always_inline]] inline
+#define KDFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 KDFAST_INLINE V set1(float x) { return {_mm256_set1_ps(x)}; }
 KDFAST_INLINE V load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -32,6 +36,7 @@ KDFAST_INLINE V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 KDFAST_INLINE V affine(V x, V c, V from) { return fma(x, c, from); }
 KDFAST_INLINE V fnma(V a, V b, V c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 KDFAST_INLINE V max(V a, V b) { return {_mm256_max_ps(a.v, b.v)}; }
+KDFAST_INLINE V min(V a, V b) { return {_mm256_min_ps(a.v, b.v)}; }
 KDFAST_INLINE V abs(V a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 KDFAST_INLINE M less(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 KDFAST_INLINE M equal(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
@@ -49,10 +54,12 @@ KDFAST_INLINE float hmax(V a) {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 KDFAST_INLINE V round(V a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-KDFAST_INLINE V exp2_argument(V x) { return {_mm256_max_ps(_mm256_set1_ps(-127.0f), x.v)}; }  // keeps NaN
-KDFAST_INLINE V scale2(V a, V n) {  // through the exponent field, where n = -127 makes 0
-    const __m256i field = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-    return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(field, 23)))};
+constexpr bool exp2_overflows = false;
+// At -126.75 the polynomial is above 1, so that taking 127 from its exponent leaves a denormal and no negative number.
+KDFAST_INLINE V exp2_argument(V x) { return max(set1(-126.75f), x); }
+KDFAST_INLINE V scale2(V a, V n) {  // a NaN converts to a number without low bits, and a stays NaN
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent))};
 }
 // Adding 0.25 in units of the mantissa's range moves the exponent up where the mantissa is >= 1.5.
 KDFAST_INLINE V exponent(V a) {
@@ -77,16 +84,32 @@ KDFAST_INLINE V load_bf16(const std::uint16_t* p) {
 KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-KDFAST_INLINE __m128i to_bf16(V a) {
+KDFAST_INLINE __m256i round_to_bf16(V a) {  // in the upper half of each lane
     const __m256i bits = _mm256_castps_si256(a.v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
-    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0b1000);
-    return _mm256_castsi256_si128(packed);
+    const __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000),
+                              _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
 }
-KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
-KDFAST_INLINE void stream_bf16(std::uint16_t* p, V a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
+    const __m256i r = _mm256_srli_epi32(round_to_bf16(a), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0b1000);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {{_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))},
+            {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))))}};
+}
+KDFAST_INLINE __m256i interleave_bf16(Pair a) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(round_to_bf16(a.first), 16), round_to_bf16(a.second), 0b10101010);
+}
+KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), interleave_bf16(a));
+}
+KDFAST_INLINE void stream_bf16_pair(std::uint16_t* p, Pair a) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), interleave_bf16(a));
+}
 KDFAST_INLINE void store_f16(std::uint16_t* p, V a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }

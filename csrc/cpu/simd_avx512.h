@@ -12,9 +12,13 @@ constexpr int width = 16;
 struct V {
     __m512 v;
 };
+struct Pair {
+    V first, second;
+};
 using M = __mmask16;
 
 #define KDFAST_INLINE [[gnu::always_inline]] inline
+#define KDFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 KDFAST_INLINE V set1(float x) { return {_mm512_set1_ps(x)}; }
 KDFAST_INLINE V load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -34,6 +38,7 @@ KDFAST_INLINE V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; } 
 KDFAST_INLINE V affine(V x, V c, V from) { return fma(x, c, from); }
 KDFAST_INLINE V fnma(V a, V b, V c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 KDFAST_INLINE V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }                // b where either is NaN
+KDFAST_INLINE V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }                // b where either is NaN
 KDFAST_INLINE V abs(V a) { return {_mm512_abs_ps(a.v)}; }
 KDFAST_INLINE M less(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 KDFAST_INLINE M equal(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
@@ -49,14 +54,12 @@ KDFAST_INLINE float hsum(V a) { return _mm512_reduce_add_ps(a.v); }
 KDFAST_INLINE float hmax(V a) { return _mm512_reduce_max_ps(a.v); }
 // x rounded to the nearest integer
 KDFAST_INLINE V round(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// exp2 is scale2(polynomial(x - n), n) with x = exp2_argument(x), n = round(x). Below 2^-126 the result is 0, never
-// denormal.
-KDFAST_INLINE V exp2_argument(V x) { return x; }
-KDFAST_INLINE V scale2(V a, V n) {
-    const M normal =
-        _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // true for NaN, which passes through
-    return {_mm512_maskz_scalef_ps(normal, a.v, n.v)};
-}
+// exp2 is scale2(polynomial(x - n), n) with x = exp2_argument(x), n = round(x), for any x that exp2_overflows allows:
+// up to 128, or any. A result below 2^-126 is 0, or a denormal where that counts as 0 in every operation
+// (FlushDenormals).
+constexpr bool exp2_overflows = true;
+KDFAST_INLINE V exp2_argument(V x) { return max(set1(-256), x); }  // -inf - round(-inf) is NaN
+KDFAST_INLINE V scale2(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // x = mantissa * 2^exponent with the mantissa in [0.75, 1.5); 0 has exponent -inf
 KDFAST_INLINE V exponent(V a) { return {_mm512_getexp_ps(_mm512_mul_ps(a.v, _mm512_set1_ps(4.0f / 3.0f)))}; }
 KDFAST_INLINE V mantissa(V a) { return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero)}; }
@@ -68,17 +71,42 @@ KDFAST_INLINE V load_bf16(const std::uint16_t* p) {
 KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-KDFAST_INLINE __m256i to_bf16(V a) {  // to nearest, ties to even; NaN stays NaN
+// Rounding to bf16 is to nearest, ties to even, and a NaN stays one.
+#if defined(__AVX512BF16__)
+KDFAST_INLINE __m256i to_bf16(V a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }
+KDFAST_INLINE __m512i interleave_bf16(V even, V odd) {
+    alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.v, even.v));
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
+}
+#else
+KDFAST_INLINE __m512i round_to_bf16(V a) {  // in the upper half of each lane
     const __m512i bits = _mm512_castps_si512(a.v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-    return _mm512_cvtepi32_epi16(r);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i r = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_mov_epi32(_mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1)),
+                                 _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+KDFAST_INLINE __m256i to_bf16(V a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(a), 16)); }
+KDFAST_INLINE __m512i interleave_bf16(V even, V odd) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(round_to_bf16(even), 16), round_to_bf16(odd));
+}
+#endif
+// 2 * width bf16 as two vectors, of the columns at even and at odd places: any order serves that store_bf16_pair undoes
+KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) {
+    const __m512i both = _mm512_loadu_si512(p);
+    return {{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))},
+            {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
+}
+KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
+    _mm512_storeu_si512(p, interleave_bf16(a.first, a.second));
+}
+KDFAST_INLINE void stream_bf16_pair(std::uint16_t* p, Pair a) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), interleave_bf16(a.first, a.second));
 }
 KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
-KDFAST_INLINE void stream_bf16(std::uint16_t* p, V a) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a));
-}
 KDFAST_INLINE void store_f16(std::uint16_t* p, V a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }

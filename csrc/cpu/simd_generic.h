@@ -16,8 +16,12 @@ struct V {
 struct M {
     bool m[width];
 };
+struct Pair {
+    V first, second;
+};
 
 #define KDFAST_INLINE [[gnu::always_inline]] inline
+#define KDFAST_INLINE_LAMBDA __attribute__((always_inline))
 #define KDFAST_LANES(expression)                         \
     V r;                                                 \
     for (int i = 0; i < width; ++i) r.v[i] = expression; \
@@ -44,6 +48,7 @@ KDFAST_INLINE V affine(V x, V c, V from) {
 }
 KDFAST_INLINE V fnma(V a, V b, V c) { KDFAST_LANES(c.v[i] - a.v[i] * b.v[i]); }
 KDFAST_INLINE V max(V a, V b) { KDFAST_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+KDFAST_INLINE V min(V a, V b) { KDFAST_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 KDFAST_INLINE V abs(V a) { KDFAST_LANES(std::bit_cast<float>(std::bit_cast<std::uint32_t>(a.v[i]) & 0x7fffffffu)); }
 KDFAST_INLINE M less(V a, V b) {
     M r;
@@ -69,6 +74,7 @@ KDFAST_INLINE float hmax(V a) {
 // Adding and taking away 1.5 * 2^23 leaves no room for a fraction; right for abs(x) < 2^22, and exp2 has clamped
 // before.
 KDFAST_INLINE V round(V a) { KDFAST_LANES((a.v[i] + 12582912.0f) - 12582912.0f); }
+constexpr bool exp2_overflows = false;
 KDFAST_INLINE V exp2_argument(V x) { KDFAST_LANES(x.v[i] < -127.0f ? -127.0f : x.v[i]); }  // keeps NaN
 KDFAST_INLINE V scale2(V a, V n) {  // through the exponent field, where n = -127 makes 0
     V r;
@@ -106,7 +112,12 @@ KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
         p[i] = static_cast<std::uint16_t>(a.v[i] != a.v[i] ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
 }
-KDFAST_INLINE void stream_bf16(std::uint16_t* p, V a) { store_bf16(p, a); }
+KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
+KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
+    store_bf16(p, a.first);
+    store_bf16(p + width, a.second);
+}
+KDFAST_INLINE void stream_bf16_pair(std::uint16_t* p, Pair a) { store_bf16_pair(p, a); }
 KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     V r;
     for (int i = 0; i < width; ++i) {

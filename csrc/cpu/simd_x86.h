@@ -5,10 +5,11 @@ namespace kdfast::cpu::KDFAST_ISA {
 
 KDFAST_INLINE void fence() { _mm_sfence(); }
 
-// Results below the normal range become 0 while this lives: some processors take a hundred cycles over each.
+// While this lives, numbers below the normal range are 0, as results and as operands: some processors take a hundred
+// cycles over each.
 struct FlushDenormals {
     unsigned saved = _mm_getcsr();
-    FlushDenormals() { _mm_setcsr(saved | 0x8000u); }
+    FlushDenormals() { _mm_setcsr(saved | 0x8040u); }
     ~FlushDenormals() { _mm_setcsr(saved); }
     FlushDenormals(const FlushDenormals&) = delete;
     FlushDenormals& operator=(const FlushDenormals&) = delete;

@@ -4,7 +4,8 @@
 namespace kdfast::cpu::KDFAST_ISA {
 namespace {
 
-constexpr std::int64_t tile = 1024;  // columns
+constexpr std::int64_t tile = 1024;       // columns
+constexpr std::int64_t step = 2 * width;  // columns that a loop takes at a time
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 // Memory that will be read soon, to be fetched while arithmetic goes on: column i of what comes is at `at + i * bytes`.
@@ -18,28 +19,50 @@ struct Ahead {
         const auto size = static_cast<std::int64_t>(size_of(dtype));
         return {row + column * size, size};
     }
-    void fetch(std::int64_t i) const { __builtin_prefetch(at + i * bytes, 0, 2); }
+    template <class Io>
+    KDFAST_INLINE void fetch(std::int64_t i) const {  // what a step from column i on reads
+        constexpr std::int64_t line = 64 / sizeof(typename Io::Element);
+        for (std::int64_t k = 0; k < step; k += line) __builtin_prefetch(at + (i + k) * bytes, 0, 2);
+    }
 };
 
 // How a loop over columns reads logits and writes the gradient. Through a tile of fp32 anything goes; the other two
-// spare the common cases the detour: whole vectors of one dtype throughout, to aligned memory, streamed past the cache.
-// 16-bit gradients that take the place of their logits are stored instead: to stream a quarter of a line, of which the
-// rest is still to be read, took twice to seven times as long, while in fp32 streaming won there too.
-struct ThroughTile {
-    using Element = float;
-    KDFAST_INLINE static V get(const float* p) { return load(p); }
-    KDFAST_INLINE static void put(float* p, V a, bool) { store(p, a); }
-};
+// spare the common cases the detour: one dtype throughout, read where it lies and written where it belongs, past the
+// cache (`streamed`) where that memory is aligned.
 struct DirectFloat {
     using Element = float;
-    KDFAST_INLINE static V get(const float* p) { return load(p); }
-    KDFAST_INLINE static void put(float* p, V a, bool streamed) { streamed ? stream(p, a) : store(p, a); }
+    static constexpr Element absent = -infinity;  // a column that no sum sees
+    KDFAST_INLINE static Pair get(const float* p) { return {load(p), load(p + width)}; }
+    KDFAST_INLINE static void put(float* p, Pair a, bool streamed) {
+        if (streamed) {
+            stream(p, a.first);
+            stream(p + width, a.second);
+        } else {
+            store(p, a.first);
+            store(p + width, a.second);
+        }
+    }
+};
+struct ThroughTile : DirectFloat {
+    KDFAST_INLINE static void put(float* p, Pair a, bool) { DirectFloat::put(p, a, false); }
 };
 struct DirectBf16 {
     using Element = std::uint16_t;
-    KDFAST_INLINE static V get(const std::uint16_t* p) { return load_bf16(p); }
-    KDFAST_INLINE static void put(std::uint16_t* p, V a, bool streamed) {
-        streamed ? stream_bf16(p, a) : store_bf16(p, a);
+    static constexpr Element absent = 0xff80;
+    KDFAST_INLINE static Pair get(const std::uint16_t* p) { return load_bf16_pair(p); }
+    KDFAST_INLINE static void put(std::uint16_t* p, Pair a, bool streamed) {
+        streamed ? stream_bf16_pair(p, a) : store_bf16_pair(p, a);
+    }
+};
+
+// The last columns of a tile, fewer than a step, as a whole one.
+template <class Io>
+struct Tail {
+    alignas(64) typename Io::Element values[step];
+
+    const typename Io::Element* fill(const typename Io::Element* from, std::int64_t n) {
+        std::fill(std::copy_n(from, n, values), values + step, Io::absent);
+        return values;
     }
 };
 
@@ -96,32 +119,38 @@ void narrow(std::uint16_t* out, const float* values, std::int64_t n) {
 // need not be fetched first. The source may lie at any address, the target at any that suits its element.
 template <class Element>
 void stream_out(Element* out, const Element* values, std::int64_t n) {
-    constexpr std::int64_t step = width * sizeof(float) / sizeof(Element);
+    constexpr std::int64_t vector = width * sizeof(float) / sizeof(Element);
     std::int64_t i = 0;
     while (i < n && reinterpret_cast<std::uintptr_t>(out + i) % (width * sizeof(float)) != 0) {
         out[i] = values[i];
         ++i;
     }
-    for (; i + step <= n; i += step) stream_vector(out + i, values + i);
+    for (; i + vector <= n; i += vector) stream_vector(out + i, values + i);
     for (; i < n; ++i) out[i] = values[i];
 }
 
-void store_tile(DType dtype, std::byte* row, std::int64_t begin, const float* values, std::int64_t n, float* scratch) {
-    if (dtype == DType::f32) return stream_out(reinterpret_cast<float*>(row) + begin, values, n);
-    auto* narrowed = reinterpret_cast<std::uint16_t*>(scratch);
+void store_tile(DType dtype, std::byte* row, std::int64_t begin, const float* values, std::int64_t n, float* scratch,
+                bool streamed) {
+    if (dtype == DType::f32) {
+        auto* out = reinterpret_cast<float*>(row) + begin;
+        streamed ? stream_out(out, values, n) : static_cast<void>(std::copy_n(values, n, out));
+        return;
+    }
+    auto* out = reinterpret_cast<std::uint16_t*>(row) + begin;
+    auto* narrowed = streamed ? reinterpret_cast<std::uint16_t*>(scratch) : out;
     dtype == DType::bf16 ? narrow<store_bf16>(narrowed, values, n) : narrow<store_f16>(narrowed, values, n);
-    stream_out(reinterpret_cast<std::uint16_t*>(row) + begin, narrowed, n);
+    if (streamed) stream_out(out, narrowed, n);
 }
 
 template <class Io>
 float max_of(const typename Io::Element* x, std::int64_t n) {
+    Tail<Io> tail;
     V a = set1(-infinity), b = a;
-    std::int64_t i = 0;
-    for (; i + 2 * width <= n; i += 2 * width) {
-        a = max(a, Io::get(x + i));
-        b = max(b, Io::get(x + i + width));
+    for (std::int64_t i = 0; i < n; i += step) {
+        const Pair both = Io::get(i + step <= n ? x + i : tail.fill(x + i, n - i));
+        a = max(a, both.first);
+        b = max(b, both.second);
     }
-    if (i < n) a = max(a, Io::get(x + i));
     return hmax(max(a, b));
 }
 
