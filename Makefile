@@ -8,14 +8,19 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 # Tests see the installed wheel, never the source tree: the script, unlike `python -m pytest`, keeps the working directory off
 # sys.path.
 PYTEST = $(BIN)/pytest
+INTERPRETED = dense modes edges operators triton
 
 .PHONY: demo test lint bench nightly sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
 
+# The Triton kernels go through the same tests in a process of their own: its interpreter is chosen before it is imported.
 test: $(VENV)/.test
 	$(PYTEST) tests $(PYTEST_ARGS)
+ifeq ($(shell uname),Linux)
+	TRITON_INTERPRET=1 $(PYTEST) -n auto $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,$(INTERPRETED)))
+endif
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check kdfast kernels tests bench

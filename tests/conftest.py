@@ -8,7 +8,15 @@ import zlib
 import hypothesis
 import pytest
 import torch
-from machine import BACKENDS
+from machine import BACKENDS, DEVICE, INTERPRETING, KERNEL, TRITON, choose
+
+if INTERPRETING:
+    import interpreter
+
+    interpreter.mend()
+
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 SEED = int(os.environ.get("KDFAST_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
@@ -26,15 +34,15 @@ def seeded(request, monkeypatch):
     """Seeds torch from the run's seed and the test's name, so that one test alone repeats what it did in the run."""
     torch.manual_seed(SEED ^ zlib.crc32(request.node.name.encode()))
     print(f"rerun with KDFAST_TEST_SEED={SEED}")
-    monkeypatch.delenv("KDFAST_BACKEND", raising=False)
+    monkeypatch.setenv("KDFAST_BACKEND", KERNEL) if TRITON else monkeypatch.delenv("KDFAST_BACKEND", raising=False)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Name of a backend; the compiled one appears once per instruction set of this machine."""
-    name, _, isa = request.param.partition("-")
-    if isa:
-        monkeypatch.setenv("KDFAST_FORCE_ISA", isa)
+    name, _, variant = request.param.partition("-")
+    if variant:
+        choose(variant, monkeypatch)
     return name
 
 

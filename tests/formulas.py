@@ -83,7 +83,9 @@ def mixed(terms, lq, lp):
 
 
 def _array(x):
-    return None if x is None else np.asarray(x.detach().double()) if isinstance(x, torch.Tensor) else np.asarray(x)
+    return (
+        None if x is None else np.asarray(x.detach().double().cpu()) if isinstance(x, torch.Tensor) else np.asarray(x)
+    )
 
 
 def _teacher(teachers, weights, ensemble, tau, token, columns):

@@ -1,11 +1,31 @@
-"""What this machine can run: the instruction sets of the compiled core, and the backends."""
+"""What this run tests: the backends of this machine, and the kernels among them.
+
+With TRITON_INTERPRET=1 in the environment the kernels are those of Triton, on the CPU, and nothing else is tested: the
+interpreter has to be chosen before Triton is imported, and would slow the rest down. With KDFAST_TEST_DEVICE=cuda they
+run on the GPU, and tensors are made there.
+"""
 
 from __future__ import annotations
+
+import os
 
 try:
     from kdfast import _core
 except ImportError:
     _core = None
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = os.environ.get("KDFAST_TEST_DEVICE", "cpu")
+TRITON = INTERPRETING or DEVICE == "cuda"
 ISAS = _core.supported_isas() if _core is not None else []
-BACKENDS = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
+
+#: The backend whose kernels are tested, and its variants: instruction sets, or the one there is.
+KERNEL = "triton" if TRITON else "cpu"
+VARIANTS = ["triton"] if TRITON else ISAS
+BACKENDS = ["triton"] if TRITON else ["reference", *(f"cpu-{isa}" for isa in ISAS)]
+
+
+def choose(variant, monkeypatch):
+    """Make calls of the tested kernels take this variant."""
+    if not TRITON:
+        monkeypatch.setenv("KDFAST_FORCE_ISA", variant)

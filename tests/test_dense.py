@@ -10,12 +10,12 @@ from __future__ import annotations
 import pytest
 import torch
 from formulas import CASES, eager, half_ulp
-from machine import ISAS
+from machine import INTERPRETING, KERNEL, TRITON, VARIANTS, choose
 
 from kdfast import distill_loss
 
 pytestmark = [
-    pytest.mark.skipif(not ISAS, reason="the compiled extension is not there"),
+    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
     pytest.mark.usefixtures("poisoned"),
 ]
 
@@ -71,7 +71,7 @@ class Judge:
         """Hold the compiled kernel's loss and gradient against the truth."""
         student, teacher, labels = self.inputs
         say = f"{isa}, {reduction}, {self.options}"
-        options = {"divergence": self.case.argument, "backend": "cpu", "reduction": reduction, **self.options}
+        options = {"divergence": self.case.argument, "backend": KERNEL, "reduction": reduction, **self.options}
         if reduction == "none":
             loss, grad = results(lambda z: distill_loss(z, teacher, labels, **options), student, self.upstream)
             truth, yard, upstream = self.truth[0], self.eager[0], self.upstream
@@ -129,9 +129,9 @@ def scenes(n, v):
 
 def force(monkeypatch):
     """Runs through the instruction sets of this machine."""
-    for isa in ISAS:
-        monkeypatch.setenv("KDFAST_FORCE_ISA", isa)
-        yield isa
+    for variant in VARIANTS:
+        choose(variant, monkeypatch)
+        yield variant
 
 
 def logits(n, v, dtype, scale=2.0):
@@ -142,9 +142,12 @@ def logits(n, v, dtype, scale=2.0):
 @pytest.mark.parametrize("student_dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_matrix(monkeypatch, name, student_dtype, teacher_dtype):
-    n, v = 12, int(torch.randint(90, 140, ()))
+    n, v = (5 if INTERPRETING else 12), int(torch.randint(90, 140, ()))
     first = int(torch.randint(3, ()))
-    for k, options in enumerate(scenes(n, v).values()):
+    chosen = list(scenes(n, v).values())
+    if INTERPRETING:  # a second a scene
+        chosen = [chosen[k] for k in torch.randperm(len(chosen))[:2].tolist()]
+    for k, options in enumerate(chosen):
         s, t = logits(n, v, DTYPES[student_dtype]), logits(n, v, DTYPES[teacher_dtype])
         teacher = t if options.pop("teacher", True) else None
         judge = Judge(CASES[name], s, teacher, **options, temperature=[1.0, 2.0, 3.7][(first + k) % 3])
@@ -166,6 +169,8 @@ SHAPES = [
     (1, 50257),
     (2, 151643),
 ]
+if INTERPRETING:  # which takes a second for 10,000 columns, and whose tile has 512
+    SHAPES = [(n, v) for n, v in SHAPES if n * v < 30000]
 
 
 @pytest.mark.parametrize(("n", "v"), SHAPES)
@@ -177,7 +182,7 @@ def test_shapes(monkeypatch, name, n, v):
     judge = Judge(CASES[name], s, t, torch.randint(v, (n,)), temperature=tau, z_loss=1e-4, label_smoothing=0.1)
     for isa in force(monkeypatch):
         judge.check(isa, "none")
-        if isa == ISAS[0]:
+        if isa == VARIANTS[0]:
             judge.check(isa, "sum")
 
 
@@ -185,7 +190,7 @@ def test_shapes(monkeypatch, name, n, v):
 @pytest.mark.parametrize("ensemble", ["prob", "logit"])
 @pytest.mark.parametrize("name", CASES)
 def test_ensembles(monkeypatch, name, ensemble, per_token):
-    n, v = 8, 1100
+    n, v = (3, 700) if INTERPRETING else (8, 1100)
     teachers = [logits(n, v, dtype) for dtype in DTYPES.values()]
     weights = torch.rand(3, n) if per_token else torch.tensor([0.2, 1.0, 0.5])
     for dtype in DTYPES.values():
@@ -199,7 +204,7 @@ def test_ensembles(monkeypatch, name, ensemble, per_token):
 def compare(student, teacher, labels=None, *, rtol=1e-4, atol=1e-6, leaves=(), **options):
     """The kernel's loss and gradients against the fp64 reference's; ``leaves`` names options that require grad."""
     out = []
-    for backend, dtype in (("reference", torch.float64), ("cpu", None)):
+    for backend, dtype in (("reference", torch.float64), (KERNEL, None)):
         cast = (lambda x: x) if dtype is None else lambda x: x.to(torch.float64)
         z, t = (cast(x.detach()).requires_grad_() for x in (student, teacher))
         given = {k: cast(v.detach()).requires_grad_() if k in leaves else v for k, v in options.items()}
@@ -258,13 +263,13 @@ def test_reported_terms(monkeypatch, reduction):
     want = distill_loss(s.double(), t.double(), y, backend="reference", **options)
     for _ in force(monkeypatch):
         for leaf in (s, s.clone().requires_grad_()):
-            got = distill_loss(leaf, t, y, backend="cpu", **options)
+            got = distill_loss(leaf, t, y, backend=KERNEL, **options)
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a.detach().double(), b, rtol=1e-5, atol=1e-6)
             assert not got.soft.requires_grad
             assert not got.hard.requires_grad
-        assert distill_loss(s, t, backend="cpu", return_terms=True).hard is None
-        assert distill_loss(s, labels=y, backend="cpu", return_terms=True).soft is None
+        assert distill_loss(s, t, backend=KERNEL, return_terms=True).hard is None
+        assert distill_loss(s, labels=y, backend=KERNEL, return_terms=True).soft is None
 
 
 @pytest.mark.parametrize("ensemble", ["prob", "logit"])
@@ -276,7 +281,7 @@ def test_ensemble_of_different_vocabularies(monkeypatch, ensemble):
     for _ in force(monkeypatch):
         for case in CASES.values():
             got, grad = results(
-                lambda z, d=case.argument: distill_loss(z, teachers, y, divergence=d, backend="cpu", **options),
+                lambda z, d=case.argument: distill_loss(z, teachers, y, divergence=d, backend=KERNEL, **options),
                 s,
                 torch.ones(3),
             )
@@ -315,22 +320,23 @@ def test_small_divergences_keep_their_digits(monkeypatch, name, size):
     )
     naive = eager(student, teacher, terms=case.terms)
     for _ in force(monkeypatch):
-        got = distill_loss(student, teacher, divergence=case.argument, backend="cpu", reduction="none")
+        got = distill_loss(student, teacher, divergence=case.argument, backend=KERNEL, reduction="none")
         error = ((got - truth).abs() / truth).max().item()
         # the logits themselves are rounded at 2e-7, which a difference of 1e-4 feels
         assert error <= (1e-2 if size > 1e-4 else 2e-2)
         assert got.min() >= 0
-        summed = distill_loss(student, teacher, divergence=case.argument, backend="cpu")
+        summed = distill_loss(student, teacher, divergence=case.argument, backend=KERNEL)
         torch.testing.assert_close(summed.double(), truth.mean(), rtol=1e-2, atol=0)
     if size <= 1e-3:
         assert ((naive - truth).abs() / truth).max() > 1e-2
 
 
+@pytest.mark.skipif(TRITON, reason="of the threads of a CPU")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("n", "v"), [(300, 100), (3, 20000), (1, 50257), (7, 9000)])
 def test_same_bits_for_any_number_of_threads(threads, name, n, v):
     s, t, y = logits(n, v, torch.float32), logits(n, v, torch.bfloat16), torch.randint(v, (n,))
-    options = {"divergence": CASES[name].argument, "temperature": 2.0, "z_loss": 1e-3, "backend": "cpu"}
+    options = {"divergence": CASES[name].argument, "temperature": 2.0, "z_loss": 1e-3, "backend": KERNEL}
     for reduction in ("mean", "none"):
         first = None
         for count in (1, 2, 3, 7):
@@ -348,7 +354,7 @@ def test_same_bits_for_any_number_of_threads(threads, name, n, v):
 def test_both_modes_agree():
     s, t, y = logits(5, 3000, torch.float32), logits(5, 3000, torch.float32), torch.randint(3000, (5,))
     for case in CASES.values():
-        options = {"divergence": case.argument, "temperature": 2.0, "backend": "cpu"}
+        options = {"divergence": case.argument, "temperature": 2.0, "backend": KERNEL}
         fused = results(lambda z, o=options: distill_loss(z, t, y, **o), s, torch.tensor(1.0))
         tokens = results(lambda z, o=options: distill_loss(z, t, y, reduction="none", **o), s, torch.ones(5) / 5)
         torch.testing.assert_close(fused[0], tokens[0].mean(), rtol=1e-6, atol=1e-7)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from formulas import CASES, expected
+from machine import INTERPRETING
 
 from kdfast import distill_loss
 
@@ -30,7 +31,9 @@ def run(backend, student, teacher=None, labels=None, **options):
 
 
 def assert_value(got, want, rtol=2e-5, atol=2e-6):
-    np.testing.assert_allclose(np.asarray(got.double()), want, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(
+        np.asarray(got.double().cpu()), np.asarray(torch.as_tensor(want).cpu()), rtol=rtol, atol=atol
+    )
 
 
 def masked(n, v, columns):
@@ -191,12 +194,12 @@ def test_large_logits(backend, name, dtype):
 @pytest.mark.parametrize("height", [60, 130, 1000, 1e4])
 def test_the_maximum_may_come_late(backend, name, height):
     """Sums that began under the first columns' maximum overflow, by any number of octaves, and must notice."""
-    v = 5000
+    n, v = (2, 2000) if INTERPRETING else (6, 5000)
     for places in ([v - 1000, v - 2000], [v - 1, v - 1], [1200, v - 1]):
-        s, t = (torch.randn(6, v) for _ in range(2))
+        s, t = (torch.randn(n, v) for _ in range(2))
         for x, place in zip((s, t), places, strict=True):
-            x[:, place] += height * (1 + torch.rand(6))
-        y = torch.randint(v, (6,))
+            x[:, place] += height * (1 + torch.rand(n))
+        y = torch.randint(v, (n,))
         for tau in (1.0, 2.0, 1.7):
             options = {"divergence": CASES[name].argument, "temperature": tau, "reduction": "none"}
             want, want_grad = run("reference", s.double(), t.double(), y, **options)

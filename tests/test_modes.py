@@ -10,12 +10,12 @@ import threading
 import pytest
 import torch
 from formulas import CASES
-from machine import ISAS
+from machine import KERNEL, TRITON, VARIANTS
 
 from kdfast import DistillLoss, distill_loss
 
 pytestmark = [
-    pytest.mark.skipif(not ISAS, reason="the compiled extension is not there"),
+    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
     pytest.mark.usefixtures("poisoned"),
 ]
 
@@ -29,7 +29,7 @@ def inputs(dtype=torch.float32, n=5, v=1100, shape=None):
 
 
 def loss_of(s, t, y, **options):
-    return distill_loss(s, t, y, **{"temperature": 2.0, "z_loss": 1e-3, "backend": "cpu"} | options)
+    return distill_loss(s, t, y, **{"temperature": 2.0, "z_loss": 1e-3, "backend": KERNEL} | options)
 
 
 def truth(s, t, y, upstream, **options):
@@ -248,6 +248,10 @@ def test_the_graph_is_freed():
 # --- Threads and processes --------------------------------------------------------------------------------------------
 
 
+one_thread = pytest.mark.skipif(TRITON, reason="of the threads and processes of a CPU")
+
+
+@one_thread
 def test_many_python_threads_at_once():
     work = [inputs(v=9000) for _ in range(8)]
     want = [torch.autograd.grad(loss_of(*x), x[0])[0] for x in work]
@@ -288,6 +292,7 @@ print("ok")
 """
 
 
+@one_thread
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this platform")
 @pytest.mark.parametrize("parent", [1, 2])
 def test_after_a_fork(parent, tmp_path):
@@ -306,7 +311,7 @@ def test_module_in_a_training_step():
     """Twenty steps on the student's logits bring it to the teacher."""
     teacher = torch.randn(16, 30)
     student = torch.nn.Parameter(torch.zeros(16, 30))
-    criterion = DistillLoss(temperature=2.0, reduction="sum", backend="cpu")
+    criterion = DistillLoss(temperature=2.0, reduction="sum", backend=KERNEL)
     optimizer = torch.optim.SGD([student], lr=2.0)
     losses = []
     for _ in range(20):

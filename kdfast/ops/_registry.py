@@ -6,6 +6,8 @@ itself. ``None`` as backend takes the first row that serves the call; a name tak
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kdfast import reference
-from kdfast.ops import dense, dense_autograd
+from kdfast.ops import dense_autograd, dense_cpu
 from kdfast.problem import Problem, build_problem
 from kdfast.reference import DistillTerms
 
@@ -33,14 +35,40 @@ class Implementation:
     detail: Callable[[], str]
 
 
+def _interprets() -> bool:
+    """Whether Triton was told to run kernels on the CPU, which serves tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'kdfast[triton]'"
+    if not (_interprets() or torch.cuda.is_available()):
+        return "no GPU (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+    return None
+
+
+def _triton_detail() -> str:
+    version = importlib.metadata.version("triton")
+    where = "the interpreter, on the CPU" if _interprets() else torch.cuda.get_device_name()
+    return f"Triton {version} kernels, {where}"
+
+
 #: Best first.
 ROWS: tuple[Implementation, ...] = (
     Implementation(
         "cpu",
-        lambda: dense.EXTENSION_MISSING,
-        dense_autograd.cpu_declines,
-        dense_autograd.cpu_distill_loss,
-        dense.cpu_detail,
+        lambda: dense_cpu.EXTENSION_MISSING,
+        lambda problem: dense_autograd.declines(problem, ("cpu",)),
+        lambda problem: dense_autograd.distill_loss(problem, "cpu"),
+        dense_cpu.detail,
+    ),
+    Implementation(
+        "triton",
+        _triton_unavailable,
+        lambda problem: dense_autograd.declines(problem, ("cpu",) if _interprets() else ("cuda",)),
+        lambda problem: dense_autograd.distill_loss(problem, "triton"),
+        _triton_detail,
     ),
     Implementation(
         "reference", lambda: None, lambda problem: None, reference.distill_loss, lambda: "plain PyTorch, any device"
@@ -48,7 +76,7 @@ ROWS: tuple[Implementation, ...] = (
 )
 
 #: Named in the design and in the signature, but without a row: what to say when one is asked for.
-_PLANNED = {"triton": "no Triton kernels in this version", "cuda": "no CUDA kernels in this version"}
+_PLANNED = {"cuda": "no CUDA kernels in this version"}
 
 _warned: set[str] = set()
 

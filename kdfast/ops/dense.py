@@ -1,4 +1,4 @@
-"""The dense loss as operators: schemas, the CPU implementation, fakes and vmap rules.
+"""The dense loss as operators: schemas, implementations, fakes and vmap rules.
 
 Two ways through one kernel:
 
@@ -16,33 +16,21 @@ them is in ``dense_autograd``.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+import importlib
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-#: Why there is no compiled kernel, or None where there is.
-EXTENSION_MISSING: str | None = None
-try:
-    from kdfast import _core
-except ImportError as error:  # a source tree whose extension was not built; the registry says so and goes on without
-    _core = None  # type: ignore[assignment]
-    EXTENSION_MISSING = f"the compiled extension is missing ({error})"
-
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.int64: "int64",
-    torch.bool: "bool",
-}
-
 # Arguments that every operator takes. student (..., V); teachers (..., >= columns) each; teacher_weights fp32, (n,) or
-# (n, ...); labels (...) int64; counted (...) bool; temperature 0-d; c_soft, c_hard, c_z (...) fp32.
+# (n, ...); labels (...) int64; counted (...) bool; temperature 0-d; backend a key of LAUNCHERS; c_soft, c_hard and c_z
+# (...) fp32.
 _INPUTS = (
     "Tensor[] teachers, Tensor? teacher_weights, Tensor? labels, Tensor? counted, Tensor temperature, "
-    "str[] names, float[] weights, float[] parameters, bool mix_logits, int columns, float label_smoothing"
+    "str[] names, float[] weights, float[] parameters, bool mix_logits, int columns, float label_smoothing, "
+    "str backend"
 )
 _COEFFICIENTS = "Tensor? c_soft, Tensor? c_hard, Tensor? c_z"
 
@@ -61,7 +49,7 @@ _library.define(
     "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau)"
 )
 _library.define(f"dense_backward_(Tensor(a!) student, {_INPUTS}, Tensor stats, {_COEFFICIENTS}) -> ()")
-_library.define("scale_(Tensor(a!) grad, Tensor factor) -> ()")
+_library.define("scale_(Tensor(a!) grad, Tensor factor, str backend) -> ()")
 _ops = torch.ops.kdfast
 
 
@@ -79,6 +67,7 @@ class Inputs(NamedTuple):
     mix_logits: bool
     columns: int
     label_smoothing: float
+    backend: str
 
 
 _N_INPUTS = len(Inputs._fields)
@@ -90,53 +79,34 @@ def _stats_size(inputs: Inputs) -> int:
     return 6 + 2 * softmaxes
 
 
-# --- CPU --------------------------------------------------------------------------------------------------------------
+# --- Implementations: memory is taken here, and filled by a backend's launcher ---------------------------------------
 
 
-def _view(x: Tensor) -> _core.View:
-    return _core.View(x.data_ptr(), _DTYPE_NAMES[x.dtype], x.shape, x.stride())
+class Launcher(Protocol):
+    """A module that runs the kernels of one backend."""
+
+    def run(self, student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
+        """Fill the named outputs; ``stats`` together with ``grad`` asks for the gradient of an earlier call."""
+
+    def fresh_gradient(self, student: Tensor) -> Tensor:
+        """Memory for a gradient."""
+
+    def scale(self, grad: Tensor, factor: Tensor) -> None:
+        """``grad *= factor`` in place, with an early exit for a factor of 1."""
+
+
+#: Modules, imported when they are first asked for.
+LAUNCHERS = {"cpu": "kdfast.ops.dense_cpu", "triton": "kdfast.kernels.triton.dense_launch"}
+
+
+@functools.cache
+def _launcher(backend: str) -> Launcher:
+    return importlib.import_module(LAUNCHERS[backend])
 
 
 def _rows(x: Tensor) -> Tensor:
     """``x`` with contiguous rows: itself, unless its last axis is strided."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _call(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
-    """Run the kernel; ``outputs`` are its named outputs and coefficients, (...) or (..., V) tensors or None."""
-    backward = outputs.get("stats") is not None and outputs.get("grad") is not None
-    labels, counted, weights = (
-        x if x is None else x.contiguous() for x in (inputs.labels, inputs.counted, inputs.teacher_weights)
-    )
-    teachers = [_rows(t) for t in inputs.teachers]
-    held = {k: v if k == "grad" else v.contiguous() for k, v in outputs.items() if v is not None}
-    _core.dense(
-        backward=backward,
-        student=_view(student),
-        teachers=[_view(t) for t in teachers],
-        teacher_weights=None if weights is None else _view(weights),
-        labels=None if labels is None else _view(labels),
-        counted=None if counted is None else _view(counted),
-        temperature=inputs.temperature.item(),
-        names=inputs.names,
-        weights=inputs.weights,
-        parameters=inputs.parameters,
-        mix_logits=inputs.mix_logits,
-        columns=inputs.columns,
-        label_smoothing=inputs.label_smoothing,
-        threads=torch.get_num_threads(),
-        **{k: _view(v) for k, v in held.items()},
-    )
-
-
-def _per_token(student: Tensor) -> Tensor:
-    return torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
-
-
-def _fresh_gradient(student: Tensor) -> Tensor:
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    _core.advise_huge_pages(_view(grad))
-    return grad
 
 
 def _token_outputs(student: Tensor, inputs: Inputs, wants_z: bool, wants_dtau: bool) -> dict[str, Tensor]:
@@ -156,19 +126,21 @@ def _run_forward(
     student: Tensor, inputs: Inputs, wants: tuple[bool, bool], **more: Tensor | None
 ) -> tuple[Tensor, ...]:
     out = _token_outputs(student, inputs, *wants)
-    _call(student, inputs, **{k: v for k, v in out.items() if v.shape == student.shape[:-1]}, **more)
+    _launcher(inputs.backend).run(
+        student, inputs, **{k: v for k, v in out.items() if v.shape == student.shape[:-1]}, **more
+    )
     return tuple(out.values())
 
 
 def _dense_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, student = Inputs(*args[:_N_INPUTS]), _rows(student)
-    stats = torch.empty((*student.shape[:-1], _stats_size(inputs)), dtype=torch.float32)
+    stats = torch.empty((*student.shape[:-1], _stats_size(inputs)), dtype=torch.float32, device=student.device)
     return *_run_forward(student, inputs, args[_N_INPUTS:], stats=stats), stats
 
 
 def _dense_backward(student: Tensor, *args: Any) -> Tensor:
     student = _rows(student)
-    grad = _fresh_gradient(student)
+    grad = _launcher(Inputs(*args[:_N_INPUTS]).backend).fresh_gradient(student)
     _backward_into(grad, student, *args)
     return grad
 
@@ -178,13 +150,14 @@ def _dense_backward_inplace(student: Tensor, *args: Any) -> None:
 
 
 def _backward_into(grad: Tensor, student: Tensor, *args: Any) -> None:
-    stats, c_soft, c_hard, c_z = args[_N_INPUTS:]
-    _call(student, Inputs(*args[:_N_INPUTS]), stats=stats, grad=grad, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
+    inputs, (stats, c_soft, c_hard, c_z) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
+    run = _launcher(inputs.backend).run
+    run(student, inputs, stats=stats, grad=grad, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
 
 
 def _dense_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     student = _rows(student)
-    grad = _fresh_gradient(student)
+    grad = _launcher(Inputs(*args[:_N_INPUTS]).backend).fresh_gradient(student)
     return *_fused_into(grad, student, *args), grad
 
 
@@ -197,24 +170,17 @@ def _fused_into(grad: Tensor, student: Tensor, *args: Any) -> tuple[Tensor, ...]
     return _run_forward(student, inputs, tuple(wants), grad=grad, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
 
 
-def _scale_inplace(grad: Tensor, factor: Tensor) -> None:
-    value = factor.item()
-    if value != 1.0:
-        _core.scale(_view(grad), value, torch.get_num_threads())
+def _scale_inplace(grad: Tensor, factor: Tensor, backend: str) -> None:
+    _launcher(backend).scale(grad, factor)
 
 
-_library.impl("dense_forward", _dense_forward, "CPU")
-_library.impl("dense_backward", _dense_backward, "CPU")
-_library.impl("dense_backward_", _dense_backward_inplace, "CPU")
-_library.impl("dense_fused", _dense_fused, "CPU")
-_library.impl("dense_fused_", _dense_fused_inplace, "CPU")
-_library.impl("scale_", _scale_inplace, "CPU")
-
-
-def cpu_detail() -> str:
-    """What the compiled CPU kernel runs with."""
-    isas = ", ".join(_core.supported_isas())
-    return f"C++ kernel, {_core.isa()} of {isas}, {torch.get_num_threads()} threads"
+for _device in ("CPU", "CUDA"):
+    _library.impl("dense_forward", _dense_forward, _device)
+    _library.impl("dense_backward", _dense_backward, _device)
+    _library.impl("dense_backward_", _dense_backward_inplace, _device)
+    _library.impl("dense_fused", _dense_fused, _device)
+    _library.impl("dense_fused_", _dense_fused_inplace, _device)
+    _library.impl("scale_", _scale_inplace, _device)
 
 
 # --- Fakes: the shapes and strides that the implementations allocate --------------------------------------------------

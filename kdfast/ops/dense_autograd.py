@@ -1,4 +1,4 @@
-"""Autograd around the dense operators, and the CPU's row of the registry.
+"""Autograd around the dense operators, and what its backends serve.
 
 Weights, alpha, tau^2 and the reduction are plain PyTorch on (N,) vectors, shared with the reference, so that their
 gradients come from autograd; the Functions here carry those of the logits and of the temperature.
@@ -31,6 +31,7 @@ class Spec(NamedTuple):
     wants_z: bool
     wants_dtau: bool
     overwrite: bool
+    backend: str
 
     def inputs(
         self,
@@ -54,6 +55,7 @@ class Spec(NamedTuple):
             self.mix_logits,
             self.columns,
             self.label_smoothing,
+            self.backend,
         )
 
 
@@ -130,7 +132,7 @@ class _Fused(torch.autograd.Function):
                 raise RuntimeError(msg)
             student, *_teachers = ctx.saved_tensors  # raises where one was changed since
             grad = _ops.dense_fused(student, *ctx.inputs, ctx.spec.wants_z, ctx.spec.wants_dtau, *ctx.coefficients)[-1]
-        _ops.scale_(grad, upstream)
+        _ops.scale_(grad, upstream, ctx.spec.backend)
         to_coefficients = [
             None if c is None or not needed else upstream * torch.where((c != 0) | x.isfinite(), x, 0.0)
             for c, x, needed in zip(ctx.coefficients, ctx.tokens, ctx.needs_input_grad[2:5], strict=True)
@@ -224,22 +226,22 @@ def _exchanged(terms: tuple[Term, ...]) -> dict[str, Any]:
     }
 
 
-# --- The CPU's row of the registry ------------------------------------------------------------------------------------
+# --- Rows of the registry ---------------------------------------------------------------------------------------------
 
 
-def cpu_declines(problem: Problem) -> str | None:
-    """Why the compiled CPU kernel cannot serve this call."""
+def declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
+    """Why the dense kernels of these devices cannot serve this call."""
     logits = (problem.student, *problem.teachers)
     if not all(isinstance(x, Tensor) for x in logits):
         return "an LMHead needs the reference"
     if problem.sparse is not None:
         return "sparse targets need the reference"
     for x in logits:
-        if x.device.type != "cpu":  # type: ignore[union-attr]
+        if x.device.type not in devices:  # type: ignore[union-attr]
             return f"logits on {x.device}"  # type: ignore[union-attr]
         if x.dtype not in dense.KERNEL_DTYPES:  # type: ignore[union-attr]
             return f"{x.dtype} logits (it takes float32, bfloat16 and float16)"  # type: ignore[union-attr]
-    if problem.temperature.device.type != "cpu":
+    if problem.temperature.device.type not in ("cpu", *devices):
         return f"temperature on {problem.temperature.device}"
     several = len(problem.teachers) > 1
     if several and problem.teacher_grad:
@@ -251,8 +253,8 @@ def cpu_declines(problem: Problem) -> str | None:
     return None
 
 
-def cpu_distill_loss(problem: Problem) -> DistillTerms:
-    """The loss through the compiled kernel."""
+def distill_loss(problem: Problem, backend: str) -> DistillTerms:
+    """The loss through the kernels of a backend."""
     student = problem.student
     assert isinstance(student, Tensor)
     teachers: tuple[Tensor, ...] = problem.teachers  # type: ignore[assignment]
@@ -265,6 +267,7 @@ def cpu_distill_loss(problem: Problem) -> DistillTerms:
         problem.has_z_loss,
         problem.learns_temperature and bool(teachers),
         problem.overwrite_logits and not transformed,
+        backend,
     )
     weights = problem.teacher_weights
     if weights is not None:

@@ -1,0 +1,53 @@
+"""Searches tiles and warps on this GPU and writes the table that ships."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import kdfast
+from bench.gpu.dense import DenseCase, Inputs
+from bench.gpu.timing import Clock
+
+_WORK = {
+    "light": {"divergence": "forward_kl"},
+    "other": {"divergence": "jsd"},
+    "many": {"divergence": {"forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2}},
+}
+_COLUMNS = (1024, 2048, 4096, 8192, 16384)
+_WARPS = (4, 8, 16, 32)
+
+
+def autotune(clock: Clock, table_file: Path, *, tokens: int = 4096, vocab: int = 128256) -> list[str]:
+    """Time every tile and number of warps for each kind of work; write the fastest; return what was seen."""
+    from kdfast.kernels.triton import tiles
+
+    x = Inputs(DenseCase("forward_kl", tokens, vocab, "bf16"), clock.device)
+    arch, said = tiles.architecture(clock.device), []
+    table = json.loads(table_file.read_text())
+    for work, options in _WORK.items():
+
+        def step(options: dict[str, object] = options) -> None:
+            x.student.grad = None
+            kdfast.distill_loss(x.student, x.teacher, x.labels, temperature=2.0, backend="triton", **options).backward()  # type: ignore[arg-type]
+
+        found: dict[tuple[int, int], float] = {}
+        for columns in _COLUMNS:
+            for warps in _WARPS:
+                if not 4 <= columns // (32 * warps) <= 64:
+                    continue
+                with mock.patch.object(tiles, "dense_tile", return_value=tiles.Tile(columns, warps)):
+                    step()
+                    found[columns, warps] = statistics.median(clock.time(step) for _ in range(5))
+                said.append(f"{work}: {columns} columns, {warps} warps: {found[columns, warps]:.3f} ms")
+        best = min(found, key=found.__getitem__)
+        said.append(f"{work}: best {best[0]} columns, {best[1]} warps")
+        table["dense"][arch][work] = list(best)
+        torch.cuda.empty_cache()
+    rows = {op: ",\n".join(f'    "{a}": {json.dumps(w)}' for a, w in row.items()) for op, row in table.items()}
+    table_file.write_text("{\n" + ",\n".join(f'  "{op}": {{\n{row}\n  }}' for op, row in rows.items()) + "\n}\n")
+    return said

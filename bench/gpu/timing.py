@@ -1,0 +1,111 @@
+"""Times and memory of competitors that take turns, and the bandwidth of the device's own copy."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+#: Bytes of the buffer that is written between two timings, so that no competitor finds its inputs in the cache.
+FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One competitor of one case."""
+
+    milliseconds: float | None  # median; None where it did not run
+    spread: float | None  # (longest - shortest) / median
+    peak_bytes: int | None  # beyond what was allocated before a step
+    note: str  # why it did not run, or what is special about it
+
+
+class Clock:
+    """Milliseconds of device work by events, or of the wall on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self._flush = torch.empty(FLUSH_BYTES if self.on_gpu else 1 << 20, dtype=torch.uint8, device=device)
+
+    def flush(self) -> None:
+        """Fill the caches with something else."""
+        self._flush.zero_()
+
+    def time(self, step: Callable[[], object]) -> float:
+        """One step, from a cold cache."""
+        self.flush()
+        if not self.on_gpu:
+            begin = time.perf_counter()
+            step()
+            return 1e3 * (time.perf_counter() - begin)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def peak(self, step: Callable[[], object]) -> int | None:
+        """Bytes that a step allocates at most; None where nobody counts them."""
+        if not self.on_gpu:
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second of a device-to-device copy, read and written counted."""
+        size = (2 << 30) if self.on_gpu else (64 << 20)
+        a = torch.empty(size, dtype=torch.uint8, device=self.device).random_(0, 255)
+        b = torch.empty_like(a)
+        times = [self.time(lambda: b.copy_(a)) for _ in range(12)]
+        return 2 * size / (statistics.median(times[2:]) * 1e-3)
+
+
+def measure(clock: Clock, steps: dict[str, Callable[[], object] | str], rounds: int) -> dict[str, Timing]:
+    """Every step, interleaved; a string in the place of a step says why there is none.
+
+    A step that fails, for want of memory say, is recorded with its error and leaves the others alone.
+    """
+    out: dict[str, Timing] = {}
+    times: dict[str, list[float]] = {}
+    peaks: dict[str, int | None] = {}
+    running: dict[str, Callable[[], object]] = {}
+    for name, step in steps.items():
+        if isinstance(step, str):
+            out[name] = Timing(None, None, None, step)
+            continue
+        try:
+            for _ in range(2):  # compilation, and the allocator's first blocks
+                step()
+            peaks[name] = clock.peak(step)
+            running[name], times[name] = step, []
+        except Exception as error:
+            out[name] = Timing(None, None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        _free(clock)
+    for _ in range(rounds):
+        for name, step in list(running.items()):
+            try:
+                times[name].append(clock.time(step))
+            except Exception as error:
+                out[name] = Timing(None, None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                del running[name]
+                _free(clock)
+    for name in running:
+        middle = statistics.median(times[name])
+        out[name] = Timing(middle, (max(times[name]) - min(times[name])) / middle, peaks[name], "")
+    return {name: out[name] for name in steps}
+
+
+def _free(clock: Clock) -> None:
+    gc.collect()
+    if clock.on_gpu:
+        torch.cuda.empty_cache()

@@ -1,0 +1,266 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
+
+Every launch that the launchers make for a set of calls is compiled instead, with the arguments, tiles and warps that it
+would run with. Registers, spills and shared memory come from ``ptxas -v`` (NVIDIA) or the assembly's notes (AMD).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+#: By the names of the tiles' table: Triton's target, 32-bit registers of a processor, its shared memory in bytes, and
+#: the most warps on it.
+TARGETS: dict[str, tuple[tuple[str, int | str, int], int, int, int]] = {
+    "sm_80": (("cuda", 80, 32), 65536, 163 * 1024, 64),
+    "sm_90": (("cuda", 90, 32), 65536, 227 * 1024, 64),
+    "sm_100": (("cuda", 100, 32), 65536, 227 * 1024, 64),
+    "gfx942": (("hip", "gfx942", 64), 4 * 512 * 64, 64 * 1024, 32),
+}
+
+VOCAB = 128256
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of one call, for one target."""
+
+    target: str
+    call: str
+    kernel: str
+    tile: int  # columns; 0 where the kernel has none
+    warps: int
+    registers: int  # of a thread
+    spills: int  # bytes of a thread
+    shared: int  # bytes of a program
+    moved: int  # bytes of a column, read and written; 0 where the kernel sees no columns
+    text: str  # PTX or AMD assembly
+
+    @property
+    def occupancy(self) -> float:
+        """Share of a processor's warps that fit, by registers and shared memory."""
+        (_, _, width), registers, shared, most = TARGETS[self.target]
+        by_registers = registers // max(1, -(-self.registers // 8) * 8 * width * self.warps)
+        by_shared = shared // self.shared if self.shared else by_registers
+        return min(by_registers, by_shared, most // self.warps) * self.warps / most
+
+
+def _dense_calls() -> dict[str, dict[str, Any]]:
+    """Arguments of ``distill_loss``, by name, whose launches are the production ones."""
+    from kdfast.divergence import PARAMETERS, Divergence
+
+    calls: dict[str, dict[str, Any]] = {name: {"divergence": name} for name in PARAMETERS}
+    calls["alpha_div"]["divergence"] = Divergence("alpha_div", a=0.5)
+    calls["mixture"] = {"divergence": {"forward_kl": 0.5, "reverse_kl": 0.3, "tvd": 0.2}}
+    calls["jsd, T = 1.5"] = {"divergence": "jsd", "temperature": 1.5}
+    calls["forward_kl, fp32"] = {"divergence": "forward_kl", "dtype": torch.float32}
+    calls["forward_kl, per token"] = {"divergence": "forward_kl", "reduction": "none"}
+    calls["jsd, learned temperature"] = {"divergence": "jsd", "learned": True}
+    calls["forward_kl, smoothing, z-loss"] = {"divergence": "forward_kl", "label_smoothing": 0.1, "z_loss": 1e-4}
+    calls["cross-entropy"] = {"teachers": 0}
+    calls["ensemble of 3"] = {"divergence": "jsd", "teachers": 3}
+    calls["ensemble of 3 logits"] = {"divergence": "forward_kl", "teachers": 3, "ensemble": "logit"}
+    calls["forward_kl, few rows"] = {"divergence": "forward_kl", "processors": 132}
+    return calls
+
+
+def _make_call(
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    teachers: int = 1,
+    learned: bool = False,
+    processors: int = 1,
+    **options: Any,
+) -> None:
+    import kdfast
+    from kdfast.kernels.triton import tiles
+
+    rows = 4
+    student = torch.zeros(rows, VOCAB, dtype=dtype, requires_grad=True)
+    teacher: Any = [torch.zeros(rows, VOCAB, dtype=dtype) for _ in range(teachers)]
+    options = {"temperature": 2.0} | options
+    if learned:
+        options["temperature"] = torch.tensor(2.0, requires_grad=True)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    teacher = None if teachers == 0 else teacher[0] if teachers == 1 else teacher
+    with mock.patch.object(tiles, "processors", return_value=processors):
+        loss = kdfast.distill_loss(student, teacher, labels, backend="triton", **options)
+        loss.sum().backward()
+
+
+class _Driver:
+    """Stands for a GPU's driver, of which compilation asks the target and nothing else."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _compiling(target: str, report: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from kdfast.kernels.triton import dense_launch, tiles
+    from kdfast.ops import _registry
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        kernel.device_caches.clear()  # of another target
+        report(kernel, kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **options), args, options)
+
+    with (
+        mock.patch.object(driver, "_active", _Driver(GPUTarget(*TARGETS[target][0]))),
+        mock.patch.object(dense_launch, "launch", compile_only),
+        mock.patch.object(tiles, "architecture", return_value=target),
+        mock.patch.object(_registry, "_interprets", return_value=True),  # let tensors of the CPU through
+    ):
+        yield
+
+
+def compile_calls(target: str, names: list[str] | None = None) -> list[Compiled]:
+    """Every kernel that the calls launch on a target, each once for each call.
+
+    Args:
+        target: a key of :data:`TARGETS`.
+        names: of calls; all where None.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET=1 is set, with which nothing is compiled.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        msg = "TRITON_INTERPRET=1 runs kernels on the CPU: unset it to compile them"
+        raise RuntimeError(msg)
+    from kdfast.kernels.triton.dense_launch import bytes_per_column
+
+    out: list[Compiled] = []
+    calls = _dense_calls()
+    for name in names or calls:
+        seen: set[str] = set()
+
+        def report(
+            kernel: Any,
+            compiled: Any,
+            args: tuple[Any, ...],
+            options: dict[str, Any],
+            call: str = name,
+            seen: set[str] = seen,
+        ) -> None:
+            text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+            if text in seen:
+                return
+            seen.add(text)
+            registers, spills = (_of_ptx if "ptx" in compiled.asm else _of_amdgcn)(text, target)
+            out.append(
+                Compiled(
+                    target,
+                    call,
+                    kernel.__name__,
+                    options.get("BLOCK", 0),
+                    options.get("num_warps", 4),
+                    registers,
+                    spills,
+                    compiled.metadata.shared,
+                    bytes_per_column(args, options) if kernel.__name__ == "dense_kernel" else 0,
+                    text,
+                )
+            )
+
+        with _compiling(target, report):
+            _make_call(**calls[name])
+    return out
+
+
+def _of_ptx(text: str, target: str) -> tuple[int, int]:
+    """Registers and bytes spilled of a thread, as ptxas says."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    arch = re.search(r"\.target (\S+)", text)
+    assert arch is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(text)
+        result = subprocess.run(
+            [
+                get_ptxas(int(target[3:])).path,
+                "-v",
+                f"--gpu-name={arch[1]}",
+                str(source),
+                "-o",
+                str(Path(folder, "kernel.cubin")),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        msg = f"ptxas: {result.stderr or result.stdout}"
+        raise RuntimeError(msg)
+    registers = re.search(r"Used (\d+) registers", result.stderr)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert registers is not None, result.stderr
+    assert spills is not None, result.stderr
+    return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+def _of_amdgcn(text: str, _: str) -> tuple[int, int]:
+    registers, spilled = re.search(r"\.vgpr_count:\s*(\d+)", text), re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+    assert registers is not None
+    assert spilled is not None
+    return int(registers[1]), 4 * int(spilled[1])
+
+
+_INTRODUCTION = """# The GPU kernels, compiled
+
+Written by `python -m kdfast.benchmark.gpu_compile`, which needs Triton and no GPU: every launch of the calls below, at
+the tile and warps that it would run with (`kernels/triton/tiles.json`), over {vocab} columns. Registers and spills are
+those of `ptxas -v` or of the assembly's notes; occupancy is the share of a processor's warps that registers, shared
+memory and warps leave room for; bytes are what a launch reads and writes for a column, caches left aside, as the tests
+count them in the interpreter. {versions}
+
+"""
+
+
+def markdown(rows: list[Compiled]) -> str:
+    """A document for docs/."""
+    columns = ("call", "target", "kernel", "tile", "warps", "registers", "spilled", "shared", "bytes", "occupancy")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|" + "---:|" * 7]
+    for r in rows:
+        numbers = (r.tile or "-", r.warps, r.registers, r.spills, r.shared, r.moved or "-", f"{r.occupancy:.2f}")
+        lines.append(f"| {' | '.join(map(str, (r.call, r.target, r.kernel, *numbers)))} |")
+    versions = f"Triton {importlib.metadata.version('triton')}."
+    return _INTRODUCTION.format(vocab=VOCAB, versions=versions) + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """``python -m kdfast.benchmark.gpu_compile``: the table, on standard output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="repeatable; all if not given")
+    parser.add_argument("--call", action="append", help="repeatable; all if not given")
+    given = parser.parse_args()
+    rows = [row for target in given.target or TARGETS for row in compile_calls(target, given.call)]
+    sys.stdout.write(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,755 @@
+"""The dense distillation loss on a GPU.
+
+Per row, with c = log2(e) / tau, z the student's and t a teacher's logits::
+
+    pass 1  max z, sum 2^((z - max) c), sum 2^((z - max) log2 e), and so for each teacher     -> state
+    pass 2  the divergence's value and, where unknown so far, sum student(column)
+    pass 3  the gradient; the same pass as 2 for forward and reverse KL
+
+Probabilities follow as log2 p = (z - max) c - log2 sum, in which large logits lose nothing. Passes go through the row
+forwards and backwards in turn, so that each begins with what the last one left in the cache.
+
+Bytes per column of 16-bit logits: pass 1 reads 4, pass 2 reads 4, pass 3 reads 4 and writes 2. Forward and reverse KL
+with their gradient move 10, the others 14; 6 reach the memory where the row stays in the L2 cache.
+
+One program takes a row and all its passes, so that a call is one launch. Where rows are few, a row is split among
+programs, pass by pass: each leaves its partial sums, which a small kernel combines in their order, so that the result
+does not depend on timing. Ensembles of distributions take that way too, as the number of their sums is open. The
+partial sums are also what ranks exchange that hold a shard of the vocabulary each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from kdfast.kernels.triton import divergences
+from kdfast.kernels.triton.divergences import LN2
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+NO_LABEL = tl.constexpr(-(2**63))
+
+# How softmax(z) follows from softmax(z / tau): equal, by squaring, or by an exponential of its own.
+TAU_ONE = tl.constexpr(0)
+TAU_TWO = tl.constexpr(1)
+TAU_OTHER = tl.constexpr(2)
+
+# Floats of a row, each followed by (max t, log2 sum or sum) of each distribution where it says so.
+STATE = tl.constexpr(6)  # max z, log2 sum at tau; max z, log2 sum at 1; sum student; columns present; distributions
+# max z, sum at tau, at 1, cross; sum z - max, columns present; and of the columns beyond the taught ones max z, sum at
+# 1, sum z - max, columns present; distributions
+SUMS = tl.constexpr(10)
+VALUES = tl.constexpr(7)  # value; student, student u, p u; teacher, teacher v, q v
+
+
+class Rows(NamedTuple):
+    """Where the rows of a (..., V) tensor lie: row i at (i // inner) * outer_stride + (i % inner) * inner_stride."""
+
+    data: Any
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+class Given(NamedTuple):
+    """What every pass is told. Tensors per row are contiguous; None where there is no such thing."""
+
+    temperature: Any  # 0-d
+    columns: int  # of the distillation term
+    vocab: int  # of the student
+    weights: tuple[float, ...]  # of the divergences, and their parameters
+    parameters: tuple[float, ...]
+    label_smoothing: float
+    labels: Any  # int64
+    counted: Any  # bool
+    teacher_weights: Any  # of teacher k in row i: at k * weight_teacher_stride + i * weight_row_stride
+    weight_teacher_stride: int
+    weight_row_stride: int
+
+
+class Wanted(NamedTuple):
+    """What a forward call writes, per row, and the state by row that later passes read."""
+
+    soft: Any
+    hard: Any
+    z2: Any
+    dtau: Any
+    stats: Any
+
+
+class Factors(NamedTuple):
+    """What the gradient of each term is multiplied by, per row."""
+
+    soft: Any
+    hard: Any
+    z: Any
+
+
+@triton.jit
+def _begin(rows, i):
+    return rows.data + (i // rows.inner) * rows.outer_stride + (i % rows.inner) * rows.inner_stride
+
+
+@triton.jit
+def _load(row, offsets, mask):
+    """Logits as fp32; a column beyond the end is one without mass."""
+    return tl.load(row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _scalar(x: tl.constexpr):
+    return tl.full([], x, tl.float32)
+
+
+@triton.jit
+def _or_zero(x):
+    """A maximum to subtract: a row of -inf alone has none, and -inf - -inf would be NaN."""
+    return tl.where(x == -INF, 0.0, x)
+
+
+@triton.jit
+def _exponent_scale(given):
+    """log2(e) / tau; NaN for a temperature that is not above 0."""
+    tau = tl.load(given.temperature).to(tl.float32)
+    return LOG2E / tl.where(tau > 0.0, tau, float("nan"))
+
+
+@triton.jit
+def _tiles(columns, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """The tiles [first, last) of a split."""
+    tiles = tl.cdiv(columns, BLOCK)
+    each = tl.cdiv(tiles, SPLITS)
+    first = tl.minimum(split * each, tiles)
+    return first, tl.minimum(first + each, tiles)
+
+
+@triton.jit
+def _teacher_tile(teachers, given, i, offsets, mask, K: tl.constexpr, MIX: tl.constexpr):
+    """Logits of distribution K: a teacher's own, or with MIX the weighted sum of all."""
+    if MIX:
+        total = tl.zeros(offsets.shape, tl.float32)
+        for k in tl.static_range(len(teachers)):
+            w = tl.load(given.teacher_weights + k * given.weight_teacher_stride + i * given.weight_row_stride)
+            total += tl.where(w == 0.0, 0.0, w * _load(_begin(teachers[k], i), offsets, mask))
+        return tl.where(mask, total, -INF)
+    else:
+        return _load(_begin(teachers[K], i), offsets, mask)
+
+
+# --- Pass 1 -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum_taught(
+    student,
+    teachers,
+    given,
+    i,
+    split,
+    c,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TAU: tl.constexpr,
+    MIX: tl.constexpr,
+    CROSS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    WITH_TEACHER: tl.constexpr,
+):
+    """Sums over the taught columns: (max z, at tau, at 1, cross, sum z - max, present, max t, sum t).
+
+    Cross is sum 2^((z - max) c) (z - t), the reverse KL before normalisation. Sums are kept by lane, and brought under
+    a tile's new maximum as a whole, so that a tile costs one reduction for each maximum.
+    """
+    row = _begin(student, i)
+    z_top, t_top, smooth, present = _scalar(float("-inf")), _scalar(float("-inf")), _scalar(0.0), _scalar(0.0)
+    at_tau = tl.zeros([BLOCK], tl.float32)
+    at_one = tl.zeros([BLOCK], tl.float32)
+    cross = tl.zeros([BLOCK], tl.float32)
+    t_sum = tl.zeros([BLOCK], tl.float32)
+    first, last = _tiles(given.columns, split, BLOCK, SPLITS)
+    for j in range(first, last):
+        offsets = j * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < given.columns
+        z = _load(row, offsets, mask)
+        top = tl.maximum(z_top, tl.max(z, 0))
+        at = _or_zero(top)
+        e = tl.exp2((z - at) * c)
+        shrink = tl.exp2((z_top - at) * c)
+        at_tau = at_tau * shrink + e
+        if TAU == TAU_TWO:
+            at_one = at_one * (shrink * shrink) + e * e
+        if TAU == TAU_OTHER:
+            at_one = at_one * tl.exp2((z_top - at) * LOG2E) + tl.exp2((z - at) * LOG2E)
+        if SMOOTH:
+            there = z > -INF
+            smooth += tl.where(present > 0.0, present * (z_top - at), 0.0) + tl.sum(tl.where(there, z - at, 0.0), 0)
+            present += tl.sum(there.to(tl.float32), 0)
+        if WITH_TEACHER:
+            t = _teacher_tile(teachers, given, i, offsets, mask, 0, MIX)
+            if CROSS:
+                cross = cross * shrink + tl.where(e == 0.0, 0.0, e * (z - t))
+            new = tl.maximum(t_top, tl.max(t, 0))
+            t_at = _or_zero(new)
+            t_sum = t_sum * tl.exp2((t_top - t_at) * c) + tl.exp2((t - t_at) * c)
+            t_top = new
+        z_top = top
+    sum_at_tau = tl.sum(at_tau, 0)
+    sum_at_one = sum_at_tau
+    if TAU != TAU_ONE:
+        sum_at_one = tl.sum(at_one, 0)
+    return z_top, sum_at_tau, sum_at_one, tl.sum(cross, 0), smooth, present, t_top, tl.sum(t_sum, 0)
+
+
+@triton.jit
+def _sum_rest(student, given, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr, SMOOTH: tl.constexpr):
+    """The student's columns beyond the taught ones: (max z, sum at 1, sum z - max, present)."""
+    row = _begin(student, i) + given.columns
+    top, smooth, present = _scalar(float("-inf")), _scalar(0.0), _scalar(0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    first, last = _tiles(given.vocab - given.columns, split, BLOCK, SPLITS)
+    for j in range(first, last):
+        offsets = j * BLOCK + tl.arange(0, BLOCK)
+        z = _load(row, offsets, offsets < given.vocab - given.columns)
+        new = tl.maximum(top, tl.max(z, 0))
+        at = _or_zero(new)
+        total = total * tl.exp2((top - at) * LOG2E) + tl.exp2((z - at) * LOG2E)
+        if SMOOTH:
+            there = z > -INF
+            smooth += tl.where(present > 0.0, present * (top - at), 0.0) + tl.sum(tl.where(there, z - at, 0.0), 0)
+            present += tl.sum(there.to(tl.float32), 0)
+        top = new
+    return top, tl.sum(total, 0), smooth, present
+
+
+@triton.jit
+def _sum_teacher(
+    teachers, given, i, split, c, K: tl.constexpr, MIX: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr
+):
+    """(max t, sum at tau) of distribution K."""
+    top = _scalar(float("-inf"))
+    total = tl.zeros([BLOCK], tl.float32)
+    first, last = _tiles(given.columns, split, BLOCK, SPLITS)
+    for j in range(first, last):
+        offsets = j * BLOCK + tl.arange(0, BLOCK)
+        t = _teacher_tile(teachers, given, i, offsets, offsets < given.columns, K, MIX)
+        new = tl.maximum(top, tl.max(t, 0))
+        at = _or_zero(new)
+        total = total * tl.exp2((top - at) * c) + tl.exp2((t - at) * c)
+        top = new
+    return top, tl.sum(total, 0)
+
+
+@triton.jit
+def _state(
+    student,
+    given,
+    wanted,
+    stats,
+    i,
+    c,
+    z_top,
+    at_tau,
+    at_one,
+    cross,
+    smooth,
+    present,
+    rest_top,
+    rest_sum,
+    rest_smooth,
+    rest_present,
+    t_at,
+    t_log2,
+    KINDS: tl.constexpr,
+    TRUNCATED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """What a row's sums amount to, written where wanted; returns (max z, log2 at tau, max, log2 at 1, sum student)."""
+    z_at, z_log2 = _or_zero(z_top), tl.log2(at_tau)
+    one_at, one_log2 = z_at, tl.log2(at_one)
+    if TRUNCATED:
+        one_at = _or_zero(tl.maximum(z_top, rest_top))
+        one_log2 = tl.log2(at_one * tl.exp2((z_top - one_at) * LOG2E) + rest_sum * tl.exp2((rest_top - one_at) * LOG2E))
+        if SMOOTH:
+            smooth = tl.where(present > 0.0, smooth + present * (z_at - one_at), 0.0)
+            smooth += tl.where(rest_present > 0.0, rest_smooth + rest_present * (_or_zero(rest_top) - one_at), 0.0)
+            present += rest_present
+    # sum p (ln p - ln q), which is sum student of the reverse KL
+    reverse = (cross / at_tau - (z_at - t_at)) * (c * LN2) - (z_log2 - t_log2) * LN2
+    sum_student = _scalar(0.0)
+    for k in tl.static_range(len(KINDS)):
+        sum_student += given.weights[k] * divergences.sum_of_student(KINDS[k], reverse)
+    if stats is not None:
+        tl.store(stats, z_at)
+        tl.store(stats + 1, z_log2)
+        tl.store(stats + 2, one_at)
+        tl.store(stats + 3, one_log2)
+        tl.store(stats + 4, sum_student)
+        tl.store(stats + 5, present)
+    if wanted.z2 is not None:
+        lse = one_at + one_log2 * LN2
+        tl.store(wanted.z2 + i, lse * lse)
+    if wanted.hard is not None:
+        label = tl.load(given.labels + i)
+        inside = (label >= 0) & (label < given.vocab)
+        z = tl.load(_begin(student, i) + tl.where(inside, label, 0)).to(tl.float32)
+        ce = (one_at - z) + one_log2 * LN2
+        if SMOOTH:
+            ce += given.label_smoothing * ((z - one_at) - smooth / present)
+        tl.store(wanted.hard + i, tl.where(inside, ce, tl.where(label == NO_LABEL, 0.0, float("nan"))))
+    return z_at, z_log2, one_at, one_log2, sum_student, present
+
+
+# --- Passes 2 and 3 ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _log2_q(
+    teachers,
+    given,
+    stats,
+    i,
+    offsets,
+    mask,
+    c,
+    t_at,
+    t_log2,
+    MIX: tl.constexpr,
+    DISTRIBUTIONS: tl.constexpr,
+):
+    """log2 q of a tile; of several distributions log2 sum w q, from the largest summand on."""
+    if DISTRIBUTIONS == 1:
+        return (_teacher_tile(teachers, given, i, offsets, mask, 0, MIX) - t_at) * c - t_log2
+    else:
+        top = tl.full(offsets.shape, float("-inf"), tl.float32)
+        total = tl.zeros(offsets.shape, tl.float32)
+        for k in tl.static_range(DISTRIBUTIONS):
+            w = tl.load(given.teacher_weights + k * given.weight_teacher_stride + i * given.weight_row_stride)
+            t = _teacher_tile(teachers, given, i, offsets, mask, k, MIX)
+            v = (t - tl.load(stats + STATE + 2 * k)) * c - tl.load(stats + STATE + 2 * k + 1) + tl.log2(w)
+            v = tl.where(w == 0.0, -INF, v)
+            new = tl.maximum(top, v)
+            at = _or_zero(new)
+            total = total * tl.exp2(top - at) + tl.exp2(v - at)
+            top = new
+        return _or_zero(top) + tl.log2(total)
+
+
+@triton.jit
+def _value_tile(given, p, q, u, v, d, KINDS: tl.constexpr):
+    total = tl.zeros(p.shape, tl.float32)
+    for k in tl.static_range(len(KINDS)):
+        total += given.weights[k] * divergences.value(KINDS[k], given.parameters[k], p, q, u, v, d)
+    return total
+
+
+@triton.jit
+def _student_tile(given, p, q, u, v, d, KINDS: tl.constexpr):
+    total = tl.zeros(p.shape, tl.float32)
+    for k in tl.static_range(len(KINDS)):
+        total += given.weights[k] * divergences.student(KINDS[k], given.parameters[k], p, q, u, v, d)
+    return total
+
+
+@triton.jit
+def _teacher_side_tile(given, p, q, u, v, d, KINDS: tl.constexpr):
+    total = tl.zeros(p.shape, tl.float32)
+    for k in tl.static_range(len(KINDS)):
+        total += given.weights[k] * divergences.teacher(KINDS[k], given.parameters[k], p, q, u, v, d)
+    return total
+
+
+@triton.jit
+def _finish_values(wanted, i, c, value, student, student_u, p_u, teacher, teacher_v, q_v):
+    if wanted.soft is not None:
+        tl.store(wanted.soft + i, value)
+    if wanted.dtau is not None:
+        # -(1 / tau) (dD/dx . x + dD/dy . y), x and y the logits over tau, which are u and v up to a shift and a factor
+        moved = (student_u - student * p_u) + (teacher_v - teacher * q_v)
+        tl.store(wanted.dtau + i, -(c * LN2) * LN2 * moved)
+
+
+@triton.jit
+def _one_tile(z, p, c_one, one_at, one_log2, one_from_p, TAU: tl.constexpr, TRUNCATED: tl.constexpr):
+    """c_one softmax(z); from p where that is possible, and c_one is in one_from_p then."""
+    if TRUNCATED or TAU == TAU_OTHER:
+        return c_one * tl.exp2((z - one_at) * LOG2E - one_log2)
+    elif TAU == TAU_TWO:
+        return p * (p * one_from_p)
+    else:
+        return p * one_from_p
+
+
+@triton.jit
+def _passes(
+    student,
+    teachers,
+    grad,
+    given,
+    wanted,
+    factors,
+    sums,
+    values,
+    i,
+    split,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TAU: tl.constexpr,
+    KINDS: tl.constexpr,
+    DISTRIBUTIONS: tl.constexpr,
+    MIX: tl.constexpr,
+    TRUNCATED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    CROSS: tl.constexpr,
+    KNOWN: tl.constexpr,
+    PASS_SUMS: tl.constexpr,
+    PASS_VALUE: tl.constexpr,
+    PASS_GRADIENT: tl.constexpr,
+    JOINT_VALUE: tl.constexpr,
+):
+    c = _exponent_scale(given)
+    if DISTRIBUTIONS == 0:  # no temperature matters then
+        c = _scalar(LOG2E)
+    stats = wanted.stats
+    if stats is not None:
+        stats += i * (STATE + 2 * DISTRIBUTIONS)
+    t_at, t_log2 = _scalar(0.0), _scalar(0.0)
+
+    if PASS_SUMS:
+        z_top, at_tau, at_one, cross, smooth, present, t_top, t_sum = _sum_taught(
+            student, teachers, given, i, split, c, BLOCK, SPLITS, TAU, MIX, CROSS, SMOOTH,
+            DISTRIBUTIONS == 1,
+        )  # fmt: skip
+        rest_top, rest_sum, rest_smooth, rest_present = _scalar(float("-inf")), _scalar(0.0), _scalar(0.0), _scalar(0.0)
+        if TRUNCATED:
+            rest_top, rest_sum, rest_smooth, rest_present = _sum_rest(student, given, i, split, BLOCK, SPLITS, SMOOTH)
+        if sums is not None:
+            sums += (i * SPLITS + split) * (SUMS + 2 * DISTRIBUTIONS)
+            tl.store(sums, z_top)
+            tl.store(sums + 1, at_tau)
+            tl.store(sums + 2, at_one)
+            tl.store(sums + 3, cross)
+            tl.store(sums + 4, smooth)
+            tl.store(sums + 5, present)
+            tl.store(sums + 6, rest_top)
+            tl.store(sums + 7, rest_sum)
+            tl.store(sums + 8, rest_smooth)
+            tl.store(sums + 9, rest_present)
+            if DISTRIBUTIONS == 1:
+                tl.store(sums + SUMS, t_top)
+                tl.store(sums + SUMS + 1, t_sum)
+            if DISTRIBUTIONS > 1:
+                for k in tl.static_range(DISTRIBUTIONS):
+                    t_top, t_sum = _sum_teacher(teachers, given, i, split, c, k, MIX, BLOCK, SPLITS)
+                    tl.store(sums + SUMS + 2 * k, t_top)
+                    tl.store(sums + SUMS + 2 * k + 1, t_sum)
+        else:
+            t_at, t_log2 = _or_zero(t_top), tl.log2(t_sum)
+            z_at, z_log2, one_at, one_log2, sum_student, present = _state(
+                student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
+                rest_smooth, rest_present, t_at, t_log2, KINDS, TRUNCATED, SMOOTH,
+            )  # fmt: skip
+            if stats is not None and DISTRIBUTIONS == 1:
+                tl.store(stats + STATE, t_at)
+                tl.store(stats + STATE + 1, t_log2)
+    else:
+        z_at, z_log2 = tl.load(stats), tl.load(stats + 1)
+        one_at, one_log2 = tl.load(stats + 2), tl.load(stats + 3)
+        sum_student, present = tl.load(stats + 4), tl.load(stats + 5)
+        if DISTRIBUTIONS == 1:
+            t_at, t_log2 = tl.load(stats + STATE), tl.load(stats + STATE + 1)
+
+    if PASS_VALUE or PASS_GRADIENT:
+        row = _begin(student, i)
+        first, last = _tiles(given.columns, split, BLOCK, SPLITS)
+
+    if PASS_VALUE:
+        value = tl.zeros([BLOCK], tl.float32)
+        s_sum = tl.zeros([BLOCK], tl.float32)
+        s_u = tl.zeros([BLOCK], tl.float32)
+        p_u = tl.zeros([BLOCK], tl.float32)
+        t_sum_ = tl.zeros([BLOCK], tl.float32)
+        t_v = tl.zeros([BLOCK], tl.float32)
+        q_v = tl.zeros([BLOCK], tl.float32)
+        for back in range(last - first):
+            offsets = (last - 1 - back) * BLOCK + tl.arange(0, BLOCK)
+            mask = offsets < given.columns
+            u = (_load(row, offsets, mask) - z_at) * c - z_log2
+            v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
+            p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
+            value += _value_tile(given, p, q, u, v, d, KINDS)
+            of_student = _student_tile(given, p, q, u, v, d, KINDS)
+            s_sum += of_student
+            if wanted.dtau is not None:
+                of_teacher = _teacher_side_tile(given, p, q, u, v, d, KINDS)
+                s_u += divergences.times(of_student, u)
+                p_u += divergences.times(p, u)
+                t_sum_ += of_teacher
+                t_v += divergences.times(of_teacher, v)
+                q_v += divergences.times(q, v)
+        total, sum_of_student = tl.sum(value, 0), tl.sum(s_sum, 0)
+        if values is not None:
+            at = values + (i * SPLITS + split) * VALUES
+            tl.store(at, total)
+            tl.store(at + 1, sum_of_student)
+            if wanted.dtau is not None:
+                tl.store(at + 2, tl.sum(s_u, 0))
+                tl.store(at + 3, tl.sum(p_u, 0))
+                tl.store(at + 4, tl.sum(t_sum_, 0))
+                tl.store(at + 5, tl.sum(t_v, 0))
+                tl.store(at + 6, tl.sum(q_v, 0))
+        else:
+            if not KNOWN:
+                sum_student = sum_of_student
+                if stats is not None:
+                    tl.store(stats + 4, sum_student)
+            _finish_values(
+                wanted, i, c, total, sum_of_student, tl.sum(s_u, 0), tl.sum(p_u, 0), tl.sum(t_sum_, 0), tl.sum(t_v, 0),
+                tl.sum(q_v, 0),
+            )  # fmt: skip
+
+    if PASS_GRADIENT:
+        c_soft, c_hard, c_one = _scalar(0.0), _scalar(0.0), _scalar(0.0)
+        label = tl.full([], NO_LABEL, tl.int64)
+        if factors.soft is not None:
+            c_soft = tl.load(factors.soft + i) * (c * LN2)  # over tau
+        if factors.hard is not None:
+            label = tl.load(given.labels + i)
+            c_hard = tl.where(label == NO_LABEL, 0.0, tl.load(factors.hard + i))
+            c_hard = tl.where((label == NO_LABEL) | ((label >= 0) & (label < given.vocab)), c_hard, float("nan"))
+            c_one = c_hard
+        if factors.z is not None:
+            c_one += 2.0 * tl.load(factors.z + i) * (one_at + one_log2 * LN2)
+        smoothed = _scalar(0.0)
+        if SMOOTH:
+            smoothed = c_hard * given.label_smoothing
+        # factor of p (p^2 with TAU_TWO), where softmax(z) follows from it; one_at = z_at then
+        one_from_p = c_one
+        if TAU == TAU_TWO:
+            one_from_p = c_one * tl.exp2(2.0 * z_log2 - one_log2)
+        g_row = _begin(grad, i)
+        value = tl.zeros([BLOCK], tl.float32)
+        if DISTRIBUTIONS > 0:
+            for step in range(last - first):
+                j = first + step
+                if not PASS_VALUE:  # which ended at the beginning
+                    j = last - 1 - step
+                offsets = j * BLOCK + tl.arange(0, BLOCK)
+                mask = offsets < given.columns
+                z = _load(row, offsets, mask)
+                u = (z - z_at) * c - z_log2
+                v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
+                p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
+                if JOINT_VALUE:
+                    value += _value_tile(given, p, q, u, v, d, KINDS)
+                # A distillation term without weight is left out, not multiplied by 0: its gradient may be infinite.
+                pull = _student_tile(given, p, q, u, v, d, KINDS) - p * sum_student
+                g = tl.where(c_soft == 0.0, 0.0, c_soft * pull)
+                if factors.hard is not None or factors.z is not None:
+                    g += _one_tile(z, p, c_one, one_at, one_log2, one_from_p, TAU, TRUNCATED)
+                g = _hard_part(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
+                tl.store(g_row + offsets, g.to(grad.data.dtype.element_ty), mask=mask)
+            begin = given.columns
+        else:
+            begin = 0
+        if TRUNCATED or DISTRIBUTIONS == 0:
+            r_first, r_last = _tiles(given.vocab - begin, split, BLOCK, SPLITS)
+            for step in range(r_last - r_first):
+                offsets = begin + (r_last - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+                mask = offsets < given.vocab
+                z = _load(row, offsets, mask)
+                g = c_one * tl.exp2((z - one_at) * LOG2E - one_log2)
+                g = _hard_part(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
+                tl.store(g_row + offsets, g.to(grad.data.dtype.element_ty), mask=mask)
+        if JOINT_VALUE:
+            total = tl.sum(value, 0)
+            if values is not None:
+                tl.store(values + (i * SPLITS + split) * VALUES, total)
+            else:
+                tl.store(wanted.soft + i, total)
+
+
+@triton.jit
+def _hard_part(g, z, offsets, label, c_hard, smoothed, present, SMOOTH: tl.constexpr):
+    """Takes the hard target away: the label's column, and its smoothed share of every column that is there."""
+    if SMOOTH:
+        g -= tl.where(z > -INF, smoothed / present, 0.0)
+    return g - tl.where(offsets == label, c_hard - smoothed, 0.0)
+
+
+@triton.jit
+def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr, DISTRIBUTIONS: tl.constexpr,
+          PASS_GRADIENT: tl.constexpr):  # fmt: skip
+    """A row that does not count: zeros wherever something is wanted."""
+    if split == 0:
+        if wanted.soft is not None:
+            tl.store(wanted.soft + i, 0.0)
+        if wanted.hard is not None:
+            tl.store(wanted.hard + i, 0.0)
+        if wanted.z2 is not None:
+            tl.store(wanted.z2 + i, 0.0)
+        if wanted.dtau is not None:
+            tl.store(wanted.dtau + i, 0.0)
+        if wanted.stats is not None:
+            for k in tl.static_range(STATE + 2 * DISTRIBUTIONS):
+                tl.store(wanted.stats + i * (STATE + 2 * DISTRIBUTIONS) + k, 0.0)
+    if PASS_GRADIENT:
+        row = _begin(grad, i)
+        first, last = _tiles(given.vocab, split, BLOCK, SPLITS)
+        for j in range(first, last):
+            offsets = j * BLOCK + tl.arange(0, BLOCK)
+            zeros = tl.zeros([BLOCK], tl.float32).to(grad.data.dtype.element_ty)
+            tl.store(row + offsets, zeros, mask=offsets < given.vocab)
+
+
+@triton.jit
+def dense_kernel(
+    student,
+    teachers,
+    grad,
+    given,
+    wanted,
+    factors,
+    sums,
+    values,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TAU: tl.constexpr,
+    KINDS: tl.constexpr,
+    DISTRIBUTIONS: tl.constexpr,
+    MIX: tl.constexpr,
+    TRUNCATED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    CROSS: tl.constexpr,
+    KNOWN: tl.constexpr,
+    PASS_SUMS: tl.constexpr,
+    PASS_VALUE: tl.constexpr,
+    PASS_GRADIENT: tl.constexpr,
+    JOINT_VALUE: tl.constexpr,
+):
+    """Some or all passes over one row, or over one split of it; grid (rows, splits).
+
+    With `sums` (rows, splits, 10 + 2 distributions) pass 1 leaves its partial sums there; with `values` (rows, splits,
+    7) passes 2 and 3 do. Without, one program has the whole row and finishes it.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    counts = True
+    if given.counted is not None:
+        counts = tl.load(given.counted + i) != 0
+    if counts:
+        _passes(
+            student, teachers, grad, given, wanted, factors, sums, values, i, split, BLOCK, SPLITS, TAU, KINDS,
+            DISTRIBUTIONS, MIX, TRUNCATED, SMOOTH, CROSS, KNOWN, PASS_SUMS, PASS_VALUE, PASS_GRADIENT, JOINT_VALUE,
+        )  # fmt: skip
+    else:
+        _drop(grad, given, wanted, i, split, BLOCK, SPLITS, DISTRIBUTIONS, PASS_GRADIENT)
+
+
+# --- Between the passes of a split row --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _together(top, total, factor):
+    """Partial sums under their own maxima -> (maximum, sum under it), in the order in which they stand."""
+    most = tl.max(top, 0)
+    return most, tl.sum(total * tl.exp2((top - _or_zero(most)) * factor), 0)
+
+
+@triton.jit
+def combine_sums_kernel(
+    student,
+    given,
+    wanted,
+    sums,
+    splits,
+    SPLITS: tl.constexpr,
+    KINDS: tl.constexpr,
+    DISTRIBUTIONS: tl.constexpr,
+    TRUNCATED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """Partial sums of a row -> its state, cross-entropy and squared logsumexp; grid (rows,)."""
+    i = tl.program_id(0).to(tl.int64)
+    counts = True
+    if given.counted is not None:
+        counts = tl.load(given.counted + i) != 0
+    if counts:
+        c = _exponent_scale(given)
+        if DISTRIBUTIONS == 0:
+            c = _scalar(LOG2E)
+        s = tl.arange(0, SPLITS)
+        there = s < splits
+        at = sums + (i * splits + s) * (SUMS + 2 * DISTRIBUTIONS)
+        tops = tl.load(at, mask=there, other=float("-inf"))
+        z_top, at_tau = _together(tops, tl.load(at + 1, mask=there, other=0.0), c)
+        z_top, at_one = _together(tops, tl.load(at + 2, mask=there, other=0.0), LOG2E)
+        z_top, cross = _together(tops, tl.load(at + 3, mask=there, other=0.0), c)
+        present = tl.load(at + 5, mask=there, other=0.0)
+        moved = tl.load(at + 4, mask=there, other=0.0) + present * (_or_zero(tops) - _or_zero(z_top))
+        smooth, present = tl.sum(tl.where(present > 0.0, moved, 0.0), 0), tl.sum(present, 0)
+        tops = tl.load(at + 6, mask=there, other=float("-inf"))
+        rest_top, rest_sum = _together(tops, tl.load(at + 7, mask=there, other=0.0), LOG2E)
+        r_present = tl.load(at + 9, mask=there, other=0.0)
+        moved = tl.load(at + 8, mask=there, other=0.0) + r_present * (_or_zero(tops) - _or_zero(rest_top))
+        rest_smooth, rest_present = tl.sum(tl.where(r_present > 0.0, moved, 0.0), 0), tl.sum(r_present, 0)
+        stats = wanted.stats + i * (STATE + 2 * DISTRIBUTIONS)
+        t_at, t_log2 = _scalar(0.0), _scalar(0.0)
+        for k in tl.static_range(DISTRIBUTIONS):
+            tops = tl.load(at + SUMS + 2 * k, mask=there, other=float("-inf"))
+            top, total = _together(tops, tl.load(at + SUMS + 2 * k + 1, mask=there, other=0.0), c)
+            t_at, t_log2 = _or_zero(top), tl.log2(total)
+            tl.store(stats + STATE + 2 * k, t_at)
+            tl.store(stats + STATE + 2 * k + 1, t_log2)
+        _state(
+            student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
+            rest_smooth, rest_present, t_at, t_log2, KINDS, TRUNCATED, SMOOTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def combine_values_kernel(
+    given,
+    wanted,
+    values,
+    splits,
+    SPLITS: tl.constexpr,
+    DISTRIBUTIONS: tl.constexpr,
+    KNOWN: tl.constexpr,
+):
+    """Partial values of a row -> its distillation term, sum student and dD/dtau; grid (rows,)."""
+    i = tl.program_id(0).to(tl.int64)
+    counts = True
+    if given.counted is not None:
+        counts = tl.load(given.counted + i) != 0
+    if counts:
+        s = tl.arange(0, SPLITS)
+        at = values + (i * splits + s) * VALUES
+        there = s < splits
+        zero = _scalar(0.0)
+        value = tl.sum(tl.load(at, mask=there, other=0.0), 0)
+        student, student_u, p_u, teacher, teacher_v, q_v = zero, zero, zero, zero, zero, zero
+        student = tl.sum(tl.load(at + 1, mask=there, other=0.0), 0)
+        if wanted.dtau is not None:
+            student_u = tl.sum(tl.load(at + 2, mask=there, other=0.0), 0)
+            p_u = tl.sum(tl.load(at + 3, mask=there, other=0.0), 0)
+            teacher = tl.sum(tl.load(at + 4, mask=there, other=0.0), 0)
+            teacher_v = tl.sum(tl.load(at + 5, mask=there, other=0.0), 0)
+            q_v = tl.sum(tl.load(at + 6, mask=there, other=0.0), 0)
+        if not KNOWN:
+            tl.store(wanted.stats + i * (STATE + 2 * DISTRIBUTIONS) + 4, student)
+        _finish_values(wanted, i, _exponent_scale(given), value, student, student_u, p_u, teacher, teacher_v, q_v)
+
+
+@triton.jit
+def scale_kernel(rows, factor, columns, BLOCK: tl.constexpr):
+    """Multiplies rows by a number in memory, in place; grid (rows, tiles)."""
+    f = tl.load(factor).to(tl.float32)
+    if f != 1.0:
+        offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = _begin(rows, tl.program_id(0).to(tl.int64)) + offsets
+        mask = offsets < columns
+        x = tl.load(at, mask=mask).to(tl.float32)
+        tl.store(at, (x * f).to(rows.data.dtype.element_ty), mask=mask)

@@ -1,0 +1,277 @@
+"""Launches the dense kernels: tensors in, tensors filled. Allocates O(rows), never asks the device for a value."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.kernels.triton import dense, tiles
+from kdfast.kernels.triton.dense import Factors, Given, Rows, Wanted
+from kdfast.kernels.triton.divergences import KINDS
+
+
+def _rows(x: Tensor) -> Rows | None:
+    """Where the rows of (..., V) lie, or None where two leading axes cannot say it."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        return None
+    axes = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    merged: list[tuple[int, int]] = []
+    for n, s in axes:
+        if merged and merged[-1][1] == n * s:
+            merged[-1] = (merged[-1][0] * n, s)
+        else:
+            merged.append((n, s))
+    if len(merged) > 2:
+        return None
+    (_, outer), (inner, step) = [(1, 0), (1, 0), *merged][-2:]
+    return Rows(x, inner, outer, step)
+
+
+def _readable_rows(x: Tensor) -> Rows:
+    return _rows(x) or _rows(x.contiguous())  # type: ignore[return-value]
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _check_values(student: Tensor, inputs: Any, tau: float | None) -> None:
+    """Raise for values that cannot be meant, where they are at hand: on the CPU, or on request."""
+    if tau is not None and not tau > 0:
+        msg = f"temperature must be > 0, got {tau}"
+        raise ValueError(msg)
+    if inputs.labels is None or not (student.device.type == "cpu" or os.environ.get("KDFAST_CHECK") == "1"):
+        return
+    if student.device.type != "cpu" and not inputs.temperature > 0:
+        msg = f"temperature must be > 0, got {inputs.temperature.item()}"
+        raise ValueError(msg)
+    y = inputs.labels if inputs.counted is None else inputs.labels[inputs.counted]
+    bad = y[(y != torch.iinfo(torch.int64).min) & ((y < 0) | (y >= student.shape[-1]))]
+    if bad.numel():
+        msg = f"labels must be in [0, {student.shape[-1]}) or ignore_index, got {bad[0].item()}"
+        raise ValueError(msg)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Every launch goes through here, so that a proof without a device can compile instead.
+
+    Fused multiply-adds are asked for: Triton changes its mind about the default between versions.
+    """
+    kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def bytes_per_column(args: tuple[Any, ...], options: dict[str, Any]) -> int:
+    """What a launch of the dense kernel reads and writes for each column, in bytes; the cache may spare some of it."""
+    student, teachers, grad = args[:3]
+    passes: int = sum(options[name] for name in ("PASS_SUMS", "PASS_VALUE", "PASS_GRADIENT"))
+    read: int = sum(rows.data.element_size() for rows in (student, *teachers))
+    written: int = grad.data.element_size() if options["PASS_GRADIENT"] else 0
+    return passes * read + written
+
+
+class _Call:
+    """The launches of one call, which share their inputs and constants."""
+
+    def __init__(self, student: Tensor, inputs: Any, tau: float | None, *, grad: Rows | None, factors: Factors) -> None:
+        vocab, n = student.shape[-1], len(inputs.teachers)
+        weights = _flat(inputs.teacher_weights)
+        self.device, self.rows = student.device, student.numel() // vocab
+        self.student, self.grad, self.factors = _readable_rows(student), grad, factors
+        self.teachers = tuple(_readable_rows(t) for t in inputs.teachers)
+        self.distributions = min(1, n) if inputs.mix_logits else n
+        # Whether pass 1 knows the sum of `student`, which the gradient needs.
+        self.known = all(name == "forward_kl" for name in inputs.names) or (
+            self.distributions == 1 and set(inputs.names) <= {"forward_kl", "reverse_kl"}
+        )
+        self.given = Given(
+            # A number becomes a tensor by a fill on the device, which a CUDA graph can record; a copy it could not.
+            temperature=inputs.temperature if tau is None else torch.full((), tau, device=self.device),
+            columns=inputs.columns if n else vocab,
+            vocab=vocab,
+            weights=tuple(inputs.weights),
+            parameters=tuple(inputs.parameters),
+            label_smoothing=float(inputs.label_smoothing),
+            labels=_flat(inputs.labels),
+            counted=_flat(inputs.counted),
+            teacher_weights=weights,
+            weight_teacher_stride=0 if weights is None else weights.stride(0),
+            weight_row_stride=0 if weights is None or weights.dim() == 1 else 1,
+        )
+        light = inputs.names in ([], ["forward_kl"])
+        work = "many" if self.distributions > 1 or len(inputs.names) > 1 else "light" if light else "other"
+        self.tile = tiles.dense_tile(self.device, work, vocab)
+        self.splits = tiles.dense_splits(self.device, self.rows, vocab, self.tile)
+        needs_one = inputs.labels is not None or factors.hard is not None or factors.z is not None
+        one = dense.TAU_ONE if not n or tau == 1 else dense.TAU_TWO if tau == 2 else dense.TAU_OTHER
+        self.tau = one, needs_one
+        self.mix = bool(inputs.mix_logits)
+        self.cross = self.known and "reverse_kl" in inputs.names
+        self.constants = {
+            "KINDS": tuple(KINDS[name] for name in inputs.names),
+            "DISTRIBUTIONS": self.distributions,
+            "TRUNCATED": n > 0 and inputs.columns < vocab,
+            "SMOOTH": inputs.label_smoothing > 0 and inputs.labels is not None,
+        }
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty((self.rows, *shape), dtype=torch.float32, device=self.device)
+
+    def passes(
+        self,
+        wanted: Wanted,
+        *,
+        sums: Tensor | None = None,
+        values: Tensor | None = None,
+        summing: bool = False,
+        value: bool = False,
+        gradient: bool = False,
+        joint: bool = False,
+    ) -> None:
+        """One launch of some passes over every row, or every split."""
+        mode, needs_one = self.tau
+        needs_one = needs_one or wanted.z2 is not None
+        launch(
+            dense.dense_kernel,
+            (self.rows, self.splits),
+            self.student,
+            self.teachers,
+            self.grad if gradient else None,
+            self.given,
+            wanted,
+            self.factors if gradient else Factors(None, None, None),
+            sums,
+            values,
+            BLOCK=self.tile.columns,
+            SPLITS=self.splits,
+            TAU=(mode if needs_one else dense.TAU_ONE).value,
+            MIX=self.mix,
+            CROSS=self.cross,
+            KNOWN=self.known,
+            PASS_SUMS=summing,
+            PASS_VALUE=value,
+            PASS_GRADIENT=gradient,
+            JOINT_VALUE=joint,
+            **self.constants,
+            num_warps=self.tile.warps,
+        )
+
+    def forward(self, wanted: Wanted) -> None:
+        """Per-token values and state, and the gradient where there is memory for one."""
+        gradient = self.grad is not None
+        value = self.distributions > 0 and (wanted.soft is not None or not self.known)
+        joint = value and gradient and self.known and wanted.dtau is None
+        value = value and not joint
+        if self.splits == 1 and self.distributions <= 1:
+            return self.passes(wanted, summing=True, value=value, gradient=gradient, joint=joint)
+        if wanted.stats is None:
+            wanted = wanted._replace(stats=self._empty(dense.STATE.value + 2 * self.distributions))
+        width = 1 << (self.splits - 1).bit_length()
+        sums = self._empty(self.splits, dense.SUMS.value + 2 * self.distributions)
+        self.passes(wanted, sums=sums, summing=True)
+        launch(
+            dense.combine_sums_kernel,
+            (self.rows,),
+            self.student,
+            self.given,
+            wanted,
+            sums,
+            self.splits,
+            SPLITS=width,
+            **self.constants,
+            num_warps=1,
+        )
+        values = self._empty(self.splits, dense.VALUES.value)
+        if value:
+            self.passes(wanted, values=values, value=True)
+            self._combine_values(wanted, values, width)
+        if gradient:
+            self.passes(wanted, values=values, gradient=True, joint=joint)
+            if joint:
+                self._combine_values(wanted, values, width)
+        return None
+
+    def _combine_values(self, wanted: Wanted, values: Tensor, width: int) -> None:
+        launch(
+            dense.combine_values_kernel,
+            (self.rows,),
+            self.given,
+            wanted,
+            values,
+            self.splits,
+            SPLITS=width,
+            DISTRIBUTIONS=self.distributions,
+            KNOWN=self.known,
+            num_warps=1,
+        )
+
+
+def run(
+    student: Tensor,
+    inputs: Any,
+    *,
+    soft: Tensor | None = None,
+    hard: Tensor | None = None,
+    z2: Tensor | None = None,
+    dsoft_dtemperature: Tensor | None = None,
+    stats: Tensor | None = None,
+    grad: Tensor | None = None,
+    c_soft: Tensor | None = None,
+    c_hard: Tensor | None = None,
+    c_z: Tensor | None = None,
+) -> None:
+    """One call of the dense loss; ``stats`` together with ``grad`` is the gradient of an earlier forward call.
+
+    Args:
+        student: (..., V) fp32, bf16 or fp16.
+        inputs: :class:`kdfast.ops.dense.Inputs`.
+        soft: (...) fp32, filled with the distillation term; this and the others None where not wanted.
+        hard: (...) fp32, filled with the cross-entropy.
+        z2: (...) fp32, filled with logsumexp^2.
+        dsoft_dtemperature: (...) fp32, filled with the derivative of ``soft``.
+        stats: (..., 6 + 2 distributions) fp32, filled by a forward call and read by a backward one.
+        grad: like student, or the student itself; filled with the gradient.
+        c_soft: (...) fp32, factor of the distillation term's gradient.
+        c_hard: (...) fp32, factor of the cross-entropy's gradient.
+        c_z: (...) fp32, factor of the gradient of logsumexp^2.
+
+    Raises:
+        ValueError: a temperature that is not above 0 or a label out of range, where the values are on the CPU, or
+            anywhere with KDFAST_CHECK=1 in the environment.
+    """
+    tau = inputs.temperature.item() if inputs.temperature.device.type == "cpu" else None
+    _check_values(student, inputs, tau)
+    if student.numel() == 0:
+        return
+    target = None if grad is None else _rows(grad)
+    if grad is not None and target is None:  # the logits' own memory, in a layout that takes more than two strides
+        target = _rows(torch.empty(grad.shape, dtype=grad.dtype, device=grad.device))
+    factors = Factors(_flat(c_soft), _flat(c_hard), _flat(c_z))
+    call = _Call(student, inputs, tau, grad=target, factors=factors)
+    if stats is not None and grad is not None:
+        call.passes(Wanted(None, None, None, None, stats), gradient=True)
+    else:
+        call.forward(Wanted(soft, hard, z2, dsoft_dtemperature, stats))
+    if grad is not None and target is not None and target.data is not grad:
+        grad.copy_(target.data)
+
+
+def fresh_gradient(student: Tensor) -> Tensor:
+    """Memory for a gradient."""
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+def scale(grad: Tensor, factor: Tensor) -> None:
+    """``grad *= factor`` in place; the device decides that a factor of 1 needs nothing."""
+    if grad.numel() == 0:
+        return
+    rows = _rows(grad)
+    if rows is None:  # the memory of a caller's logits, of which few layouts need more than two strides
+        grad.mul_(factor)
+        return
+    columns = grad.shape[-1]
+    tile = tiles.dense_tile(grad.device, "light", columns)
+    grid = (grad.numel() // columns, -(-columns // tile.columns))
+    launch(dense.scale_kernel, grid, rows, factor, columns, BLOCK=tile.columns, num_warps=tile.warps)

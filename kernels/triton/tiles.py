@@ -1,0 +1,61 @@
+"""Tiles, warps and splits of the kernels: the one table of what was chosen for which work and which processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Columns that a program takes at a time, and the warps that share them."""
+
+    columns: int
+    warps: int
+
+
+#: By operator, architecture ("sm_80", "sm_90", "sm_100", "gfx942"; "interpreter" on the CPU) and work. An architecture
+#: that is not listed takes the nearest older one of its maker. ``python -m bench.gpu --autotune`` writes the file.
+#:
+#: The work of a dense call is named after what it keeps in registers per column: "light" is forward KL or cross-entropy
+#: alone, "other" one other divergence, "many" a mixture or an ensemble.
+TABLE_FILE = Path(__file__).with_name("tiles.json")
+TABLE: dict[str, dict[str, dict[str, Tile]]] = {
+    operator: {arch: {work: Tile(*tile) for work, tile in row.items()} for arch, row in rows.items()}
+    for operator, rows in json.loads(TABLE_FILE.read_text()).items()
+}
+
+#: Programs per processor below which a row is split, and the most splits of a row.
+PROGRAMS_PER_PROCESSOR = 2
+MOST_SPLITS = 64
+
+
+def architecture(device: torch.device) -> str:
+    """The row of the table that serves a device."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = sorted(int(name[3:]) for name in TABLE["dense"] if name.startswith("sm_"))
+    return f"sm_{max([k for k in known if k <= 10 * major + minor], default=known[0])}"
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units; the interpreter is taken for a small device, so that rows split."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dense_tile(device: torch.device, work: str, columns: int) -> Tile:
+    """The tile for rows of this many columns, no wider than the row needs."""
+    tile = TABLE["dense"][architecture(device)][work]
+    width = max(128, 1 << (columns - 1).bit_length())
+    return tile if width >= tile.columns else Tile(width, max(1, tile.warps * width // tile.columns))
+
+
+def dense_splits(device: torch.device, rows: int, columns: int, tile: Tile) -> int:
+    """Programs that share a row: a function of shapes and of the device, so that results do not depend on timing."""
+    wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // max(rows, 1))
+    return 1 if rows >= processors(device) else max(1, min(wanted, -(-columns // tile.columns), MOST_SPLITS))

@@ -1,0 +1,94 @@
+"""What only a GPU can show: no synchronisation with the host, CUDA graphs, large offsets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from formulas import CASES
+from machine import DEVICE
+
+import kdfast
+
+pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="KDFAST_TEST_DEVICE=cuda is not set")
+
+
+def step(s, t, y, **options):
+    return kdfast.distill_loss(s, t, y, **{"temperature": 2.0, "backend": "triton"} | options)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=str)
+@pytest.mark.parametrize("rows", [1, 300])
+def test_no_synchronisation(name, options, rows):
+    s = torch.randn(rows, 9000, requires_grad=True)
+    t, y, w = torch.randn(rows, 9000), torch.randint(9000, (rows,)), torch.rand(rows)
+    tau, alpha = torch.tensor(2.0, requires_grad=True), torch.tensor(0.3)
+    given = {"divergence": CASES[name].argument, "weights": w, "temperature": tau, "alpha": alpha, **options}
+    step(s, t, y, **given).sum().backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(s, t, y, **given).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_inside_a_cuda_graph(name):
+    s, t, y = torch.randn(64, 9000), torch.randn(64, 9000), torch.randint(9000, (64,))
+    leaf = s.clone().requires_grad_()
+
+    def run():
+        loss = step(leaf, t, y, divergence=name)
+        return loss, *torch.autograd.grad(loss, leaf)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = run()
+    for _ in range(3):
+        with torch.no_grad():
+            leaf.copy_(torch.randn_like(s))
+        graph.replay()
+        want = run()
+        assert torch.equal(loss, want[0])
+        assert torch.equal(grad, want[1])
+
+
+def test_offsets_beyond_32_bits():
+    rows, v = 17000, 128256
+    s = torch.zeros(rows, v, dtype=torch.bfloat16, requires_grad=True)
+    t = torch.zeros(rows, v, dtype=torch.bfloat16)
+    with torch.no_grad():
+        s[-1].normal_()
+        t[-1].normal_()
+    loss = step(s, t, None, reduction="none")
+    assert not loss[:-1].any()
+    loss[-1].backward()
+    want = s.detach()[-1:].double().requires_grad_()
+    exact = step(want, t[-1:].double(), None, reduction="sum", backend="reference")
+    exact.backward()
+    torch.testing.assert_close(loss[-1].double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(s.grad[-1].double(), want.grad[0], rtol=1e-2, atol=1e-7)
+    assert not s.grad[:-1].any()
+
+
+def test_the_same_bits_again():
+    s, t, y = torch.randn(3, 150000), torch.randn(3, 150000), torch.randint(150000, (3,))
+    out = []
+    for _ in range(5):
+        leaf = s.clone().requires_grad_()
+        loss = step(leaf, t, y, divergence="jsd")
+        out.append((loss, *torch.autograd.grad(loss, leaf)))
+    assert all(torch.equal(a, b) for other in out[1:] for a, b in zip(out[0], other, strict=True))
+
+
+def test_values_are_checked_on_request(monkeypatch):
+    s, t = torch.randn(4, 50), torch.randn(4, 50)
+    bad = torch.tensor([0, 50, 1, 2])
+    assert step(s, t, bad, reduction="none").isnan().tolist() == [False, True, False, False]
+    monkeypatch.setenv("KDFAST_CHECK", "1")
+    with pytest.raises(ValueError, match="labels must be in"):
+        step(s, t, bad)

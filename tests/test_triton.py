@@ -1,0 +1,153 @@
+"""Properties of the Triton kernels that only their interpreter can show: bytes moved, splits, layouts, bad values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from formulas import CASES
+from machine import INTERPRETING
+
+import kdfast
+from kdfast import distill_loss
+
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="TRITON_INTERPRET=1 is not set")
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Bytes that kernels have read and written in whole tiles, as a dict; scalars of a row are not counted."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    moved = {"read": 0, "written": 0}
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def count(kind, pointers, mask):
+        if pointers.data.size >= 128:
+            moved[kind] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+
+    def counting_load(self, pointers, mask, *args, **options):
+        count("read", pointers, mask)
+        return load(self, pointers, mask, *args, **options)
+
+    def counting_store(self, pointers, value, mask, *args, **options):
+        count("written", pointers, mask)
+        return store(self, pointers, value, mask, *args, **options)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
+    return moved
+
+
+def claims(monkeypatch):
+    """What the launcher says of each launch of the dense kernel, as a list that fills."""
+    from kdfast.kernels.triton import dense, dense_launch
+
+    said, launch = [], dense_launch.launch
+
+    def recording(kernel, grid, *args, **options):
+        if kernel is dense.dense_kernel:
+            said.append(dense_launch.bytes_per_column(args, options))
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(dense_launch, "launch", recording)
+    return said
+
+
+@pytest.mark.parametrize("rows", [6, 2], ids=["whole rows", "split rows"])
+@pytest.mark.parametrize(
+    ("name", "options", "read", "written"),
+    [
+        ("forward_kl", {}, 8, 2),
+        ("reverse_kl", {}, 8, 2),
+        ("jsd", {}, 12, 2),
+        ("mixture", {}, 12, 2),
+        ("forward_kl", {"dtype": torch.float32}, 16, 4),
+        ("forward_kl", {"reduction": "none"}, 12, 2),
+        ("jsd", {"reduction": "none"}, 12, 2),
+        ("jsd", {"inference": True}, 8, 0),
+        ("hard", {}, 4, 2),
+    ],
+)
+def test_bytes_per_column(traffic, monkeypatch, name, options, read, written, rows):
+    """What the kernels' docstring says: each pass reads student and teacher once, the gradient is written once."""
+    v, options = 1100, dict(options)
+    dtype = options.pop("dtype", torch.bfloat16)
+    inference = options.pop("inference", False)
+    s, t, y = torch.randn(rows, v).to(dtype), torch.randn(rows, v).to(dtype), torch.randint(v, (rows,))
+    teacher = None if name == "hard" else t
+    if name != "hard":
+        options["divergence"] = CASES[name].argument
+    s.requires_grad_(not inference)
+    claimed = claims(monkeypatch)
+    loss = distill_loss(s, teacher, y, backend="triton", temperature=2.0, **options)
+    if not inference:
+        loss.backward(torch.ones_like(loss))
+    assert (traffic["read"] / (rows * v), traffic["written"] / (rows * v)) == (read, written)
+    assert sum(claimed) == read + written
+
+
+def test_a_factor_of_one_moves_nothing(traffic):
+    s, t = torch.randn(6, 1100, requires_grad=True), torch.randn(6, 1100)
+    loss = distill_loss(s, t, backend="triton")
+    before = dict(traffic)
+    loss.backward(retain_graph=True)
+    assert traffic == before
+    s.grad = None
+    (2 * distill_loss(s, t, backend="triton")).backward()
+    assert traffic["written"] == before["written"] * 3  # the gradient twice more, once of them scaled
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_rows_agree_with_whole_ones(monkeypatch, name):
+    from kdfast.kernels.triton import tiles
+
+    s, t, y = torch.randn(3, 2900), torch.randn(3, 2900), torch.tensor([5, -100, 2899])
+    out = []
+    for processors in (1, 2, 100):
+        monkeypatch.setattr(tiles, "processors", lambda _, n=processors: n)
+        z = s.clone().requires_grad_()
+        options = {"temperature": 1.7, "label_smoothing": 0.1, "z_loss": 1e-3, "backend": "triton"}
+        loss = distill_loss(z, t, y, divergence=CASES[name].argument, **options)
+        loss.backward()
+        out.append((loss.detach(), z.grad))
+    for loss, grad in out[1:]:
+        torch.testing.assert_close(loss, out[0][0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(grad, out[0][1], rtol=1e-5, atol=1e-8)
+
+
+def test_layouts_without_a_copy():
+    """Views whose rows lie on two strides are read where they are."""
+    from kdfast.kernels.triton.dense_launch import _rows
+
+    x = torch.randn(2, 5, 3, 40)
+    for view in (x, x[:, :-1], x[:, 1], x.transpose(0, 1)[:, :, 0], x[..., :30]):
+        rows = _rows(view)
+        assert rows is not None
+        flat = view.reshape(-1, view.shape[-1])
+        for i in range(flat.shape[0]):
+            at = i // rows.inner * rows.outer_stride + i % rows.inner * rows.inner_stride
+            row = torch.as_strided(view, (view.shape[-1],), (1,), view.storage_offset() + at)
+            assert torch.equal(row, flat[i])
+    assert _rows(x[:, ::2]) is None  # three strides
+    assert _rows(x.transpose(0, 2)) is None
+    assert _rows(x.transpose(-1, -2)) is None
+
+
+def test_bad_values_are_nan_where_nobody_may_ask(monkeypatch):
+    """On a GPU a label is not looked at by the host: its token's terms and gradient become NaN, the others' stay."""
+    from kdfast.kernels.triton import dense_launch
+
+    monkeypatch.setattr(dense_launch, "_check_values", lambda *_: None)
+    s, t = torch.randn(4, 700, requires_grad=True), torch.randn(4, 700)
+    loss = distill_loss(s, t, torch.tensor([3, 700, -5, 699]), backend="triton", reduction="none")
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, True, False]
+    assert s.grad.isnan().all(-1).tolist() == [False, True, True, False]
+    assert s.grad.isnan().any(-1).tolist() == [False, True, True, False]
+    assert distill_loss(s, t, temperature=torch.tensor(-1.0), backend="triton").isnan()
+
+
+def test_the_backend_says_that_it_interprets():
+    status = {row.name: row for row in kdfast.backends().rows}["triton"]
+    assert status.available
+    assert "interpreter" in status.reason
