@@ -5,7 +5,7 @@ class View:
 
 def dense(
     *,
-    backward: bool,
+    passes: str,
     student: View,
     teachers: Sequence[View],
     teacher_weights: View | None,
@@ -27,6 +27,9 @@ def dense(
     c_soft: View | None = ...,
     c_hard: View | None = ...,
     c_z: View | None = ...,
+    logit_sum: View | None = ...,
+    values: View | None = ...,
+    values_with_dtemperature: bool = ...,
     threads: int,
 ) -> None: ...
 def scale(data: View, factor: float, threads: int) -> None: ...

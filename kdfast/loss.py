@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -94,7 +95,8 @@ def distill_loss(
     and computed with in fp32; gradients come back in the dtype of their logits.
 
     Args:
-        student: (..., V) floating point logits, or a :class:`kdfast.LMHead` that describes them.
+        student: (..., V) floating point logits, or a :class:`kdfast.LMHead` that describes them. DTensors are served
+            where they lie, see :func:`kdfast.distributed.distill_dtensors`.
         teacher: (..., V) logits, an LMHead, :class:`kdfast.SparseTargets`, or a sequence of logits and LMHeads (an
             ensemble); None for plain cross-entropy.
         labels: (...) int64, already aligned with the logits: kdfast never shifts them.
@@ -144,6 +146,8 @@ def distill_loss(
         >>> round(loss.item(), 3), tuple(student.grad.shape)
         (0.401, (2, 5))
     """
+    if type(student) is not Tensor and _is_dtensor(student):
+        return _of_dtensors(**locals())
     problem = build_problem(
         student,
         teacher,
@@ -169,6 +173,17 @@ def distill_loss(
     )
     terms = _registry.select(problem, backend).distill_loss(problem)
     return terms if return_terms else terms.loss
+
+
+def _is_dtensor(x: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # whoever holds a DTensor has imported it
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _of_dtensors(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> Tensor | DistillTerms:
+    from kdfast import distributed
+
+    return distributed.distill_dtensors(student, teacher, labels, **options)
 
 
 _PER_CALL = ("student", "teacher", "labels", "return_terms")

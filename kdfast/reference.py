@@ -188,11 +188,19 @@ def _cross_entropy(labels: Tensor, z: Tensor, problem: Problem) -> Tensor:
 
 def _soft(problem: Problem, z: Tensor, dtype: torch.dtype) -> Tensor:
     tau = problem.temperature.to(dtype=dtype, device=z.device)
-    log_p = torch.log_softmax(z / tau, -1)
+    log_p = torch.log_softmax(_over(z, tau), -1)
     if problem.sparse is not None:
         return sparse_divergence(problem, problem.sparse, log_p, tau)
     log_q = teacher_log_probs(problem, tau, dtype)
     return sum_terms(problem.terms, log_q, log_p)
+
+
+def _over(z: Tensor, tau: Tensor) -> Tensor:
+    """Logits over the temperature, whose gradient does not see a logit of -inf."""
+    if not tau.requires_grad:
+        return z / tau
+    absent = z == -INF
+    return torch.where(absent, -INF, torch.where(absent, 0.0, z) / tau)
 
 
 def sum_terms(terms: tuple[Term, ...], log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -208,14 +216,14 @@ def teacher_log_probs(problem: Problem, tau: Tensor, dtype: torch.dtype) -> Tens
     logits = [_logits(t, problem.counted, dtype)[..., : problem.columns] for t in problem.teachers]
     weights = problem.teacher_weights
     if weights is None:
-        return torch.log_softmax(logits[0] / tau, -1)
+        return torch.log_softmax(_over(logits[0], tau), -1)
     # (n, ..., 1); a teacher of weight 0 has no say, not even through a -inf
     w = weights.to(dtype).reshape(weights.shape[0], *(weights.shape[1:] or [1] * (logits[0].dim() - 1)), 1)
     if problem.ensemble == "logit":
-        mixed = sum(torch.where(wk > 0, wk * t, 0.0) for wk, t in zip(w, logits, strict=True))
-        return torch.log_softmax(mixed / tau, -1)
+        mixed = torch.stack([torch.where(wk > 0, wk * t, 0.0) for wk, t in zip(w, logits, strict=True)]).sum(0)
+        return torch.log_softmax(_over(mixed, tau), -1)
     each = [
-        torch.where(wk > 0, torch.where(wk > 0, wk, 1.0).log() + torch.log_softmax(t / tau, -1), -INF)
+        torch.where(wk > 0, torch.where(wk > 0, wk, 1.0).log() + torch.log_softmax(_over(t, tau), -1), -INF)
         for wk, t in zip(w, logits, strict=True)
     ]
     stacked = torch.stack(each)

@@ -240,11 +240,15 @@ def test_gradient_to_the_teacher(monkeypatch, name):
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_to_the_temperature(monkeypatch, name):
     s, t, y = logits(6, 1100, torch.float32), logits(6, 1100, torch.float32), torch.tensor([3, -100, 5, 1099, 0, 1])
+    s[:, 70:95] = t[:, 70:95] = -torch.inf
     for _ in force(monkeypatch):
         ways = {1.0: {"reduction": "mean"}, 0.7: {"reduction": "none", "scale_t2": False}, 2.0: {"labels": y}}
         for value, options in ways.items():
             tau = torch.tensor(value)
-            compare(s, t, divergence=CASES[name].argument, temperature=tau, leaves=["temperature"], **options)
+            # terms of order 1 cancel in the temperature's gradient
+            compare(
+                s, t, divergence=CASES[name].argument, temperature=tau, leaves=["temperature"], atol=5e-6, **options
+            )
 
 
 @pytest.mark.parametrize("num_items", [None, 7.5, torch.tensor(7.5)], ids=["local", "number", "tensor"])

@@ -88,12 +88,14 @@ std::vector<kdfast::cpu::Term> parse_terms(const std::vector<std::string>& names
     return terms;
 }
 
-void dense(bool backward, const View& student, const std::vector<View>& teachers, const Optional& teacher_weights,
-           const Optional& labels, const Optional& counted, double temperature, const std::vector<std::string>& names,
-           const std::vector<double>& weights, const std::vector<double>& parameters, bool mix_logits,
-           std::int64_t columns, double label_smoothing, const Optional& soft, const Optional& hard, const Optional& z2,
-           const Optional& dsoft_dtemperature, const Optional& stats, const Optional& grad, const Optional& c_soft,
-           const Optional& c_hard, const Optional& c_z, int threads) {
+void dense(const std::string& passes, const View& student, const std::vector<View>& teachers,
+           const Optional& teacher_weights, const Optional& labels, const Optional& counted, double temperature,
+           const std::vector<std::string>& names, const std::vector<double>& weights,
+           const std::vector<double>& parameters, bool mix_logits, std::int64_t columns, double label_smoothing,
+           const Optional& soft, const Optional& hard, const Optional& z2, const Optional& dsoft_dtemperature,
+           const Optional& stats, const Optional& grad, const Optional& c_soft, const Optional& c_hard,
+           const Optional& c_z, const Optional& logit_sum, const Optional& values, bool values_with_dtemperature,
+           int threads) {
     DenseCall call;
     if (student.shape.empty()) throw ArgumentError("student must be (..., V)");
     const std::vector<std::int64_t> leading(student.shape.begin(), student.shape.end() - 1);
@@ -135,16 +137,27 @@ void dense(bool backward, const View& student, const std::vector<View>& teachers
     call.c_soft = per_row("c_soft", c_soft);
     call.c_hard = per_row("c_hard", c_hard);
     call.c_z = per_row("c_z", c_z);
+    call.logit_sum = per_row("logit_sum", logit_sum);
+    if (values) call.values = values->values<float>("values", "float32", call.rows * call.values_per_row);
+    call.values_with_dtemperature = values_with_dtemperature;
     if (stats) call.stats = stats->values<float>("stats", "float32", call.rows * call.stats_per_row());
     if (grad) {
         call.grad = grad->rows("grad", leading);
         if (call.grad.columns != call.student.columns) throw ArgumentError("grad must have the student's columns");
     }
-    if (backward && !(stats && grad)) throw ArgumentError("the backward call needs stats and grad");
+    const kdfast::cpu::Kernels& kernels = kdfast::cpu::kernels();
+    const auto run = passes == "all"        ? kernels.forward
+                     : passes == "gradient" ? kernels.backward
+                     : passes == "sums"     ? kernels.sums
+                     : passes == "values"   ? kernels.values
+                                            : nullptr;
+    if (!run) throw ArgumentError("passes must be all, sums, values or gradient, got " + passes);
+    if (passes != "all" && !stats) throw ArgumentError("passes one by one need stats");
+    if (passes == "gradient" && !grad) throw ArgumentError("the gradient needs grad");
+    if (passes == "values" && !values) throw ArgumentError("the sums of pass 2 need values");
 
     const py::gil_scoped_release release;
-    const kdfast::cpu::Kernels& kernels = kdfast::cpu::kernels();
-    (backward ? kernels.backward : kernels.forward)(call);
+    run(call);
 }
 
 std::vector<std::string> supported_isas() {
@@ -161,13 +174,14 @@ PYBIND11_MODULE(_core, m) {
     py::class_<View>(m, "View", "A tensor: address, dtype, shape and strides in elements.")
         .def(py::init<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>(),
              py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
-    m.def("dense", &dense, py::kw_only(), py::arg("backward"), py::arg("student"), py::arg("teachers"),
+    m.def("dense", &dense, py::kw_only(), py::arg("passes"), py::arg("student"), py::arg("teachers"),
           py::arg("teacher_weights"), py::arg("labels"), py::arg("counted"), py::arg("temperature"), py::arg("names"),
           py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"), py::arg("columns"),
           py::arg("label_smoothing"), py::arg("soft") = py::none(), py::arg("hard") = py::none(),
           py::arg("z2") = py::none(), py::arg("dsoft_dtemperature") = py::none(), py::arg("stats") = py::none(),
           py::arg("grad") = py::none(), py::arg("c_soft") = py::none(), py::arg("c_hard") = py::none(),
-          py::arg("c_z") = py::none(), py::arg("threads"),
+          py::arg("c_z") = py::none(), py::arg("logit_sum") = py::none(), py::arg("values") = py::none(),
+          py::arg("values_with_dtemperature") = false, py::arg("threads"),
           "The dense distillation loss: forward, forward with gradient, or gradient from saved stats.");
     m.def(
         "scale",

@@ -33,6 +33,8 @@ struct Term {
 
 // A label that is not to be read: the token is unlabelled and its cross-entropy 0.
 inline constexpr std::int64_t no_label = INT64_MIN;
+// A label in a column that somebody else holds: its cross-entropy has a gradient here, and no column of its own.
+inline constexpr std::int64_t label_elsewhere = INT64_MIN + 1;
 
 // One call. With z a student's row, t_k its teachers' rows, per row:
 //   soft = sum of weight * D(q, p) over the terms,  q, p = softmax of (t, z) / temperature over the first `columns`
@@ -62,6 +64,13 @@ struct DenseCall {
     float* dsoft_dtemperature = nullptr;
     float* stats = nullptr;
 
+    // Of the passes one by one, where several callers hold a shard of the columns each: the sum of the logits that are
+    // not -inf, and the row's sums of pass 2.
+    float* logit_sum = nullptr;
+    float* values = nullptr;  // (rows, values_per_row)
+    bool values_with_dtemperature = false;
+    static constexpr std::int64_t values_per_row = 7;  // value; student, student u, p u; teacher, teacher v, q v
+
     // Gradient: data == nullptr for none. It may be the student's own memory.
     Rows grad;
     const float* c_soft = nullptr;
@@ -85,6 +94,10 @@ void check(const DenseCall& call);
 using DenseForward = void (*)(const DenseCall&);
 // The gradient from the stats of an earlier forward call.
 using DenseBackward = void (*)(const DenseCall&);
+// Pass 1 alone: writes stats, but for the sum that pass 2 finds, and logit_sum.
+using DenseSums = void (*)(const DenseCall&);
+// Pass 2 alone: reads stats and writes values.
+using DenseValues = void (*)(const DenseCall&);
 // out[i] = a[i] + b[i], non-temporal where the ISA can: the two-read, one-write bandwidth that the losses are held
 // against.
 using Triad = void (*)(const float* a, const float* b, float* out, std::int64_t count, int threads);
@@ -95,6 +108,8 @@ struct Kernels {
     std::string_view isa;
     DenseForward forward;
     DenseBackward backward;
+    DenseSums sums;
+    DenseValues values;
     Triad triad;
     Scale scale;
 };

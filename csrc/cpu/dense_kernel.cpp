@@ -49,6 +49,8 @@ constexpr std::int64_t segment = 8 * tile;  // columns under one partial sum: th
 template <class D>
 constexpr bool specialised = std::is_same_v<D, ForwardKl> || std::is_same_v<D, ReverseKl> || std::is_same_v<D, Jsd>;
 
+enum class Passes : std::uint8_t { all, sums, values, gradient };
+
 template <class D>
 class Call {
   public:
@@ -67,11 +69,12 @@ class Call {
         sum_student_known_ = std::is_same_v<D, ForwardKl> || (std::is_same_v<D, ReverseKl> && distributions_ == 1);
     }
 
-    void run(bool from_logits) {
-        from_logits_ = from_logits;
+    void run(Passes passes) {
+        from_logits_ = passes == Passes::all || passes == Passes::sums;
         wants_gradient_ = a_.grad.data != nullptr;
-        joint_ = sum_student_known_ && wants_gradient_ && !a_.dsoft_dtemperature;
-        value_pass_ = from_logits && taught_ > 0 && !joint_;
+        wants_dtau_ = a_.dsoft_dtemperature != nullptr || a_.values_with_dtemperature;
+        joint_ = sum_student_known_ && wants_gradient_ && !wants_dtau_;
+        value_pass_ = taught_ > 0 && (passes == Passes::values || (passes == Passes::all && !joint_));
         if (a_.rows >= a_.threads || segments_ == 1) {
             run_rows();
         } else {
@@ -127,7 +130,7 @@ class Call {
         }
         if (wants_gradient_)
             for (std::int64_t s = segments_; s-- > 0;) gradient_segment(i, row, s);
-        if (from_logits_) finish_row(i, row);
+        finish_row(i, row);
     }
 
     void run_segments() {
@@ -147,7 +150,7 @@ class Call {
         if (wants_gradient_)
             each_segment([&](std::int64_t i, Row& row, std::int64_t s) { gradient_segment(i, row, s); });
         for (std::int64_t i = 0; i < a_.rows; ++i)
-            if (from_logits_ && counted(i)) finish_row(i, rows[i]);
+            if (counted(i)) finish_row(i, rows[i]);
     }
 
     bool counted(std::int64_t i) const { return !a_.counted || a_.counted[i]; }
@@ -158,8 +161,9 @@ class Call {
     }
 
     void drop_row(std::int64_t i) const {
-        for (float* out : {a_.soft, a_.hard, a_.z2, a_.dsoft_dtemperature})
+        for (float* out : {a_.soft, a_.hard, a_.z2, a_.dsoft_dtemperature, a_.logit_sum})
             if (out) out[i] = 0;
+        if (a_.values) std::fill_n(a_.values + i * a_.values_per_row, a_.values_per_row, 0.0f);
         if (a_.stats && from_logits_) std::fill_n(a_.stats + i * a_.stats_per_row(), a_.stats_per_row(), 0.0f);
         if (wants_gradient_)
             std::memset(a_.grad.row(i), 0, static_cast<std::size_t>(a_.grad.columns) * size_of(a_.grad.dtype));
@@ -322,6 +326,7 @@ class Call {
         row.state.at_one = Normaliser::of(student.log2_at_one());
         const double lse = student.logsumexp();
         if (a_.z2) a_.z2[i] = static_cast<float>(lse * lse);
+        if (a_.logit_sum) a_.logit_sum[i] = static_cast<float>(smoothing.sum);
         if (a_.hard) a_.hard[i] = labelled(i) ? cross_entropy(i, lse, smoothing) : 0;
     }
 
@@ -393,8 +398,7 @@ class Call {
         for_segment(
             s,
             [&](std::int64_t start, std::int64_t n) {
-                if (a_.dsoft_dtemperature)
-                    return visit_taught<Tau::one, Want::value_and_dtau>(i, row, c, start, n, b, sums);
+                if (wants_dtau_) return visit_taught<Tau::one, Want::value_and_dtau>(i, row, c, start, n, b, sums);
                 if (direct_) return visit_direct<Tau::one, Want::value>(i, c, start, n, sums);
                 visit_taught<Tau::one, Want::value>(i, row, c, start, n, b, sums);
             },
@@ -500,7 +504,7 @@ class Call {
     }
 
     void finish_row(std::int64_t i, const Row& row) const {
-        if (a_.stats) {
+        if (a_.stats && from_logits_) {
             float* saved = a_.stats + i * a_.stats_per_row();
             std::memcpy(saved, &row.state, sizeof(RowState));
             if (distributions_ > 0)
@@ -510,6 +514,17 @@ class Call {
         if (taught_ == 0) return;
         Value total;
         for (const Value& v : row.values) total += v;
+        if (a_.values) {
+            const double sums[] = {total.value * weight_,
+                                   total.student * weight_,
+                                   total.student_u * weight_,
+                                   total.p_u,
+                                   total.teacher * weight_,
+                                   total.teacher_v * weight_,
+                                   total.q_v};
+            std::transform(std::begin(sums), std::end(sums), a_.values + i * a_.values_per_row,
+                           [](double x) { return static_cast<float>(x); });
+        }
         if (a_.soft) a_.soft[i] = static_cast<float>(total.value * weight_);
         if (a_.dsoft_dtemperature) {  // -(1 / tau) (dD/dx . x + dD/dy . y), x and y the logits over tau, up to a shift:
                                       // u and v
@@ -534,16 +549,17 @@ class Call {
     bool direct_;    // student and teacher can be read, and the gradient written, without the detour through tiles
     bool from_logits_ = true;
     bool wants_gradient_ = false;
+    bool wants_dtau_ = false;
     bool joint_ = false;       // value and gradient in one pass
     bool value_pass_ = false;  // the value in a pass of its own
 };
 
 static_assert(sizeof(RowState) == DenseCall::state_size * sizeof(float));
 
-void run(const DenseCall& call, bool from_logits) {
+void run(const DenseCall& call, Passes passes) {
     check(call);
     if (call.rows == 0) return;
-    const auto go = [&](auto divergence, float weight) { Call(call, divergence, weight).run(from_logits); };
+    const auto go = [&](auto divergence, float weight) { Call(call, divergence, weight).run(passes); };
     if (call.terms.size() > 1) return go(Mixture(call.terms), 1);
     if (call.terms.empty()) return go(ForwardKl(0), 1);  // no teacher: nothing asks it
     Mixture::with(call.terms[0], [&](auto divergence) {
@@ -552,8 +568,10 @@ void run(const DenseCall& call, bool from_logits) {
     });
 }
 
-void forward(const DenseCall& call) { run(call, true); }
-void backward(const DenseCall& call) { run(call, false); }
+void forward(const DenseCall& call) { run(call, Passes::all); }
+void backward(const DenseCall& call) { run(call, Passes::gradient); }
+void sums(const DenseCall& call) { run(call, Passes::sums); }
+void values(const DenseCall& call) { run(call, Passes::values); }
 
 void triad(const float* a, const float* b, float* out, std::int64_t count, int threads) {
     constexpr std::int64_t block = 1 << 16;
@@ -594,6 +612,7 @@ void scale(const Rows& data, std::int64_t rows, float factor, int threads) {
 
 namespace kdfast::cpu {
 const Kernels KDFAST_KERNELS(KDFAST_ISA) = {
-    KDFAST_NAME(KDFAST_ISA), KDFAST_ISA::forward, KDFAST_ISA::backward, KDFAST_ISA::triad, KDFAST_ISA::scale,
+    KDFAST_NAME(KDFAST_ISA), KDFAST_ISA::forward, KDFAST_ISA::backward, KDFAST_ISA::sums,
+    KDFAST_ISA::values,      KDFAST_ISA::triad,   KDFAST_ISA::scale,
 };
 }  // namespace kdfast::cpu

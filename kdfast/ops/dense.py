@@ -73,7 +73,7 @@ class Inputs(NamedTuple):
 _N_INPUTS = len(Inputs._fields)
 
 
-def _stats_size(inputs: Inputs) -> int:
+def stats_size(inputs: Inputs) -> int:
     """Numbers saved per token, in the kernel's layout: 6 of the student, 2 of each softmax of a teacher."""
     softmaxes = 1 if inputs.mix_logits and inputs.teachers else len(inputs.teachers)
     return 6 + 2 * softmaxes
@@ -94,13 +94,31 @@ class Launcher(Protocol):
     def scale(self, grad: Tensor, factor: Tensor) -> None:
         """``grad *= factor`` in place, with an early exit for a factor of 1."""
 
+    # The passes one by one, for ranks that hold a shard of the columns each. Totals are fp64, (..., 4 + softmaxes of
+    # teachers): log2 of the sum of exponentials at tau and at 1; sum and number of the logits that are not -inf, for
+    # label smoothing only; log2 of each teacher's sum at tau.
+
+    def sums(self, student: Tensor, inputs: Inputs) -> Tensor:
+        """Totals over the columns that are here."""
+
+    def values(self, student: Tensor, inputs: Inputs, totals: Tensor, *, dtemperature: bool) -> Tensor:
+        """Sums over the columns that are here, (..., 7) fp32, under totals over all columns.
+
+        D; sum student, sum student * log2 p, sum p log2 p; sum teacher, sum teacher * log2 q, sum q log2 q. Those with
+        a logarithm are there with ``dtemperature`` only.
+        """
+
+    def stats_of(self, totals: Tensor, sum_student: Tensor, inputs: Inputs) -> Tensor:
+        """The stats with which ``run`` gives the gradient."""
+
 
 #: Modules, imported when they are first asked for.
 LAUNCHERS = {"cpu": "kdfast.ops.dense_cpu", "triton": "kdfast.kernels.triton.dense_launch"}
 
 
 @functools.cache
-def _launcher(backend: str) -> Launcher:
+def launcher(backend: str) -> Launcher:
+    """The module that runs a backend's kernels."""
     return importlib.import_module(LAUNCHERS[backend])
 
 
@@ -126,7 +144,7 @@ def _run_forward(
     student: Tensor, inputs: Inputs, wants: tuple[bool, bool], **more: Tensor | None
 ) -> tuple[Tensor, ...]:
     out = _token_outputs(student, inputs, *wants)
-    _launcher(inputs.backend).run(
+    launcher(inputs.backend).run(
         student, inputs, **{k: v for k, v in out.items() if v.shape == student.shape[:-1]}, **more
     )
     return tuple(out.values())
@@ -134,13 +152,13 @@ def _run_forward(
 
 def _dense_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, student = Inputs(*args[:_N_INPUTS]), _rows(student)
-    stats = torch.empty((*student.shape[:-1], _stats_size(inputs)), dtype=torch.float32, device=student.device)
+    stats = torch.empty((*student.shape[:-1], stats_size(inputs)), dtype=torch.float32, device=student.device)
     return *_run_forward(student, inputs, args[_N_INPUTS:], stats=stats), stats
 
 
 def _dense_backward(student: Tensor, *args: Any) -> Tensor:
     student = _rows(student)
-    grad = _launcher(Inputs(*args[:_N_INPUTS]).backend).fresh_gradient(student)
+    grad = launcher(Inputs(*args[:_N_INPUTS]).backend).fresh_gradient(student)
     _backward_into(grad, student, *args)
     return grad
 
@@ -151,13 +169,13 @@ def _dense_backward_inplace(student: Tensor, *args: Any) -> None:
 
 def _backward_into(grad: Tensor, student: Tensor, *args: Any) -> None:
     inputs, (stats, c_soft, c_hard, c_z) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
-    run = _launcher(inputs.backend).run
+    run = launcher(inputs.backend).run
     run(student, inputs, stats=stats, grad=grad, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
 
 
 def _dense_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     student = _rows(student)
-    grad = _launcher(Inputs(*args[:_N_INPUTS]).backend).fresh_gradient(student)
+    grad = launcher(Inputs(*args[:_N_INPUTS]).backend).fresh_gradient(student)
     return *_fused_into(grad, student, *args), grad
 
 
@@ -171,7 +189,7 @@ def _fused_into(grad: Tensor, student: Tensor, *args: Any) -> tuple[Tensor, ...]
 
 
 def _scale_inplace(grad: Tensor, factor: Tensor, backend: str) -> None:
-    _launcher(backend).scale(grad, factor)
+    launcher(backend).scale(grad, factor)
 
 
 for _device in ("CPU", "CUDA"):
@@ -191,7 +209,7 @@ def _fake_outputs(student: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 
 def _fake_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    stats = student.new_empty((*student.shape[:-1], _stats_size(Inputs(*args[:_N_INPUTS]))), dtype=torch.float32)
+    stats = student.new_empty((*student.shape[:-1], stats_size(Inputs(*args[:_N_INPUTS]))), dtype=torch.float32)
     return *_fake_outputs(student, args), stats
 
 

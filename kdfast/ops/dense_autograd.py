@@ -81,7 +81,8 @@ class _OnlyOnce(torch.autograd.Function):
         raise RuntimeError(msg)
 
 
-def _once(grad: Tensor, *sources: Tensor) -> Tensor:
+def only_once(grad: Tensor, *sources: Tensor) -> Tensor:
+    """The gradient, which raises where somebody differentiates it again and would get it wrong."""
     needed = torch.is_grad_enabled() and any(s.requires_grad for s in sources)
     return _OnlyOnce.apply(grad, *sources) if needed else grad  # type: ignore[no-untyped-call]
 
@@ -119,7 +120,7 @@ class _Fused(torch.autograd.Function):
             grads = _Fused.gradients(ctx, upstream)
         if torch.is_grad_enabled():  # create_graph=True
             sources = (upstream, *ctx.saved_tensors[:1])
-            grads = tuple(None if g is None else _once(g, *sources) for g in grads)
+            grads = tuple(None if g is None else only_once(g, *sources) for g in grads)
         return *grads, None, None
 
     @staticmethod
@@ -193,9 +194,9 @@ class _Tokens(torch.autograd.Function):
             # The same divergence with its arguments, and so its roles, exchanged.
             swapped = inputs._replace(teachers=[student], labels=None, **_exchanged(spec.terms))
             grad = _ops.dense_fused(teachers[0], *swapped, False, False, g_soft, None, None)[-1]
-            to_teachers[0] = _once(grad, *upstream, student, teachers[0])
+            to_teachers[0] = only_once(grad, *upstream, student, teachers[0])
         if ctx.needs_input_grad[1] and spec.wants_dtau and g_soft is not None:
-            to_temperature = _once((g_soft * dtau).sum().to(temperature.dtype), *upstream, student, temperature)
+            to_temperature = only_once((g_soft * dtau).sum().to(temperature.dtype), *upstream, student, temperature)
         if ctx.needs_input_grad[0] and upstream:
             if spec.overwrite:
                 with torch.no_grad():
@@ -204,7 +205,7 @@ class _Tokens(torch.autograd.Function):
                 to_student = student.detach()
             else:
                 grad = _ops.dense_backward(student, *inputs, stats, *coefficients)
-                to_student = _once(grad, *upstream, student)
+                to_student = only_once(grad, *upstream, student)
         return to_student, to_temperature, None, None, None, None, *to_teachers
 
 
@@ -284,13 +285,14 @@ def distill_loss(problem: Problem, backend: str) -> DistillTerms:
     )
     if not in_forward:
         out = _Tokens.apply(student, problem.temperature, *tensors, spec, *teachers)  # type: ignore[no-untyped-call]
-        return reference.assemble(problem, _token_terms(problem, *out[:3]), w)
+        return reference.assemble(problem, token_terms(problem, *out[:3]), w)
     inputs = spec.inputs(teachers, weights, problem.labels, problem.counted, problem.temperature.detach())
     c = reference.coefficients(problem, w)
     loss, *out = _Fused.apply(student, problem.temperature, *c, spec, inputs)  # type: ignore[no-untyped-call]
-    return DistillTerms(loss, *reference.reduced_terms(problem, _token_terms(problem, *out), w))
+    return DistillTerms(loss, *reference.reduced_terms(problem, token_terms(problem, *out), w))
 
 
-def _token_terms(problem: Problem, soft: Tensor, hard: Tensor, z2: Tensor) -> TokenTerms:
+def token_terms(problem: Problem, soft: Tensor, hard: Tensor, z2: Tensor) -> TokenTerms:
+    """What a kernel returned, without the terms that the call does not have."""
     there = (problem.has_teacher, problem.labels is not None, problem.has_z_loss)
     return TokenTerms(*(x if yes else None for x, yes in zip((soft, hard, z2), there, strict=True)))

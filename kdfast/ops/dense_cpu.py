@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from kdfast.ops.dense import Inputs
+from kdfast.ops.dense import Inputs, stats_size
 
 #: Why there is no compiled kernel, or None where there is.
 EXTENSION_MISSING: str | None = None
@@ -38,16 +40,17 @@ def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def run(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
-    """One call; ``outputs`` are the kernel's named outputs and coefficients, (...) or (..., V) tensors or None."""
-    backward = outputs.get("stats") is not None and outputs.get("grad") is not None
+def _call(
+    passes: str, student: Tensor, inputs: Inputs, outputs: dict[str, Tensor | None], *, dtemperature: bool = False
+) -> None:
+    """``outputs`` are the kernel's named outputs and coefficients, (...) or (..., V) tensors or None."""
     labels, counted, weights = (
         x if x is None else x.contiguous() for x in (inputs.labels, inputs.counted, inputs.teacher_weights)
     )
     teachers = [_contiguous_rows(t) for t in inputs.teachers]
     held = {k: v if k == "grad" else v.contiguous() for k, v in outputs.items() if v is not None}
     _core.dense(
-        backward=backward,
+        passes=passes,
         student=_view(student),
         teachers=[_view(t) for t in teachers],
         teacher_weights=None if weights is None else _view(weights),
@@ -60,9 +63,60 @@ def run(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
         mix_logits=inputs.mix_logits,
         columns=inputs.columns,
         label_smoothing=inputs.label_smoothing,
+        values_with_dtemperature=dtemperature,
         threads=torch.get_num_threads(),
         **{k: _view(v) for k, v in held.items()},
     )
+
+
+def run(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
+    """One call; ``stats`` together with ``grad`` asks for the gradient of an earlier one."""
+    later = outputs.get("stats") is not None and outputs.get("grad") is not None
+    _call("gradient" if later else "all", student, inputs, outputs)
+
+
+# The kernel's row of stats: at tau (high, low), at 1 (high, low), sum student, columns present; (high, low) of each
+# teacher. High and low add up to the log2 of a sum of exponentials.
+
+
+def sums(student: Tensor, inputs: Inputs) -> Tensor:
+    """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
+    student = _contiguous_rows(student)
+    shape = student.shape[:-1]
+    stats = torch.empty((*shape, stats_size(inputs)))
+    logit_sum = torch.empty(shape)
+    _call("sums", student, inputs, {"stats": stats, "logit_sum": logit_sum})
+    s = stats.double()
+
+    def together(high: Tensor, low: Tensor) -> Tensor:  # -inf, of columns without mass, has no low part
+        return torch.where(high == -math.inf, high, high + low)
+
+    parts = [together(s[..., 0], s[..., 1]), together(s[..., 2], s[..., 3]), logit_sum.double(), s[..., 5]]
+    return torch.stack([*parts, *together(s[..., 6::2], s[..., 7::2]).unbind(-1)], -1)
+
+
+def stats_of(totals: Tensor, sum_student: Tensor, inputs: Inputs) -> Tensor:
+    """The kernel's stats from totals over all columns; see :class:`kdfast.ops.dense.Launcher`."""
+
+    def halves(x: Tensor) -> list[Tensor]:
+        high = x.float()
+        return [high, torch.where(high.isfinite(), x - high.double(), 0.0).float()]
+
+    weight = inputs.weights[0] if len(inputs.weights) == 1 else 1.0  # the kernel multiplies by a single term's later on
+    known = (sum_student / weight if weight else sum_student).float()
+    columns = [*halves(totals[..., 0]), *halves(totals[..., 1]), known, totals[..., 3].float()]
+    for k in range(4, totals.shape[-1]):
+        columns += halves(totals[..., k])
+    return torch.stack(columns, -1)
+
+
+def values(student: Tensor, inputs: Inputs, totals: Tensor, *, dtemperature: bool) -> Tensor:
+    """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
+    student = _contiguous_rows(student)
+    out = torch.empty((*student.shape[:-1], 7))
+    stats = stats_of(totals, torch.zeros(student.shape[:-1], dtype=torch.float64), inputs)
+    _call("values", student, inputs, {"stats": stats, "values": out}, dtemperature=dtemperature)
+    return out
 
 
 def fresh_gradient(student: Tensor) -> Tensor:

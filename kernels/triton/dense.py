@@ -31,6 +31,7 @@ from kdfast.kernels.triton.divergences import LN2
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 NO_LABEL = tl.constexpr(-(2**63))
+ELSEWHERE = tl.constexpr(-(2**63) + 1)  # a label in a column that another rank holds
 
 # How softmax(z) follows from softmax(z / tau): equal, by squaring, or by an exponential of its own.
 TAU_ONE = tl.constexpr(0)
@@ -78,6 +79,7 @@ class Wanted(NamedTuple):
     z2: Any
     dtau: Any
     stats: Any
+    logit_sum: Any
 
 
 class Factors(NamedTuple):
@@ -288,6 +290,8 @@ def _state(
         tl.store(stats + 3, one_log2)
         tl.store(stats + 4, sum_student)
         tl.store(stats + 5, present)
+    if wanted.logit_sum is not None:
+        tl.store(wanted.logit_sum + i, smooth + present * one_at)
     if wanted.z2 is not None:
         lse = one_at + one_log2 * LN2
         tl.store(wanted.z2 + i, lse * lse)
@@ -518,7 +522,8 @@ def _passes(
         if factors.hard is not None:
             label = tl.load(given.labels + i)
             c_hard = tl.where(label == NO_LABEL, 0.0, tl.load(factors.hard + i))
-            c_hard = tl.where((label == NO_LABEL) | ((label >= 0) & (label < given.vocab)), c_hard, float("nan"))
+            inside = (label == NO_LABEL) | (label == ELSEWHERE) | ((label >= 0) & (label < given.vocab))
+            c_hard = tl.where(inside, c_hard, float("nan"))
             c_one = c_hard
         if factors.z is not None:
             c_one += 2.0 * tl.load(factors.z + i) * (one_at + one_log2 * LN2)
@@ -592,6 +597,8 @@ def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constex
             tl.store(wanted.z2 + i, 0.0)
         if wanted.dtau is not None:
             tl.store(wanted.dtau + i, 0.0)
+        if wanted.logit_sum is not None:
+            tl.store(wanted.logit_sum + i, 0.0)
         if wanted.stats is not None:
             for k in tl.static_range(STATE + 2 * DISTRIBUTIONS):
                 tl.store(wanted.stats + i * (STATE + 2 * DISTRIBUTIONS) + k, 0.0)

@@ -12,6 +12,8 @@ from kdfast.kernels.triton import dense, tiles
 from kdfast.kernels.triton.dense import Factors, Given, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
 
+LOG2E = dense.LOG2E.value
+
 
 def _rows(x: Tensor) -> Rows | None:
     """Where the rows of (..., V) lie, or None where two leading axes cannot say it."""
@@ -49,7 +51,8 @@ def _check_values(student: Tensor, inputs: Any, tau: float | None) -> None:
         msg = f"temperature must be > 0, got {inputs.temperature.item()}"
         raise ValueError(msg)
     y = inputs.labels if inputs.counted is None else inputs.labels[inputs.counted]
-    bad = y[(y != torch.iinfo(torch.int64).min) & ((y < 0) | (y >= student.shape[-1]))]
+    known = (y == dense.NO_LABEL.value) | (y == dense.ELSEWHERE.value)
+    bad = y[~known & ((y < 0) | (y >= student.shape[-1]))]
     if bad.numel():
         msg = f"labels must be in [0, {student.shape[-1]}) or ignore_index, got {bad[0].item()}"
         raise ValueError(msg)
@@ -168,7 +171,19 @@ class _Call:
             return self.passes(wanted, summing=True, value=value, gradient=gradient, joint=joint)
         if wanted.stats is None:
             wanted = wanted._replace(stats=self._empty(dense.STATE.value + 2 * self.distributions))
-        width = 1 << (self.splits - 1).bit_length()
+        self.sums(wanted)
+        values = self._empty(self.splits, dense.VALUES.value)
+        if value:
+            self.passes(wanted, values=values, value=True)
+            self._combine_values(wanted, values)
+        if gradient:
+            self.passes(wanted, values=values, gradient=True, joint=joint)
+            if joint:
+                self._combine_values(wanted, values)
+        return None
+
+    def sums(self, wanted: Wanted) -> None:
+        """Pass 1 by splits, and what it amounts to."""
         sums = self._empty(self.splits, dense.SUMS.value + 2 * self.distributions)
         self.passes(wanted, sums=sums, summing=True)
         launch(
@@ -179,21 +194,12 @@ class _Call:
             wanted,
             sums,
             self.splits,
-            SPLITS=width,
+            SPLITS=1 << (self.splits - 1).bit_length(),
             **self.constants,
             num_warps=1,
         )
-        values = self._empty(self.splits, dense.VALUES.value)
-        if value:
-            self.passes(wanted, values=values, value=True)
-            self._combine_values(wanted, values, width)
-        if gradient:
-            self.passes(wanted, values=values, gradient=True, joint=joint)
-            if joint:
-                self._combine_values(wanted, values, width)
-        return None
 
-    def _combine_values(self, wanted: Wanted, values: Tensor, width: int) -> None:
+    def _combine_values(self, wanted: Wanted, values: Tensor) -> None:
         launch(
             dense.combine_values_kernel,
             (self.rows,),
@@ -201,7 +207,7 @@ class _Call:
             wanted,
             values,
             self.splits,
-            SPLITS=width,
+            SPLITS=1 << (self.splits - 1).bit_length(),
             DISTRIBUTIONS=self.distributions,
             KNOWN=self.known,
             num_warps=1,
@@ -251,11 +257,68 @@ def run(
     factors = Factors(_flat(c_soft), _flat(c_hard), _flat(c_z))
     call = _Call(student, inputs, tau, grad=target, factors=factors)
     if stats is not None and grad is not None:
-        call.passes(Wanted(None, None, None, None, stats), gradient=True)
+        call.passes(Wanted(None, None, None, None, stats, None), gradient=True)
     else:
-        call.forward(Wanted(soft, hard, z2, dsoft_dtemperature, stats))
+        call.forward(Wanted(soft, hard, z2, dsoft_dtemperature, stats, None))
     if grad is not None and target is not None and target.data is not grad:
         grad.copy_(target.data)
+
+
+def _part(student: Tensor, inputs: Any) -> _Call:
+    """A call for the passes one by one."""
+    tau = inputs.temperature.item() if inputs.temperature.device.type == "cpu" else None
+    # The softmax at 1 may be wanted of them all, whether this rank holds the label or not.
+    factors = Factors(None, None, None)
+    call = _Call(student, inputs, tau, grad=None, factors=factors)
+    call.tau = call.tau[0], True
+    return call
+
+
+def _scale_of(inputs: Any, like: Tensor) -> Tensor:
+    """log2(e) / tau, fp64, on the device."""
+    scale: Tensor = LOG2E / inputs.temperature.to(device=like.device, dtype=torch.float64)
+    return scale
+
+
+def sums(student: Tensor, inputs: Any) -> Tensor:
+    """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
+    shape, device = student.shape[:-1], student.device
+    call = _part(student, inputs)
+    stats = torch.zeros((*shape, dense.STATE.value + 2 * call.distributions), device=device)
+    logit_sum = torch.zeros(shape, device=device)
+    if student.numel():
+        call.sums(Wanted(None, None, None, None, stats, logit_sum))
+    s, c = stats.double(), _scale_of(inputs, student)
+    at_one = s[..., 2] * LOG2E + s[..., 3]
+    at_tau = s[..., 0] * c + s[..., 1] if call.distributions else at_one
+    return torch.stack(
+        [at_tau, at_one, logit_sum.double(), s[..., 5], *(s[..., 6::2] * c + s[..., 7::2]).unbind(-1)], -1
+    )
+
+
+def stats_of(totals: Tensor, sum_student: Tensor, inputs: Any) -> Tensor:
+    """The kernel's stats from totals over all columns; see :class:`kdfast.ops.dense.Launcher`."""
+    c = _scale_of(inputs, totals) if inputs.teachers else LOG2E
+    # One logit, near the largest, is subtracted for both of the student's sums, as in the kernel.
+    at = torch.where(totals[..., 1].isfinite(), totals[..., 1] / LOG2E, 0.0).float()
+    columns = [at, (totals[..., 0] - at.double() * c).float(), at, (totals[..., 1] - at.double() * LOG2E).float()]
+    columns += [sum_student.float(), totals[..., 3].float()]
+    for total in totals[..., 4:].unbind(-1):
+        t_at = torch.where(total.isfinite(), total / c, 0.0).float()
+        columns += [t_at, (total - t_at.double() * c).float()]
+    return torch.stack(columns, -1)
+
+
+def values(student: Tensor, inputs: Any, totals: Tensor, *, dtemperature: bool) -> Tensor:
+    """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
+    shape, device = student.shape[:-1], student.device
+    call = _part(student, inputs)
+    out = torch.zeros((*shape, call.splits, dense.VALUES.value), device=device)
+    if student.numel():
+        stats = stats_of(totals, torch.zeros(shape, device=device), inputs)
+        asks = torch.empty(shape, device=device) if dtemperature else None
+        call.passes(Wanted(None, None, None, asks, stats, None), values=out, value=True)
+    return out.sum(-2)
 
 
 def fresh_gradient(student: Tensor) -> Tensor:
