@@ -327,3 +327,9 @@ def test_teacher_of_weight_zero_has_no_say(backend):
             w = torch.tensor([[0.0, 1, 1], [1, 1, 1]])
             loss, _ = run(backend, s, [other, t], y, teacher_weights=w, **options)
             torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_label_that_ranks_use_among_themselves_is_no_label(backend):
+    s = torch.randn(2, 20)
+    with pytest.raises(ValueError, match="labels must be in"):
+        distill_loss(s, s, torch.tensor([3, torch.iinfo(torch.int64).min + 1]), backend=backend)

@@ -52,5 +52,6 @@ def test_nothing_asks_the_device(module):
         ("_check_values", "inputs.temperature.item()"),
         ("_check_values", "bad[0].item()"),
         ("run", "inputs.temperature.item()"),
+        ("_part", "inputs.temperature.item()"),
     }
     assert found <= allowed, found - allowed

@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Operators of the suite: modules with ``cases``, ``Inputs``, ``competitors`` and ``gradient_errors``. One row each.
+#: Operators of the suite, a row each: modules with ``cases``, ``Inputs``, ``competitors`` and ``gradient_errors``.
 OPERATORS = ("bench.gpu.dense",)
 
 #: Tests whose inputs follow the default device.
@@ -114,7 +114,7 @@ def _measure(given: argparse.Namespace, deadline: float, tests: str) -> dict[str
                 results["not_run"].append(case.name)
                 continue
             inputs = module.Inputs(case, device)
-            timings = measure(clock, module.competitors(case, inputs), given.rounds)
+            timings = measure(clock, module.competitors(case, inputs), given.rounds, inputs.release)
             del inputs
             entry = {
                 "name": case.name,

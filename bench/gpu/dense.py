@@ -75,6 +75,10 @@ class Inputs:
         self.labels = torch.randint(case.vocab, (case.tokens,), device=device, generator=generator)
         self.token_weights = torch.rand(case.tokens, device=device, generator=generator)
 
+    def release(self) -> None:
+        """Drop the gradient that the last step left."""
+        self.student.grad = None
+
 
 def _step(case: DenseCase, x: Inputs, loss: Callable[..., Tensor]) -> Callable[[], object]:
     """Forward and backward, into a fresh gradient."""

@@ -70,8 +70,12 @@ class Clock:
         return 2 * size / (statistics.median(times[2:]) * 1e-3)
 
 
-def measure(clock: Clock, steps: dict[str, Callable[[], object] | str], rounds: int) -> dict[str, Timing]:
+def measure(
+    clock: Clock, steps: dict[str, Callable[[], object] | str], rounds: int, release: Callable[[], None]
+) -> dict[str, Timing]:
     """Every step, interleaved; a string in the place of a step says why there is none.
+
+    ``release`` gives back what a step leaves behind, so that the next one's memory is its own.
 
     A step that fails, for want of memory say, is recorded with its error and leaves the others alone.
     """
@@ -86,23 +90,31 @@ def measure(clock: Clock, steps: dict[str, Callable[[], object] | str], rounds: 
         try:
             for _ in range(2):  # compilation, and the allocator's first blocks
                 step()
+            release()
             peaks[name] = clock.peak(step)
             running[name], times[name] = step, []
         except Exception as error:
-            out[name] = Timing(None, None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            out[name] = _failed(error)
+        release()
         _free(clock)
     for _ in range(rounds):
         for name, step in list(running.items()):
+            release()
             try:
                 times[name].append(clock.time(step))
             except Exception as error:
-                out[name] = Timing(None, None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                out[name] = _failed(error)
                 del running[name]
                 _free(clock)
     for name in running:
         middle = statistics.median(times[name])
         out[name] = Timing(middle, (max(times[name]) - min(times[name])) / middle, peaks[name], "")
     return {name: out[name] for name in steps}
+
+
+def _failed(error: Exception) -> Timing:
+    said = (str(error).splitlines() or [""])[0][:200]
+    return Timing(None, None, None, f"{type(error).__name__}: {said}".replace("|", "/"))
 
 
 def _free(clock: Clock) -> None:

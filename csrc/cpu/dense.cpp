@@ -16,7 +16,7 @@ void check(const DenseCall& call) {
     if (!call.labels) return;
     for (std::int64_t i = 0; i < call.rows; ++i) {
         const std::int64_t y = call.labels[i];
-        if ((call.counted && !call.counted[i]) || y == no_label || y == label_elsewhere ||
+        if ((call.counted && !call.counted[i]) || y == no_label || (y == label_elsewhere && !call.hard) ||
             (y >= 0 && y < call.student.columns))
             continue;
         throw ArgumentError("labels must be in [0, " + std::to_string(call.student.columns) +

@@ -84,31 +84,24 @@ KDFAST_INLINE V load_bf16(const std::uint16_t* p) {
 KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-KDFAST_INLINE __m256i round_to_bf16(V a) {  // in the upper half of each lane
+KDFAST_INLINE __m256i round_to_bf16(V a) {  // in the lower half of each lane
     const __m256i bits = _mm256_castps_si256(a.v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000),
-                              _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+    const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+}
+KDFAST_INLINE __m256i to_bf16_pair(Pair a) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(round_to_bf16(a.first), round_to_bf16(a.second)), 0b11011000);
 }
 KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
-    const __m256i r = _mm256_srli_epi32(round_to_bf16(a), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0b1000);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(to_bf16_pair({a, a})));
 }
-KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))))}};
-}
-KDFAST_INLINE __m256i interleave_bf16(Pair a) {
-    return _mm256_blend_epi16(_mm256_srli_epi32(round_to_bf16(a.first), 16), round_to_bf16(a.second), 0b10101010);
-}
+KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
 KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), interleave_bf16(a));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_pair(a));
 }
 KDFAST_INLINE void stream_bf16_pair(std::uint16_t* p, Pair a) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), interleave_bf16(a));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16_pair(a));
 }
 KDFAST_INLINE void store_f16(std::uint16_t* p, V a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));

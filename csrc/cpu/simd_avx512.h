@@ -72,41 +72,28 @@ KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 // Rounding to bf16 is to nearest, ties to even, and a NaN stays one.
-#if defined(__AVX512BF16__)
-KDFAST_INLINE __m256i to_bf16(V a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }
-KDFAST_INLINE __m512i interleave_bf16(V even, V odd) {
-    alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.v, even.v));
-    return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
-}
-#else
-KDFAST_INLINE __m512i round_to_bf16(V a) {  // in the upper half of each lane
+KDFAST_INLINE __m256i to_bf16(V a) {
     const __m512i bits = _mm512_castps_si512(a.v);
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    const __m512i r = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    return _mm512_mask_mov_epi32(_mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1)),
-                                 _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-}
-KDFAST_INLINE __m256i to_bf16(V a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(a), 16)); }
-KDFAST_INLINE __m512i interleave_bf16(V even, V odd) {
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(round_to_bf16(even), 16), round_to_bf16(odd));
-}
-#endif
-// 2 * width bf16 as two vectors, of the columns at even and at odd places: any order serves that store_bf16_pair undoes
-KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) {
-    const __m512i both = _mm512_loadu_si512(p);
-    return {{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))},
-            {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
-}
-KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
-    _mm512_storeu_si512(p, interleave_bf16(a.first, a.second));
-}
-KDFAST_INLINE void stream_bf16_pair(std::uint16_t* p, Pair a) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), interleave_bf16(a.first, a.second));
+    __m512i r = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    r = _mm512_srli_epi32(_mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1)), 16);
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    return _mm512_cvtepi32_epi16(r);
 }
 KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+// Neighbours, 2 * width in all, where FlushDenormals lives: the instruction takes a denormal for 0.
+KDFAST_INLINE __m512i to_bf16_pair(Pair a) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(a.second.v, a.first.v));
+#else
+    return _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(a.first)), to_bf16(a.second), 1);
+#endif
+}
+KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
+KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) { _mm512_storeu_si512(p, to_bf16_pair(a)); }
+KDFAST_INLINE void stream_bf16_pair(std::uint16_t* p, Pair a) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), to_bf16_pair(a));
+}
 KDFAST_INLINE void store_f16(std::uint16_t* p, V a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }

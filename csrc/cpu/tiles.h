@@ -26,7 +26,8 @@ struct Ahead {
     }
 };
 
-// How a loop over columns reads logits and writes the gradient. Through a tile of fp32 anything goes; the other two
+// How a loop over columns reads logits and writes the gradient: in the same order all of them, as which one serves may
+// depend on an address, and the bits may not. Through a tile of fp32 anything goes; the other two
 // spare the common cases the detour: one dtype throughout, read where it lies and written where it belongs, past the
 // cache (`streamed`) where that memory is aligned.
 struct DirectFloat {

@@ -673,6 +673,42 @@ TEST(small_divergences_keep_their_digits) {
     });
 }
 
+TEST(passes_one_by_one_agree_with_one_call) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (const Term& term : every_term)
+            for (const std::int64_t columns : {7, 1000, 9001}) {
+                const Scope scope(
+                    text(cpu::divergence_names[static_cast<std::size_t>(term.kind)], ", ", columns, " columns"));
+                Case c(random, 3, columns, dtypes[integer(random, 0, 2)]);
+                c.terms = {term};
+                c.temperature = integer(random, 0, 1) ? 2.0f : 1.3f;
+                c.smoothing = 0.1f;
+                const Outputs out = c.run(kernels);
+                cpu::DenseCall call = c.call();
+                const std::int64_t size = call.stats_per_row(), sizes = call.values_per_row;
+                std::vector<float> stats(c.rows * size), logit_sum(c.rows), values(c.rows * sizes);
+                call.stats = stats.data();
+                call.logit_sum = logit_sum.data();
+                kernels.sums(call);
+                call.logit_sum = nullptr;
+                call.values = values.data();
+                call.values_with_dtemperature = integer(random, 0, 1) == 1;
+                kernels.values(call);
+                for (std::int64_t i = 0; i < c.rows; ++i) {
+                    double total = 0;
+                    for (std::int64_t j = 0; j < columns; ++j) total += c.student.get(i, j);
+                    CHECK(std::abs(logit_sum[i] - total) <= 1e-4 * static_cast<double>(columns));
+                    for (std::int64_t k = 0; k < size; ++k)  // but for the sum that pass 2 finds
+                        if (k != 4) CHECK(stats[i * size + k] == out.stats[i * size + k]);
+                    const double soft = out.soft[i], sum_student = out.stats[i * size + 4];
+                    CHECK(std::abs(values[i * sizes] - soft) <= 1e-6 + 1e-5 * std::abs(soft));
+                    CHECK(std::abs(values[i * sizes + 1] - term.weight * sum_student) <=
+                          2e-5 * (1 + std::abs(sum_student)));
+                }
+            }
+    });
+}
+
 TEST(no_rows) {
     for_each_isa([&](const cpu::Kernels& kernels) {
         for (int threads : {1, 4}) {

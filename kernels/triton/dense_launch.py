@@ -40,7 +40,7 @@ def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _check_values(student: Tensor, inputs: Any, tau: float | None) -> None:
+def _check_values(student: Tensor, inputs: Any, tau: float | None, *, elsewhere: bool) -> None:
     """Raise for values that cannot be meant, where they are at hand: on the CPU, or on request."""
     if tau is not None and not tau > 0:
         msg = f"temperature must be > 0, got {tau}"
@@ -51,7 +51,7 @@ def _check_values(student: Tensor, inputs: Any, tau: float | None) -> None:
         msg = f"temperature must be > 0, got {inputs.temperature.item()}"
         raise ValueError(msg)
     y = inputs.labels if inputs.counted is None else inputs.labels[inputs.counted]
-    known = (y == dense.NO_LABEL.value) | (y == dense.ELSEWHERE.value)
+    known = (y == dense.NO_LABEL.value) | ((y == dense.ELSEWHERE.value) if elsewhere else False)
     bad = y[~known & ((y < 0) | (y >= student.shape[-1]))]
     if bad.numel():
         msg = f"labels must be in [0, {student.shape[-1]}) or ignore_index, got {bad[0].item()}"
@@ -248,7 +248,7 @@ def run(
             anywhere with KDFAST_CHECK=1 in the environment.
     """
     tau = inputs.temperature.item() if inputs.temperature.device.type == "cpu" else None
-    _check_values(student, inputs, tau)
+    _check_values(student, inputs, tau, elsewhere=hard is None)
     if student.numel() == 0:
         return
     target = None if grad is None else _rows(grad)
