@@ -6,7 +6,7 @@ itself. ``None`` as backend takes the first row that serves the call; a name tak
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 import warnings
@@ -40,18 +40,32 @@ def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_unavailable() -> str | None:
+#: The oldest Triton that the kernels were compiled with.
+OLDEST_TRITON = (3, 6)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_version() -> str | None:
+    """Of the module, as its distribution has other names in builds for AMD."""
     if importlib.util.find_spec("triton") is None:
+        return None
+    return str(importlib.import_module("triton").__version__)
+
+
+def _triton_unavailable() -> str | None:
+    version = _triton_version()
+    if version is None:
         return "Triton is not installed: pip install 'kdfast[triton]'"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is too old: the kernels need {'.'.join(map(str, OLDEST_TRITON))}"
     if not (_interprets() or torch.cuda.is_available()):
         return "no GPU (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
     return None
 
 
 def _triton_detail() -> str:
-    version = importlib.metadata.version("triton")
     where = "the interpreter, on the CPU" if _interprets() else torch.cuda.get_device_name()
-    return f"Triton {version} kernels, {where}"
+    return f"Triton {_triton_version()} kernels, {where}"
 
 
 #: Best first.

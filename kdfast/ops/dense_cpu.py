@@ -83,8 +83,8 @@ def sums(student: Tensor, inputs: Inputs) -> Tensor:
     """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
     student = _contiguous_rows(student)
     shape = student.shape[:-1]
-    stats = torch.empty((*shape, stats_size(inputs)))
-    logit_sum = torch.empty(shape)
+    stats = torch.empty((*shape, stats_size(inputs)), dtype=torch.float32)
+    logit_sum = torch.empty(shape, dtype=torch.float32)
     _call("sums", student, inputs, {"stats": stats, "logit_sum": logit_sum})
     s = stats.double()
 
@@ -113,7 +113,7 @@ def stats_of(totals: Tensor, sum_student: Tensor, inputs: Inputs) -> Tensor:
 def values(student: Tensor, inputs: Inputs, totals: Tensor, *, dtemperature: bool) -> Tensor:
     """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
     student = _contiguous_rows(student)
-    out = torch.empty((*student.shape[:-1], 7))
+    out = torch.empty((*student.shape[:-1], 7), dtype=torch.float32)
     stats = stats_of(totals, torch.zeros(student.shape[:-1], dtype=torch.float64), inputs)
     _call("values", student, inputs, {"stats": stats, "values": out}, dtemperature=dtemperature)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -61,9 +62,16 @@ def _check_values(student: Tensor, inputs: Any, tau: float | None, *, elsewhere:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Every launch goes through here, so that a proof without a device can compile instead.
 
+    The device of the tensors must be the current one, see :func:`_on`.
+
     Fused multiply-adds are asked for: Triton changes its mind about the default between versions.
     """
     kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current one, which is where Triton launches, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def bytes_per_column(args: tuple[Any, ...], options: dict[str, Any]) -> int:
@@ -91,7 +99,9 @@ class _Call:
         )
         self.given = Given(
             # A number becomes a tensor by a fill on the device, which a CUDA graph can record; a copy it could not.
-            temperature=inputs.temperature if tau is None else torch.full((), tau, device=self.device),
+            temperature=inputs.temperature
+            if tau is None
+            else torch.full((), tau, dtype=torch.float32, device=self.device),
             columns=inputs.columns if n else vocab,
             vocab=vocab,
             weights=tuple(inputs.weights),
@@ -256,10 +266,11 @@ def run(
         target = _rows(torch.empty(grad.shape, dtype=grad.dtype, device=grad.device))
     factors = Factors(_flat(c_soft), _flat(c_hard), _flat(c_z))
     call = _Call(student, inputs, tau, grad=target, factors=factors)
-    if stats is not None and grad is not None:
-        call.passes(Wanted(None, None, None, None, stats, None), gradient=True)
-    else:
-        call.forward(Wanted(soft, hard, z2, dsoft_dtemperature, stats, None))
+    with _on(student.device):
+        if stats is not None and grad is not None:
+            call.passes(Wanted(None, None, None, None, stats, None), gradient=True)
+        else:
+            call.forward(Wanted(soft, hard, z2, dsoft_dtemperature, stats, None))
     if grad is not None and target is not None and target.data is not grad:
         grad.copy_(target.data)
 
@@ -284,10 +295,11 @@ def sums(student: Tensor, inputs: Any) -> Tensor:
     """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
     shape, device = student.shape[:-1], student.device
     call = _part(student, inputs)
-    stats = torch.zeros((*shape, dense.STATE.value + 2 * call.distributions), device=device)
-    logit_sum = torch.zeros(shape, device=device)
+    stats = torch.zeros((*shape, dense.STATE.value + 2 * call.distributions), dtype=torch.float32, device=device)
+    logit_sum = torch.zeros(shape, dtype=torch.float32, device=device)
     if student.numel():
-        call.sums(Wanted(None, None, None, None, stats, logit_sum))
+        with _on(device):
+            call.sums(Wanted(None, None, None, None, stats, logit_sum))
     s, c = stats.double(), _scale_of(inputs, student)
     at_one = s[..., 2] * LOG2E + s[..., 3]
     at_tau = s[..., 0] * c + s[..., 1] if call.distributions else at_one
@@ -313,11 +325,12 @@ def values(student: Tensor, inputs: Any, totals: Tensor, *, dtemperature: bool) 
     """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
     shape, device = student.shape[:-1], student.device
     call = _part(student, inputs)
-    out = torch.zeros((*shape, call.splits, dense.VALUES.value), device=device)
+    out = torch.zeros((*shape, call.splits, dense.VALUES.value), dtype=torch.float32, device=device)
     if student.numel():
-        stats = stats_of(totals, torch.zeros(shape, device=device), inputs)
-        asks = torch.empty(shape, device=device) if dtemperature else None
-        call.passes(Wanted(None, None, None, asks, stats, None), values=out, value=True)
+        stats = stats_of(totals, torch.zeros(shape, dtype=torch.float32, device=device), inputs)
+        asks = torch.empty(shape, dtype=torch.float32, device=device) if dtemperature else None
+        with _on(device):
+            call.passes(Wanted(None, None, None, asks, stats, None), values=out, value=True)
     return out.sum(-2)
 
 
@@ -337,4 +350,5 @@ def scale(grad: Tensor, factor: Tensor) -> None:
     columns = grad.shape[-1]
     tile = tiles.dense_tile(grad.device, "light", columns)
     grid = (grad.numel() // columns, -(-columns // tile.columns))
-    launch(dense.scale_kernel, grid, rows, factor, columns, BLOCK=tile.columns, num_warps=tile.warps)
+    with _on(grad.device):
+        launch(dense.scale_kernel, grid, rows, factor, columns, BLOCK=tile.columns, num_warps=tile.warps)
