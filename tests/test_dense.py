@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formulas import CASES, eager, half_ulp
+from formulas import CASES, eager, half_ulp, untie
 from machine import INTERPRETING, KERNEL, TRITON, VARIANTS, choose
 
 from kdfast import distill_loss
@@ -43,6 +43,9 @@ class Judge:
     """Truth and yardstick of one set of inputs, to hold the kernel against."""
 
     def __init__(self, case, student, teacher=None, labels=None, **options):
+        if teacher is not None:
+            shared = {k: v for k, v in options.items() if k in ("temperature", "teacher_weights", "ensemble")}
+            student = untie(student, teacher, **shared)
         self.case, self.inputs, self.options = case, (student, teacher, labels), options
         self.upstream = torch.randn(student.shape[:-1])
 
@@ -204,6 +207,7 @@ def test_ensembles(monkeypatch, name, ensemble, per_token):
 def compare(student, teacher, labels=None, *, rtol=1e-4, atol=1e-6, leaves=(), **options):
     """The kernel's loss and gradients against the fp64 reference's; ``leaves`` names options that require grad."""
     out = []
+    student = untie(student, teacher, temperature=options.get("temperature", 1.0))
     for backend, dtype in (("reference", torch.float64), (KERNEL, None)):
         cast = (lambda x: x) if dtype is None else lambda x: x.to(torch.float64)
         z, t = (cast(x.detach()).requires_grad_() for x in (student, teacher))

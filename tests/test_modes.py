@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from formulas import CASES
+from formulas import CASES, untie
 from machine import KERNEL, TRITON, VARIANTS
 
 from kdfast import DistillLoss, distill_loss
@@ -24,8 +24,9 @@ TOLERANCE = {torch.float32: (1e-5, 1e-8), torch.bfloat16: (8e-3, 1e-6), torch.fl
 
 
 def inputs(dtype=torch.float32, n=5, v=1100, shape=None):
-    s = torch.randn(shape or (n, v)).to(dtype).requires_grad_()
-    return s, torch.randn(s.shape).to(dtype), torch.randint(s.shape[-1], s.shape[:-1])
+    s, t = (torch.randn(shape or (n, v)).to(dtype) for _ in range(2))
+    s = untie(s, t, temperature=2.0).requires_grad_()
+    return s, t, torch.randint(s.shape[-1], s.shape[:-1])
 
 
 def loss_of(s, t, y, **options):
