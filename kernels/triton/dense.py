@@ -20,291 +20,30 @@ partial sums are also what ranks exchange that hold a shard of the vocabulary ea
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from kdfast.kernels.triton import divergences
+from kdfast.kernels.triton.dense_rows import (
+    ELSEWHERE,
+    INF,
+    LOG2E,
+    NO_LABEL,
+    STATE,
+    SUMS,
+    TAU_OTHER,
+    TAU_TWO,
+    VALUES,
+    exponent_scale,
+    load,
+    or_zero,
+    row_of,
+    scalar,
+    teacher_tile,
+    tiles_of,
+)
+from kdfast.kernels.triton.dense_sums import finish_sums, sum_rest, sum_taught, sum_teacher
 from kdfast.kernels.triton.divergences import LN2
-
-LOG2E = tl.constexpr(1.4426950408889634)
-INF = tl.constexpr(float("inf"))
-NO_LABEL = tl.constexpr(-(2**63))
-ELSEWHERE = tl.constexpr(-(2**63) + 1)  # a label in a column that another rank holds
-
-# How softmax(z) follows from softmax(z / tau): equal, by squaring, or by an exponential of its own.
-TAU_ONE = tl.constexpr(0)
-TAU_TWO = tl.constexpr(1)
-TAU_OTHER = tl.constexpr(2)
-
-# Floats of a row, each followed by (max t, log2 sum or sum) of each distribution where it says so.
-STATE = tl.constexpr(6)  # max z, log2 sum at tau; max z, log2 sum at 1; sum student; columns present; distributions
-# max z, sum at tau, at 1, cross; sum z - max, columns present; and of the columns beyond the taught ones max z, sum at
-# 1, sum z - max, columns present; distributions
-SUMS = tl.constexpr(10)
-VALUES = tl.constexpr(7)  # value; student, student u, p u; teacher, teacher v, q v
-
-
-class Rows(NamedTuple):
-    """Where the rows of a (..., V) tensor lie: row i at (i // inner) * outer_stride + (i % inner) * inner_stride."""
-
-    data: Any
-    inner: int
-    outer_stride: int
-    inner_stride: int
-
-
-class Given(NamedTuple):
-    """What every pass is told. Tensors per row are contiguous; None where there is no such thing."""
-
-    temperature: Any  # 0-d
-    columns: int  # of the distillation term
-    vocab: int  # of the student
-    weights: tuple[float, ...]  # of the divergences, and their parameters
-    parameters: tuple[float, ...]
-    label_smoothing: float
-    labels: Any  # int64
-    counted: Any  # bool
-    teacher_weights: Any  # of teacher k in row i: at k * weight_teacher_stride + i * weight_row_stride
-    weight_teacher_stride: int
-    weight_row_stride: int
-
-
-class Wanted(NamedTuple):
-    """What a forward call writes, per row, and the state by row that later passes read."""
-
-    soft: Any
-    hard: Any
-    z2: Any
-    dtau: Any
-    stats: Any
-    logit_sum: Any
-
-
-class Factors(NamedTuple):
-    """What the gradient of each term is multiplied by, per row."""
-
-    soft: Any
-    hard: Any
-    z: Any
-
-
-@triton.jit
-def _begin(rows, i):
-    return rows.data + (i // rows.inner) * rows.outer_stride + (i % rows.inner) * rows.inner_stride
-
-
-@triton.jit
-def _load(row, offsets, mask):
-    """Logits as fp32; a column beyond the end is one without mass."""
-    return tl.load(row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _scalar(x: tl.constexpr):
-    return tl.full([], x, tl.float32)
-
-
-@triton.jit
-def _or_zero(x):
-    """A maximum to subtract: a row of -inf alone has none, and -inf - -inf would be NaN."""
-    return tl.where(x == -INF, 0.0, x)
-
-
-@triton.jit
-def _exponent_scale(given):
-    """log2(e) / tau; NaN for a temperature that is not above 0."""
-    tau = tl.load(given.temperature).to(tl.float32)
-    return LOG2E / tl.where(tau > 0.0, tau, float("nan"))
-
-
-@triton.jit
-def _tiles(columns, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
-    """The tiles [first, last) of a split."""
-    tiles = tl.cdiv(columns, BLOCK)
-    each = tl.cdiv(tiles, SPLITS)
-    first = tl.minimum(split * each, tiles)
-    return first, tl.minimum(first + each, tiles)
-
-
-@triton.jit
-def _teacher_tile(teachers, given, i, offsets, mask, K: tl.constexpr, MIX: tl.constexpr):
-    """Logits of distribution K: a teacher's own, or with MIX the weighted sum of all."""
-    if MIX:
-        total = tl.zeros(offsets.shape, tl.float32)
-        for k in tl.static_range(len(teachers)):
-            w = tl.load(given.teacher_weights + k * given.weight_teacher_stride + i * given.weight_row_stride)
-            total += tl.where(w == 0.0, 0.0, w * _load(_begin(teachers[k], i), offsets, mask))
-        return tl.where(mask, total, -INF)
-    else:
-        return _load(_begin(teachers[K], i), offsets, mask)
-
-
-# --- Pass 1 -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _sum_taught(
-    student,
-    teachers,
-    given,
-    i,
-    split,
-    c,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TAU: tl.constexpr,
-    MIX: tl.constexpr,
-    CROSS: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WITH_TEACHER: tl.constexpr,
-):
-    """Sums over the taught columns: (max z, at tau, at 1, cross, sum z - max, present, max t, sum t).
-
-    Cross is sum 2^((z - max) c) (z - t), the reverse KL before normalisation. Sums are kept by lane, and brought under
-    a tile's new maximum as a whole, so that a tile costs one reduction for each maximum.
-    """
-    row = _begin(student, i)
-    z_top, t_top, smooth, present = _scalar(float("-inf")), _scalar(float("-inf")), _scalar(0.0), _scalar(0.0)
-    at_tau = tl.zeros([BLOCK], tl.float32)
-    at_one = tl.zeros([BLOCK], tl.float32)
-    cross = tl.zeros([BLOCK], tl.float32)
-    t_sum = tl.zeros([BLOCK], tl.float32)
-    first, last = _tiles(given.columns, split, BLOCK, SPLITS)
-    for j in range(first, last):
-        offsets = j * BLOCK + tl.arange(0, BLOCK)
-        mask = offsets < given.columns
-        z = _load(row, offsets, mask)
-        top = tl.maximum(z_top, tl.max(z, 0))
-        at = _or_zero(top)
-        e = tl.exp2((z - at) * c)
-        shrink = tl.exp2((z_top - at) * c)
-        at_tau = at_tau * shrink + e
-        if TAU == TAU_TWO:
-            at_one = at_one * (shrink * shrink) + e * e
-        if TAU == TAU_OTHER:
-            at_one = at_one * tl.exp2((z_top - at) * LOG2E) + tl.exp2((z - at) * LOG2E)
-        if SMOOTH:
-            there = z > -INF
-            smooth += tl.where(present > 0.0, present * (z_top - at), 0.0) + tl.sum(tl.where(there, z - at, 0.0), 0)
-            present += tl.sum(there.to(tl.float32), 0)
-        if WITH_TEACHER:
-            t = _teacher_tile(teachers, given, i, offsets, mask, 0, MIX)
-            if CROSS:
-                cross = cross * shrink + tl.where(e == 0.0, 0.0, e * (z - t))
-            new = tl.maximum(t_top, tl.max(t, 0))
-            t_at = _or_zero(new)
-            t_sum = t_sum * tl.exp2((t_top - t_at) * c) + tl.exp2((t - t_at) * c)
-            t_top = new
-        z_top = top
-    sum_at_tau = tl.sum(at_tau, 0)
-    sum_at_one = sum_at_tau
-    if TAU != TAU_ONE:
-        sum_at_one = tl.sum(at_one, 0)
-    return z_top, sum_at_tau, sum_at_one, tl.sum(cross, 0), smooth, present, t_top, tl.sum(t_sum, 0)
-
-
-@triton.jit
-def _sum_rest(student, given, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr, SMOOTH: tl.constexpr):
-    """The student's columns beyond the taught ones: (max z, sum at 1, sum z - max, present)."""
-    row = _begin(student, i) + given.columns
-    top, smooth, present = _scalar(float("-inf")), _scalar(0.0), _scalar(0.0)
-    total = tl.zeros([BLOCK], tl.float32)
-    first, last = _tiles(given.vocab - given.columns, split, BLOCK, SPLITS)
-    for j in range(first, last):
-        offsets = j * BLOCK + tl.arange(0, BLOCK)
-        z = _load(row, offsets, offsets < given.vocab - given.columns)
-        new = tl.maximum(top, tl.max(z, 0))
-        at = _or_zero(new)
-        total = total * tl.exp2((top - at) * LOG2E) + tl.exp2((z - at) * LOG2E)
-        if SMOOTH:
-            there = z > -INF
-            smooth += tl.where(present > 0.0, present * (top - at), 0.0) + tl.sum(tl.where(there, z - at, 0.0), 0)
-            present += tl.sum(there.to(tl.float32), 0)
-        top = new
-    return top, tl.sum(total, 0), smooth, present
-
-
-@triton.jit
-def _sum_teacher(
-    teachers, given, i, split, c, K: tl.constexpr, MIX: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr
-):
-    """(max t, sum at tau) of distribution K."""
-    top = _scalar(float("-inf"))
-    total = tl.zeros([BLOCK], tl.float32)
-    first, last = _tiles(given.columns, split, BLOCK, SPLITS)
-    for j in range(first, last):
-        offsets = j * BLOCK + tl.arange(0, BLOCK)
-        t = _teacher_tile(teachers, given, i, offsets, offsets < given.columns, K, MIX)
-        new = tl.maximum(top, tl.max(t, 0))
-        at = _or_zero(new)
-        total = total * tl.exp2((top - at) * c) + tl.exp2((t - at) * c)
-        top = new
-    return top, tl.sum(total, 0)
-
-
-@triton.jit
-def _state(
-    student,
-    given,
-    wanted,
-    stats,
-    i,
-    c,
-    z_top,
-    at_tau,
-    at_one,
-    cross,
-    smooth,
-    present,
-    rest_top,
-    rest_sum,
-    rest_smooth,
-    rest_present,
-    t_at,
-    t_log2,
-    KINDS: tl.constexpr,
-    TRUNCATED: tl.constexpr,
-    SMOOTH: tl.constexpr,
-):
-    """What a row's sums amount to, written where wanted; returns (max z, log2 at tau, max, log2 at 1, sum student)."""
-    z_at, z_log2 = _or_zero(z_top), tl.log2(at_tau)
-    one_at, one_log2 = z_at, tl.log2(at_one)
-    if TRUNCATED:
-        one_at = _or_zero(tl.maximum(z_top, rest_top))
-        one_log2 = tl.log2(at_one * tl.exp2((z_top - one_at) * LOG2E) + rest_sum * tl.exp2((rest_top - one_at) * LOG2E))
-        if SMOOTH:
-            smooth = tl.where(present > 0.0, smooth + present * (z_at - one_at), 0.0)
-            smooth += tl.where(rest_present > 0.0, rest_smooth + rest_present * (_or_zero(rest_top) - one_at), 0.0)
-            present += rest_present
-    # sum p (ln p - ln q), which is sum student of the reverse KL
-    reverse = (cross / at_tau - (z_at - t_at)) * (c * LN2) - (z_log2 - t_log2) * LN2
-    sum_student = _scalar(0.0)
-    for k in tl.static_range(len(KINDS)):
-        sum_student += given.weights[k] * divergences.sum_of_student(KINDS[k], reverse)
-    if stats is not None:
-        tl.store(stats, z_at)
-        tl.store(stats + 1, z_log2)
-        tl.store(stats + 2, one_at)
-        tl.store(stats + 3, one_log2)
-        tl.store(stats + 4, sum_student)
-        tl.store(stats + 5, present)
-    if wanted.logit_sum is not None:
-        tl.store(wanted.logit_sum + i, smooth + present * one_at)
-    if wanted.z2 is not None:
-        lse = one_at + one_log2 * LN2
-        tl.store(wanted.z2 + i, lse * lse)
-    if wanted.hard is not None:
-        label = tl.load(given.labels + i)
-        inside = (label >= 0) & (label < given.vocab)
-        z = tl.load(_begin(student, i) + tl.where(inside, label, 0)).to(tl.float32)
-        ce = (one_at - z) + one_log2 * LN2
-        if SMOOTH:
-            ce += given.label_smoothing * ((z - one_at) - smooth / present)
-        tl.store(wanted.hard + i, tl.where(inside, ce, tl.where(label == NO_LABEL, 0.0, float("nan"))))
-    return z_at, z_log2, one_at, one_log2, sum_student, present
-
 
 # --- Passes 2 and 3 ---------------------------------------------------------------------------------------------------
 
@@ -325,43 +64,28 @@ def _log2_q(
 ):
     """log2 q of a tile; of several distributions log2 sum w q, from the largest summand on."""
     if DISTRIBUTIONS == 1:
-        return (_teacher_tile(teachers, given, i, offsets, mask, 0, MIX) - t_at) * c - t_log2
+        return (teacher_tile(teachers, given, i, offsets, mask, 0, MIX) - t_at) * c - t_log2
     else:
         top = tl.full(offsets.shape, float("-inf"), tl.float32)
         total = tl.zeros(offsets.shape, tl.float32)
         for k in tl.static_range(DISTRIBUTIONS):
             w = tl.load(given.teacher_weights + k * given.weight_teacher_stride + i * given.weight_row_stride)
-            t = _teacher_tile(teachers, given, i, offsets, mask, k, MIX)
+            t = teacher_tile(teachers, given, i, offsets, mask, k, MIX)
             v = (t - tl.load(stats + STATE + 2 * k)) * c - tl.load(stats + STATE + 2 * k + 1) + tl.log2(w)
             v = tl.where(w == 0.0, -INF, v)
             new = tl.maximum(top, v)
-            at = _or_zero(new)
+            at = or_zero(new)
             total = total * tl.exp2(top - at) + tl.exp2(v - at)
             top = new
-        return _or_zero(top) + tl.log2(total)
+        return or_zero(top) + tl.log2(total)
 
 
 @triton.jit
-def _value_tile(given, p, q, u, v, d, KINDS: tl.constexpr):
+def _mixture(part: tl.constexpr, given, p, q, u, v, d, KINDS: tl.constexpr):
+    """The weighted sum over the divergences of their `part`: value, student or teacher."""
     total = tl.zeros(p.shape, tl.float32)
     for k in tl.static_range(len(KINDS)):
-        total += given.weights[k] * divergences.value(KINDS[k], given.parameters[k], p, q, u, v, d)
-    return total
-
-
-@triton.jit
-def _student_tile(given, p, q, u, v, d, KINDS: tl.constexpr):
-    total = tl.zeros(p.shape, tl.float32)
-    for k in tl.static_range(len(KINDS)):
-        total += given.weights[k] * divergences.student(KINDS[k], given.parameters[k], p, q, u, v, d)
-    return total
-
-
-@triton.jit
-def _teacher_side_tile(given, p, q, u, v, d, KINDS: tl.constexpr):
-    total = tl.zeros(p.shape, tl.float32)
-    for k in tl.static_range(len(KINDS)):
-        total += given.weights[k] * divergences.teacher(KINDS[k], given.parameters[k], p, q, u, v, d)
+        total += given.weights[k] * part(KINDS[k], given.parameters[k], p, q, u, v, d)
     return total
 
 
@@ -413,22 +137,22 @@ def _passes(
     PASS_GRADIENT: tl.constexpr,
     JOINT_VALUE: tl.constexpr,
 ):
-    c = _exponent_scale(given)
+    c = exponent_scale(given)
     if DISTRIBUTIONS == 0:  # no temperature matters then
-        c = _scalar(LOG2E)
+        c = scalar(LOG2E)
     stats = wanted.stats
     if stats is not None:
         stats += i * (STATE + 2 * DISTRIBUTIONS)
-    t_at, t_log2 = _scalar(0.0), _scalar(0.0)
+    t_at, t_log2 = scalar(0.0), scalar(0.0)
 
     if PASS_SUMS:
-        z_top, at_tau, at_one, cross, smooth, present, t_top, t_sum = _sum_taught(
+        z_top, at_tau, at_one, cross, smooth, present, t_top, t_sum = sum_taught(
             student, teachers, given, i, split, c, BLOCK, SPLITS, TAU, MIX, CROSS, SMOOTH,
             DISTRIBUTIONS == 1,
         )  # fmt: skip
-        rest_top, rest_sum, rest_smooth, rest_present = _scalar(float("-inf")), _scalar(0.0), _scalar(0.0), _scalar(0.0)
+        rest_top, rest_sum, rest_smooth, rest_present = scalar(float("-inf")), scalar(0.0), scalar(0.0), scalar(0.0)
         if TRUNCATED:
-            rest_top, rest_sum, rest_smooth, rest_present = _sum_rest(student, given, i, split, BLOCK, SPLITS, SMOOTH)
+            rest_top, rest_sum, rest_smooth, rest_present = sum_rest(student, given, i, split, BLOCK, SPLITS, SMOOTH)
         if sums is not None:
             sums += (i * SPLITS + split) * (SUMS + 2 * DISTRIBUTIONS)
             tl.store(sums, z_top)
@@ -446,12 +170,12 @@ def _passes(
                 tl.store(sums + SUMS + 1, t_sum)
             if DISTRIBUTIONS > 1:
                 for k in tl.static_range(DISTRIBUTIONS):
-                    t_top, t_sum = _sum_teacher(teachers, given, i, split, c, k, MIX, BLOCK, SPLITS)
+                    t_top, t_sum = sum_teacher(teachers, given, i, split, c, k, MIX, BLOCK, SPLITS)
                     tl.store(sums + SUMS + 2 * k, t_top)
                     tl.store(sums + SUMS + 2 * k + 1, t_sum)
         else:
-            t_at, t_log2 = _or_zero(t_top), tl.log2(t_sum)
-            z_at, z_log2, one_at, one_log2, sum_student, present = _state(
+            t_at, t_log2 = or_zero(t_top), tl.log2(t_sum)
+            z_at, z_log2, one_at, one_log2, sum_student, present = finish_sums(
                 student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
                 rest_smooth, rest_present, t_at, t_log2, KINDS, TRUNCATED, SMOOTH,
             )  # fmt: skip
@@ -466,8 +190,8 @@ def _passes(
             t_at, t_log2 = tl.load(stats + STATE), tl.load(stats + STATE + 1)
 
     if PASS_VALUE or PASS_GRADIENT:
-        row = _begin(student, i)
-        first, last = _tiles(given.columns, split, BLOCK, SPLITS)
+        row = row_of(student, i)
+        first, last = tiles_of(given.columns, split, BLOCK, SPLITS)
 
     if PASS_VALUE:
         value = tl.zeros([BLOCK], tl.float32)
@@ -480,14 +204,14 @@ def _passes(
         for back in range(last - first):
             offsets = (last - 1 - back) * BLOCK + tl.arange(0, BLOCK)
             mask = offsets < given.columns
-            u = (_load(row, offsets, mask) - z_at) * c - z_log2
+            u = (load(row, offsets, mask) - z_at) * c - z_log2
             v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
             p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
-            value += _value_tile(given, p, q, u, v, d, KINDS)
-            of_student = _student_tile(given, p, q, u, v, d, KINDS)
+            value += _mixture(divergences.value, given, p, q, u, v, d, KINDS)
+            of_student = _mixture(divergences.student, given, p, q, u, v, d, KINDS)
             s_sum += of_student
             if wanted.dtau is not None:
-                of_teacher = _teacher_side_tile(given, p, q, u, v, d, KINDS)
+                of_teacher = _mixture(divergences.teacher, given, p, q, u, v, d, KINDS)
                 s_u += divergences.times(of_student, u)
                 p_u += divergences.times(p, u)
                 t_sum_ += of_teacher
@@ -515,7 +239,7 @@ def _passes(
             )  # fmt: skip
 
     if PASS_GRADIENT:
-        c_soft, c_hard, c_one = _scalar(0.0), _scalar(0.0), _scalar(0.0)
+        c_soft, c_hard, c_one = scalar(0.0), scalar(0.0), scalar(0.0)
         label = tl.full([], NO_LABEL, tl.int64)
         if factors.soft is not None:
             c_soft = tl.load(factors.soft + i) * (c * LN2)  # over tau
@@ -527,14 +251,14 @@ def _passes(
             c_one = c_hard
         if factors.z is not None:
             c_one += 2.0 * tl.load(factors.z + i) * (one_at + one_log2 * LN2)
-        smoothed = _scalar(0.0)
+        smoothed = scalar(0.0)
         if SMOOTH:
             smoothed = c_hard * given.label_smoothing
         # factor of p (p^2 with TAU_TWO), where softmax(z) follows from it; one_at = z_at then
         one_from_p = c_one
         if TAU == TAU_TWO:
             one_from_p = c_one * tl.exp2(2.0 * z_log2 - one_log2)
-        g_row = _begin(grad, i)
+        g_row = row_of(grad, i)
         value = tl.zeros([BLOCK], tl.float32)
         if DISTRIBUTIONS > 0:
             for step in range(last - first):
@@ -543,14 +267,14 @@ def _passes(
                     j = last - 1 - step
                 offsets = j * BLOCK + tl.arange(0, BLOCK)
                 mask = offsets < given.columns
-                z = _load(row, offsets, mask)
+                z = load(row, offsets, mask)
                 u = (z - z_at) * c - z_log2
                 v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
                 p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
                 if JOINT_VALUE:
-                    value += _value_tile(given, p, q, u, v, d, KINDS)
+                    value += _mixture(divergences.value, given, p, q, u, v, d, KINDS)
                 # A distillation term without weight is left out, not multiplied by 0: its gradient may be infinite.
-                pull = _student_tile(given, p, q, u, v, d, KINDS) - p * sum_student
+                pull = _mixture(divergences.student, given, p, q, u, v, d, KINDS) - p * sum_student
                 g = tl.where(c_soft == 0.0, 0.0, c_soft * pull)
                 if factors.hard is not None or factors.z is not None:
                     g += _one_tile(z, p, c_one, one_at, one_log2, one_from_p, TAU, TRUNCATED)
@@ -560,11 +284,11 @@ def _passes(
         else:
             begin = 0
         if TRUNCATED or DISTRIBUTIONS == 0:
-            r_first, r_last = _tiles(given.vocab - begin, split, BLOCK, SPLITS)
+            r_first, r_last = tiles_of(given.vocab - begin, split, BLOCK, SPLITS)
             for step in range(r_last - r_first):
                 offsets = begin + (r_last - 1 - step) * BLOCK + tl.arange(0, BLOCK)
                 mask = offsets < given.vocab
-                z = _load(row, offsets, mask)
+                z = load(row, offsets, mask)
                 g = c_one * tl.exp2((z - one_at) * LOG2E - one_log2)
                 g = _hard_part(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
                 tl.store(g_row + offsets, g.to(grad.data.dtype.element_ty), mask=mask)
@@ -603,8 +327,8 @@ def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constex
             for k in tl.static_range(STATE + 2 * DISTRIBUTIONS):
                 tl.store(wanted.stats + i * (STATE + 2 * DISTRIBUTIONS) + k, 0.0)
     if PASS_GRADIENT:
-        row = _begin(grad, i)
-        first, last = _tiles(given.vocab, split, BLOCK, SPLITS)
+        row = row_of(grad, i)
+        first, last = tiles_of(given.vocab, split, BLOCK, SPLITS)
         for j in range(first, last):
             offsets = j * BLOCK + tl.arange(0, BLOCK)
             zeros = tl.zeros([BLOCK], tl.float32).to(grad.data.dtype.element_ty)
@@ -662,7 +386,7 @@ def dense_kernel(
 def _together(top, total, factor):
     """Partial sums under their own maxima -> (maximum, sum under it), in the order in which they stand."""
     most = tl.max(top, 0)
-    return most, tl.sum(total * tl.exp2((top - _or_zero(most)) * factor), 0)
+    return most, tl.sum(total * tl.exp2((top - or_zero(most)) * factor), 0)
 
 
 @triton.jit
@@ -684,9 +408,9 @@ def combine_sums_kernel(
     if given.counted is not None:
         counts = tl.load(given.counted + i) != 0
     if counts:
-        c = _exponent_scale(given)
+        c = exponent_scale(given)
         if DISTRIBUTIONS == 0:
-            c = _scalar(LOG2E)
+            c = scalar(LOG2E)
         s = tl.arange(0, SPLITS)
         there = s < splits
         at = sums + (i * splits + s) * (SUMS + 2 * DISTRIBUTIONS)
@@ -695,22 +419,22 @@ def combine_sums_kernel(
         z_top, at_one = _together(tops, tl.load(at + 2, mask=there, other=0.0), LOG2E)
         z_top, cross = _together(tops, tl.load(at + 3, mask=there, other=0.0), c)
         present = tl.load(at + 5, mask=there, other=0.0)
-        moved = tl.load(at + 4, mask=there, other=0.0) + present * (_or_zero(tops) - _or_zero(z_top))
+        moved = tl.load(at + 4, mask=there, other=0.0) + present * (or_zero(tops) - or_zero(z_top))
         smooth, present = tl.sum(tl.where(present > 0.0, moved, 0.0), 0), tl.sum(present, 0)
         tops = tl.load(at + 6, mask=there, other=float("-inf"))
         rest_top, rest_sum = _together(tops, tl.load(at + 7, mask=there, other=0.0), LOG2E)
         r_present = tl.load(at + 9, mask=there, other=0.0)
-        moved = tl.load(at + 8, mask=there, other=0.0) + r_present * (_or_zero(tops) - _or_zero(rest_top))
+        moved = tl.load(at + 8, mask=there, other=0.0) + r_present * (or_zero(tops) - or_zero(rest_top))
         rest_smooth, rest_present = tl.sum(tl.where(r_present > 0.0, moved, 0.0), 0), tl.sum(r_present, 0)
         stats = wanted.stats + i * (STATE + 2 * DISTRIBUTIONS)
-        t_at, t_log2 = _scalar(0.0), _scalar(0.0)
+        t_at, t_log2 = scalar(0.0), scalar(0.0)
         for k in tl.static_range(DISTRIBUTIONS):
             tops = tl.load(at + SUMS + 2 * k, mask=there, other=float("-inf"))
             top, total = _together(tops, tl.load(at + SUMS + 2 * k + 1, mask=there, other=0.0), c)
-            t_at, t_log2 = _or_zero(top), tl.log2(total)
+            t_at, t_log2 = or_zero(top), tl.log2(total)
             tl.store(stats + STATE + 2 * k, t_at)
             tl.store(stats + STATE + 2 * k + 1, t_log2)
-        _state(
+        finish_sums(
             student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
             rest_smooth, rest_present, t_at, t_log2, KINDS, TRUNCATED, SMOOTH,
         )  # fmt: skip
@@ -735,7 +459,7 @@ def combine_values_kernel(
         s = tl.arange(0, SPLITS)
         at = values + (i * splits + s) * VALUES
         there = s < splits
-        zero = _scalar(0.0)
+        zero = scalar(0.0)
         value = tl.sum(tl.load(at, mask=there, other=0.0), 0)
         student, student_u, p_u, teacher, teacher_v, q_v = zero, zero, zero, zero, zero, zero
         student = tl.sum(tl.load(at + 1, mask=there, other=0.0), 0)
@@ -747,7 +471,7 @@ def combine_values_kernel(
             q_v = tl.sum(tl.load(at + 6, mask=there, other=0.0), 0)
         if not KNOWN:
             tl.store(wanted.stats + i * (STATE + 2 * DISTRIBUTIONS) + 4, student)
-        _finish_values(wanted, i, _exponent_scale(given), value, student, student_u, p_u, teacher, teacher_v, q_v)
+        _finish_values(wanted, i, exponent_scale(given), value, student, student_u, p_u, teacher, teacher_v, q_v)
 
 
 @triton.jit
@@ -756,7 +480,7 @@ def scale_kernel(rows, factor, columns, BLOCK: tl.constexpr):
     f = tl.load(factor).to(tl.float32)
     if f != 1.0:
         offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at = _begin(rows, tl.program_id(0).to(tl.int64)) + offsets
+        at = row_of(rows, tl.program_id(0).to(tl.int64)) + offsets
         mask = offsets < columns
         x = tl.load(at, mask=mask).to(tl.float32)
         tl.store(at, (x * f).to(rows.data.dtype.element_ty), mask=mask)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.kernels.triton import dense, tiles
-from kdfast.kernels.triton.dense import Factors, Given, Rows, Wanted
+from kdfast.kernels.triton import dense, dense_rows, tiles
+from kdfast.kernels.triton.dense_rows import Factors, Given, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
 
-LOG2E = dense.LOG2E.value
+LOG2E = dense_rows.LOG2E.value
 
 
 def _rows(x: Tensor) -> Rows | None:
@@ -52,7 +52,7 @@ def _check_values(student: Tensor, inputs: Any, tau: float | None, *, elsewhere:
         msg = f"temperature must be > 0, got {inputs.temperature.item()}"
         raise ValueError(msg)
     y = inputs.labels if inputs.counted is None else inputs.labels[inputs.counted]
-    known = (y == dense.NO_LABEL.value) | ((y == dense.ELSEWHERE.value) if elsewhere else False)
+    known = (y == dense_rows.NO_LABEL.value) | ((y == dense_rows.ELSEWHERE.value) if elsewhere else False)
     bad = y[~known & ((y < 0) | (y >= student.shape[-1]))]
     if bad.numel():
         msg = f"labels must be in [0, {student.shape[-1]}) or ignore_index, got {bad[0].item()}"
@@ -118,7 +118,7 @@ class _Call:
         self.tile = tiles.dense_tile(self.device, work, vocab)
         self.splits = tiles.dense_splits(self.device, self.rows, vocab, self.tile)
         needs_one = inputs.labels is not None or factors.hard is not None or factors.z is not None
-        one = dense.TAU_ONE if not n or tau == 1 else dense.TAU_TWO if tau == 2 else dense.TAU_OTHER
+        one = dense_rows.TAU_ONE if not n or tau == 1 else dense_rows.TAU_TWO if tau == 2 else dense_rows.TAU_OTHER
         self.tau = one, needs_one
         self.mix = bool(inputs.mix_logits)
         self.cross = self.known and "reverse_kl" in inputs.names
@@ -159,7 +159,7 @@ class _Call:
             values,
             BLOCK=self.tile.columns,
             SPLITS=self.splits,
-            TAU=(mode if needs_one else dense.TAU_ONE).value,
+            TAU=(mode if needs_one else dense_rows.TAU_ONE).value,
             MIX=self.mix,
             CROSS=self.cross,
             KNOWN=self.known,
@@ -180,9 +180,9 @@ class _Call:
         if self.splits == 1 and self.distributions <= 1:
             return self.passes(wanted, summing=True, value=value, gradient=gradient, joint=joint)
         if wanted.stats is None:
-            wanted = wanted._replace(stats=self._empty(dense.STATE.value + 2 * self.distributions))
+            wanted = wanted._replace(stats=self._empty(dense_rows.STATE.value + 2 * self.distributions))
         self.sums(wanted)
-        values = self._empty(self.splits, dense.VALUES.value)
+        values = self._empty(self.splits, dense_rows.VALUES.value)
         if value:
             self.passes(wanted, values=values, value=True)
             self._combine_values(wanted, values)
@@ -194,7 +194,7 @@ class _Call:
 
     def sums(self, wanted: Wanted) -> None:
         """Pass 1 by splits, and what it amounts to."""
-        sums = self._empty(self.splits, dense.SUMS.value + 2 * self.distributions)
+        sums = self._empty(self.splits, dense_rows.SUMS.value + 2 * self.distributions)
         self.passes(wanted, sums=sums, summing=True)
         launch(
             dense.combine_sums_kernel,
@@ -242,7 +242,7 @@ def run(
 
     Args:
         student: (..., V) fp32, bf16 or fp16.
-        inputs: :class:`kdfast.ops.dense.Inputs`.
+        inputs: :class:`kdfast.ops.dense_rows.Inputs`.
         soft: (...) fp32, filled with the distillation term; this and the others None where not wanted.
         hard: (...) fp32, filled with the cross-entropy.
         z2: (...) fp32, filled with logsumexp^2.
@@ -292,10 +292,10 @@ def _scale_of(inputs: Any, like: Tensor) -> Tensor:
 
 
 def sums(student: Tensor, inputs: Any) -> Tensor:
-    """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
+    """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense_rows.Launcher`."""
     shape, device = student.shape[:-1], student.device
     call = _part(student, inputs)
-    stats = torch.zeros((*shape, dense.STATE.value + 2 * call.distributions), dtype=torch.float32, device=device)
+    stats = torch.zeros((*shape, dense_rows.STATE.value + 2 * call.distributions), dtype=torch.float32, device=device)
     logit_sum = torch.zeros(shape, dtype=torch.float32, device=device)
     if student.numel():
         with _on(device):
@@ -309,7 +309,7 @@ def sums(student: Tensor, inputs: Any) -> Tensor:
 
 
 def stats_of(totals: Tensor, sum_student: Tensor, inputs: Any) -> Tensor:
-    """The kernel's stats from totals over all columns; see :class:`kdfast.ops.dense.Launcher`."""
+    """The kernel's stats from totals over all columns; see :class:`kdfast.ops.dense_rows.Launcher`."""
     c = _scale_of(inputs, totals) if inputs.teachers else LOG2E
     # One logit, near the largest, is subtracted for both of the student's sums, as in the kernel.
     at = torch.where(totals[..., 1].isfinite(), totals[..., 1] / LOG2E, 0.0).float()
@@ -322,10 +322,10 @@ def stats_of(totals: Tensor, sum_student: Tensor, inputs: Any) -> Tensor:
 
 
 def values(student: Tensor, inputs: Any, totals: Tensor, *, dtemperature: bool) -> Tensor:
-    """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
+    """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense_rows.Launcher`."""
     shape, device = student.shape[:-1], student.device
     call = _part(student, inputs)
-    out = torch.zeros((*shape, call.splits, dense.VALUES.value), dtype=torch.float32, device=device)
+    out = torch.zeros((*shape, call.splits, dense_rows.VALUES.value), dtype=torch.float32, device=device)
     if student.numel():
         stats = stats_of(totals, torch.zeros(shape, dtype=torch.float32, device=device), inputs)
         asks = torch.empty(shape, dtype=torch.float32, device=device) if dtemperature else None

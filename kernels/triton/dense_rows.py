@@ -1,0 +1,122 @@
+"""What every pass of the dense loss knows of a row: where it lies, what is asked of it, and how a tile is read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+NO_LABEL = tl.constexpr(-(2**63))
+ELSEWHERE = tl.constexpr(-(2**63) + 1)  # a label in a column that another rank holds
+
+# How softmax(z) follows from softmax(z / tau): equal, by squaring, or by an exponential of its own.
+TAU_ONE = tl.constexpr(0)
+TAU_TWO = tl.constexpr(1)
+TAU_OTHER = tl.constexpr(2)
+
+# Floats of a row, each followed by (max t, log2 sum or sum) of each distribution where it says so.
+STATE = tl.constexpr(6)  # max z, log2 sum at tau; max z, log2 sum at 1; sum student; columns present; distributions
+# max z, sum at tau, at 1, cross; sum z - max, columns present; and of the columns beyond the taught ones max z, sum at
+# 1, sum z - max, columns present; distributions
+SUMS = tl.constexpr(10)
+VALUES = tl.constexpr(7)  # value; student, student u, p u; teacher, teacher v, q v
+
+
+class Rows(NamedTuple):
+    """Where the rows of a (..., V) tensor lie: row i at (i // inner) * outer_stride + (i % inner) * inner_stride."""
+
+    data: Any
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+class Given(NamedTuple):
+    """What every pass is told. Tensors per row are contiguous; None where there is no such thing."""
+
+    temperature: Any  # 0-d
+    columns: int  # of the distillation term
+    vocab: int  # of the student
+    weights: tuple[float, ...]  # of the divergences, and their parameters
+    parameters: tuple[float, ...]
+    label_smoothing: float
+    labels: Any  # int64
+    counted: Any  # bool
+    teacher_weights: Any  # of teacher k in row i: at k * weight_teacher_stride + i * weight_row_stride
+    weight_teacher_stride: int
+    weight_row_stride: int
+
+
+class Wanted(NamedTuple):
+    """What a forward call writes, per row, and the state by row that later passes read."""
+
+    soft: Any
+    hard: Any
+    z2: Any
+    dtau: Any
+    stats: Any
+    logit_sum: Any
+
+
+class Factors(NamedTuple):
+    """What the gradient of each term is multiplied by, per row."""
+
+    soft: Any
+    hard: Any
+    z: Any
+
+
+@triton.jit
+def row_of(rows, i):
+    """The address of row i."""
+    return rows.data + (i // rows.inner) * rows.outer_stride + (i % rows.inner) * rows.inner_stride
+
+
+@triton.jit
+def load(row, offsets, mask):
+    """Logits as fp32; a column beyond the end is one without mass."""
+    return tl.load(row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def scalar(x: tl.constexpr):
+    """A number as fp32, for a variable that a loop changes."""
+    return tl.full([], x, tl.float32)
+
+
+@triton.jit
+def or_zero(x):
+    """A maximum to subtract: a row of -inf alone has none, and -inf - -inf would be NaN."""
+    return tl.where(x == -INF, 0.0, x)
+
+
+@triton.jit
+def exponent_scale(given):
+    """log2(e) / tau; NaN for a temperature that is not above 0."""
+    tau = tl.load(given.temperature).to(tl.float32)
+    return LOG2E / tl.where(tau > 0.0, tau, float("nan"))
+
+
+@triton.jit
+def tiles_of(columns, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """The tiles [first, last) of a split."""
+    tiles = tl.cdiv(columns, BLOCK)
+    each = tl.cdiv(tiles, SPLITS)
+    first = tl.minimum(split * each, tiles)
+    return first, tl.minimum(first + each, tiles)
+
+
+@triton.jit
+def teacher_tile(teachers, given, i, offsets, mask, K: tl.constexpr, MIX: tl.constexpr):
+    """Logits of distribution K: a teacher's own, or with MIX the weighted sum of all."""
+    if MIX:
+        total = tl.zeros(offsets.shape, tl.float32)
+        for k in tl.static_range(len(teachers)):
+            w = tl.load(given.teacher_weights + k * given.weight_teacher_stride + i * given.weight_row_stride)
+            total += tl.where(w == 0.0, 0.0, w * load(row_of(teachers[k], i), offsets, mask))
+        return tl.where(mask, total, -INF)
+    else:
+        return load(row_of(teachers[K], i), offsets, mask)
