@@ -170,16 +170,7 @@ def _vocabulary_parallel(
     assert isinstance(student, Tensor)
     start = dist.get_rank(group) * student.shape[-1] if vocab_start is None else vocab_start
     teachers: tuple[Tensor, ...] = problem.teachers  # type: ignore[assignment]
-    spec = Spec(
-        problem.terms,
-        problem.ensemble == "logit" and len(teachers) > 1,
-        problem.columns,
-        problem.label_smoothing,
-        problem.has_z_loss,
-        problem.learns_temperature and bool(teachers),
-        False,
-        backend,
-    )
+    spec = dense_autograd.spec_of(problem, backend)
     weights = problem.teacher_weights
     out = _Shard.apply(  # type: ignore[no-untyped-call]
         student,

@@ -82,6 +82,7 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def _check_logits(name: str, value: object) -> None:
     if isinstance(value, LMHead):
+        _check_head(name, value)
         return
     if not isinstance(value, Tensor):
         msg = f"{name} must be a tensor of logits (..., V) or a kdfast.LMHead, got {type(value).__name__}"
@@ -92,6 +93,30 @@ def _check_logits(name: str, value: object) -> None:
     if value.dim() < 1 or value.shape[-1] == 0:
         msg = f"{name} must be (..., V) with V >= 1, got shape {tuple(value.shape)}"
         raise ValueError(msg)
+
+
+def _check_head(name: str, head: LMHead) -> None:
+    if not head.hidden.is_floating_point():
+        msg = f"{name}: LMHead.hidden must be floating point, got {head.hidden.dtype}"
+        raise TypeError(msg)
+    for part, x in (("weight", head.weight), ("bias", head.bias)):
+        if x is None:
+            continue
+        if type(x) is not Tensor and hasattr(x, "full_tensor"):
+            msg = (
+                f"{name}: LMHead.{part} is a DTensor: call the loss inside the forward of the module that FSDP wraps, "
+                f"where its parameters are whole, or pass {part}.full_tensor()"
+            )
+            raise TypeError(msg)
+        if x.device != head.hidden.device:
+            msg = f"{name}: LMHead.{part} is on {x.device}, hidden on {head.hidden.device}"
+            raise ValueError(msg)
+        if x.dtype != head.hidden.dtype and not torch.is_autocast_enabled(head.hidden.device.type):
+            msg = (
+                f"{name}: LMHead.{part} is {x.dtype}, hidden {head.hidden.dtype}: convert one of them, or use "
+                "torch.autocast"
+            )
+            raise TypeError(msg)
 
 
 def device_of(x: Logits | SparseTargets) -> torch.device:

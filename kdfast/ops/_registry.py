@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kdfast import reference
-from kdfast.ops import dense_autograd, dense_cpu
+from kdfast.ops import dense_autograd, dense_cpu, head_autograd
 from kdfast.problem import Problem, build_problem
 from kdfast.reference import DistillTerms
 
@@ -68,20 +68,30 @@ def _triton_detail() -> str:
     return f"Triton {_triton_version()} kernels, {where}"
 
 
+def _declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
+    reason = dense_autograd.declines(problem, devices)
+    return reason or (head_autograd.declines(problem) if head_autograd.has_head(problem) else None)
+
+
+def _distill_loss(problem: Problem, backend: str) -> DistillTerms:
+    module = head_autograd if head_autograd.has_head(problem) else dense_autograd
+    return module.distill_loss(problem, backend)
+
+
 #: Best first.
 ROWS: tuple[Implementation, ...] = (
     Implementation(
         "cpu",
         lambda: dense_cpu.EXTENSION_MISSING,
-        lambda problem: dense_autograd.declines(problem, ("cpu",)),
-        lambda problem: dense_autograd.distill_loss(problem, "cpu"),
+        lambda problem: _declines(problem, ("cpu",)),
+        lambda problem: _distill_loss(problem, "cpu"),
         dense_cpu.detail,
     ),
     Implementation(
         "triton",
         _triton_unavailable,
-        lambda problem: dense_autograd.declines(problem, ("cpu",) if _interprets() else ("cuda",)),
-        lambda problem: dense_autograd.distill_loss(problem, "triton"),
+        lambda problem: _declines(problem, ("cpu",) if _interprets() else ("cuda",)),
+        lambda problem: _distill_loss(problem, "triton"),
         _triton_detail,
     ),
     Implementation(

@@ -24,37 +24,37 @@ import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Arguments that every operator takes. student (..., V); teachers (..., >= columns) each; teacher_weights fp32, (n,) or
-# (n, ...); labels (...) int64; counted (...) bool; temperature 0-d; backend a key of LAUNCHERS; c_soft, c_hard and c_z
-# (...) fp32.
-_INPUTS = (
+# Arguments that the operators of every loss take. student (..., V); teachers (..., >= columns) each; teacher_weights
+# fp32, (n,) or (n, ...); labels (...) int64; counted (...) bool; temperature 0-d; backend a key of LAUNCHERS; c_soft,
+# c_hard and c_z (...) fp32.
+INPUTS = (
     "Tensor[] teachers, Tensor? teacher_weights, Tensor? labels, Tensor? counted, Tensor temperature, "
     "str[] names, float[] weights, float[] parameters, bool mix_logits, int columns, float label_smoothing, "
     "str backend"
 )
-_COEFFICIENTS = "Tensor? c_soft, Tensor? c_hard, Tensor? c_z"
+COEFFICIENTS = "Tensor? c_soft, Tensor? c_hard, Tensor? c_z"
 
 _library = torch.library.Library("kdfast", "DEF")
 _library.define(
-    f"dense_forward(Tensor student, {_INPUTS}, bool wants_z, bool wants_dtau) "
+    f"dense_forward(Tensor student, {INPUTS}, bool wants_z, bool wants_dtau) "
     "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor stats)"
 )
-_library.define(f"dense_backward(Tensor student, {_INPUTS}, Tensor stats, {_COEFFICIENTS}) -> Tensor")
+_library.define(f"dense_backward(Tensor student, {INPUTS}, Tensor stats, {COEFFICIENTS}) -> Tensor")
 _library.define(
-    f"dense_fused(Tensor student, {_INPUTS}, bool wants_z, bool wants_dtau, {_COEFFICIENTS}) "
+    f"dense_fused(Tensor student, {INPUTS}, bool wants_z, bool wants_dtau, {COEFFICIENTS}) "
     "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor grad)"
 )
 _library.define(
-    f"dense_fused_(Tensor(a!) student, {_INPUTS}, bool wants_z, bool wants_dtau, {_COEFFICIENTS}) "
+    f"dense_fused_(Tensor(a!) student, {INPUTS}, bool wants_z, bool wants_dtau, {COEFFICIENTS}) "
     "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau)"
 )
-_library.define(f"dense_backward_(Tensor(a!) student, {_INPUTS}, Tensor stats, {_COEFFICIENTS}) -> ()")
+_library.define(f"dense_backward_(Tensor(a!) student, {INPUTS}, Tensor stats, {COEFFICIENTS}) -> ()")
 _library.define("scale_(Tensor(a!) grad, Tensor factor, str backend) -> ()")
 _ops = torch.ops.kdfast
 
 
 class Inputs(NamedTuple):
-    """The arguments in ``_INPUTS``, in order."""
+    """The arguments in ``INPUTS``, in order."""
 
     teachers: list[Tensor]
     teacher_weights: Tensor | None
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
     backend: str
 
 
-_N_INPUTS = len(Inputs._fields)
+N_INPUTS = len(Inputs._fields)
 
 
 def stats_size(inputs: Inputs) -> int:
@@ -122,12 +122,12 @@ def launcher(backend: str) -> Launcher:
     return importlib.import_module(LAUNCHERS[backend])
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``x`` with contiguous rows: itself, unless its last axis is strided."""
+def rows_of(x: Tensor) -> Tensor:
+    """Return ``x`` with contiguous rows: itself, unless its last axis is strided."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _token_outputs(student: Tensor, inputs: Inputs, wants_z: bool, wants_dtau: bool) -> dict[str, Tensor]:
+def token_outputs(student: Tensor, inputs: Inputs, wants_z: bool, wants_dtau: bool) -> dict[str, Tensor]:
     """Output tensors by the kernel's names; a term that the call does not have is an empty tensor of two axes."""
     taught = bool(inputs.teachers)
     there = {
@@ -143,7 +143,7 @@ def _token_outputs(student: Tensor, inputs: Inputs, wants_z: bool, wants_dtau: b
 def _run_forward(
     student: Tensor, inputs: Inputs, wants: tuple[bool, bool], **more: Tensor | None
 ) -> tuple[Tensor, ...]:
-    out = _token_outputs(student, inputs, *wants)
+    out = token_outputs(student, inputs, *wants)
     launcher(inputs.backend).run(
         student, inputs, **{k: v for k, v in out.items() if v.shape == student.shape[:-1]}, **more
     )
@@ -151,14 +151,14 @@ def _run_forward(
 
 
 def _dense_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, student = Inputs(*args[:_N_INPUTS]), _rows(student)
+    inputs, student = Inputs(*args[:N_INPUTS]), rows_of(student)
     stats = torch.empty((*student.shape[:-1], stats_size(inputs)), dtype=torch.float32, device=student.device)
-    return *_run_forward(student, inputs, args[_N_INPUTS:], stats=stats), stats
+    return *_run_forward(student, inputs, args[N_INPUTS:], stats=stats), stats
 
 
 def _dense_backward(student: Tensor, *args: Any) -> Tensor:
-    student = _rows(student)
-    grad = launcher(Inputs(*args[:_N_INPUTS]).backend).fresh_gradient(student)
+    student = rows_of(student)
+    grad = launcher(Inputs(*args[:N_INPUTS]).backend).fresh_gradient(student)
     _backward_into(grad, student, *args)
     return grad
 
@@ -168,14 +168,14 @@ def _dense_backward_inplace(student: Tensor, *args: Any) -> None:
 
 
 def _backward_into(grad: Tensor, student: Tensor, *args: Any) -> None:
-    inputs, (stats, c_soft, c_hard, c_z) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
+    inputs, (stats, c_soft, c_hard, c_z) = Inputs(*args[:N_INPUTS]), args[N_INPUTS:]
     run = launcher(inputs.backend).run
     run(student, inputs, stats=stats, grad=grad, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
 
 
 def _dense_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    student = _rows(student)
-    grad = launcher(Inputs(*args[:_N_INPUTS]).backend).fresh_gradient(student)
+    student = rows_of(student)
+    grad = launcher(Inputs(*args[:N_INPUTS]).backend).fresh_gradient(student)
     return *_fused_into(grad, student, *args), grad
 
 
@@ -184,7 +184,7 @@ def _dense_fused_inplace(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fused_into(grad: Tensor, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, (*wants, c_soft, c_hard, c_z) = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
+    inputs, (*wants, c_soft, c_hard, c_z) = Inputs(*args[:N_INPUTS]), args[N_INPUTS:]
     return _run_forward(student, inputs, tuple(wants), grad=grad, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
 
 
@@ -205,11 +205,11 @@ for _device in ("CPU", "CUDA"):
 
 
 def _fake_outputs(student: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    return tuple(_token_outputs(student, Inputs(*args[:_N_INPUTS]), *args[_N_INPUTS : _N_INPUTS + 2]).values())
+    return tuple(token_outputs(student, Inputs(*args[:N_INPUTS]), *args[N_INPUTS : N_INPUTS + 2]).values())
 
 
 def _fake_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    stats = student.new_empty((*student.shape[:-1], stats_size(Inputs(*args[:_N_INPUTS]))), dtype=torch.float32)
+    stats = student.new_empty((*student.shape[:-1], stats_size(Inputs(*args[:N_INPUTS]))), dtype=torch.float32)
     return *_fake_outputs(student, args), stats
 
 
@@ -238,8 +238,8 @@ def _to_front(x: Any, dim: int | None, batch: int, axis: int = 0) -> Any:
 def _batched(op: Any, outputs: int) -> Any:
     def rule(info: Any, in_dims: tuple[Any, ...], student: Tensor, *args: Any) -> tuple[Any, Any]:
         batch = info.batch_size
-        inputs, rest = Inputs(*args[:_N_INPUTS]), args[_N_INPUTS:]
-        dims, rest_dims = Inputs(*in_dims[1 : 1 + _N_INPUTS]), in_dims[1 + _N_INPUTS :]
+        inputs, rest = Inputs(*args[:N_INPUTS]), args[N_INPUTS:]
+        dims, rest_dims = Inputs(*in_dims[1 : 1 + N_INPUTS]), in_dims[1 + N_INPUTS :]
         if dims.temperature is not None:
             msg = "vmap over the temperature is not supported by the kernels: use backend='reference'"
             raise NotImplementedError(msg)

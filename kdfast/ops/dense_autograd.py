@@ -232,16 +232,14 @@ def _exchanged(terms: tuple[Term, ...]) -> dict[str, Any]:
 
 def declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
     """Why the dense kernels of these devices cannot serve this call."""
-    logits = (problem.student, *problem.teachers)
-    if not all(isinstance(x, Tensor) for x in logits):
-        return "an LMHead needs the reference"
     if problem.sparse is not None:
         return "sparse targets need the reference"
-    for x in logits:
-        if x.device.type not in devices:  # type: ignore[union-attr]
-            return f"logits on {x.device}"  # type: ignore[union-attr]
-        if x.dtype not in dense.KERNEL_DTYPES:  # type: ignore[union-attr]
-            return f"{x.dtype} logits (it takes float32, bfloat16 and float16)"  # type: ignore[union-attr]
+    for x in (problem.student, *problem.teachers):
+        stored = x if isinstance(x, Tensor) else x.hidden
+        if stored.device.type not in devices:
+            return f"logits on {stored.device}"
+        if stored.dtype not in dense.KERNEL_DTYPES:
+            return f"{stored.dtype} logits (it takes float32, bfloat16 and float16)"
     if problem.temperature.device.type not in ("cpu", *devices):
         return f"temperature on {problem.temperature.device}"
     several = len(problem.teachers) > 1
@@ -254,22 +252,28 @@ def declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
     return None
 
 
+def spec_of(problem: Problem, backend: str) -> Spec:
+    """What of this call is not a tensor."""
+    return Spec(
+        problem.terms,
+        problem.ensemble == "logit" and len(problem.teachers) > 1,
+        problem.columns,
+        problem.label_smoothing,
+        problem.has_z_loss,
+        problem.learns_temperature and bool(problem.teachers),
+        problem.overwrite_logits,
+        backend,
+    )
+
+
 def distill_loss(problem: Problem, backend: str) -> DistillTerms:
     """The loss through the kernels of a backend."""
     student = problem.student
     assert isinstance(student, Tensor)
     teachers: tuple[Tensor, ...] = problem.teachers  # type: ignore[assignment]
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    spec = Spec(
-        problem.terms,
-        problem.ensemble == "logit" and len(teachers) > 1,
-        problem.columns,
-        problem.label_smoothing,
-        problem.has_z_loss,
-        problem.learns_temperature and bool(teachers),
-        problem.overwrite_logits and not transformed,
-        backend,
-    )
+    spec = spec_of(problem, backend)
+    spec = spec._replace(overwrite=spec.overwrite and not transformed)
     weights = problem.teacher_weights
     if weights is not None:
         weights = weights.detach().to(torch.float32)
