@@ -18,7 +18,7 @@ from torch import Tensor
 from kdfast import reference
 from kdfast.ops import _registry, dense, dense_autograd
 from kdfast.ops.dense import Inputs
-from kdfast.ops.dense_autograd import Spec
+from kdfast.ops.dense_autograd import PerToken, Spec
 from kdfast.problem import NO_LABEL, Problem, Teacher, build_problem
 from kdfast.reference import DistillTerms, TokenTerms
 
@@ -73,6 +73,9 @@ def distill_loss(
         msg = "vocab='truncate' is not served by kdfast.distributed: cut both vocabularies before they are sharded"
         raise ValueError(msg)
     problem = build_problem(student, teacher, labels, return_terms=return_terms, **options)
+    if vocab_group is not None and problem.sparse is not None:
+        msg = "sparse targets are not served over shards of the vocabulary: gather the student's logits, or its head"
+        raise ValueError(msg)
     row = _registry.select(problem, backend)
     if vocab_group is not None and row.name == "reference":
         reasons = "; ".join(f"{r.name}: {r.reason}" for r in _registry.backends(problem).rows if r.name != "reference")
@@ -171,17 +174,8 @@ def _vocabulary_parallel(
     start = dist.get_rank(group) * student.shape[-1] if vocab_start is None else vocab_start
     teachers: tuple[Tensor, ...] = problem.teachers  # type: ignore[assignment]
     spec = dense_autograd.spec_of(problem, backend)
-    weights = problem.teacher_weights
-    out = _Shard.apply(  # type: ignore[no-untyped-call]
-        student,
-        problem.temperature,
-        _local_labels(problem, start),
-        problem.counted,
-        None if weights is None else weights.detach().float(),
-        spec,
-        group,
-        *teachers,
-    )
+    per_token = PerToken.of(problem)._replace(labels=_local_labels(problem, start))
+    out = _Shard.apply(student, problem.temperature, per_token, spec, group, *teachers)  # type: ignore[no-untyped-call]
     return dense_autograd.token_terms(problem, *out)
 
 
@@ -217,15 +211,13 @@ class _Shard(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         temperature: Tensor,
-        labels: Tensor | None,
-        counted: Tensor | None,
-        teacher_weights: Tensor | None,
+        per_token: PerToken,
         spec: Spec,
         group: dist.ProcessGroup,
         *teachers: Tensor,
     ) -> tuple[Tensor, ...]:
         launcher = dense.launcher(spec.backend)
-        inputs = spec.inputs(teachers, teacher_weights, labels, counted, temperature.detach())
+        inputs, labels = spec.inputs(teachers, per_token, temperature.detach()), per_token.labels
         local = launcher.sums(student, inputs)
         zeros = torch.zeros(student.shape[:-1], dtype=torch.float64, device=student.device)
         at_label, found = zeros, zeros
@@ -257,7 +249,7 @@ class _Shard(torch.autograd.Function):
         ctx.save_for_backward(student, totals, sum_student, dtau, lost, *teachers)
         ctx.spec, ctx.inputs = spec, inputs
         ctx.set_materialize_grads(False)
-        dropped = None if counted is None else ~counted
+        dropped = None if per_token.counted is None else ~per_token.counted
         return tuple((x if dropped is None else x.masked_fill(dropped, 0.0)).float() for x in (soft, hard, z2))
 
     @staticmethod
@@ -278,7 +270,7 @@ class _Shard(torch.autograd.Function):
             counted = soft if inputs.counted is None else soft.masked_fill(~inputs.counted, 0.0)
             moved = (counted * torch.where(counted == 0, 0.0, dtau)).sum().to(inputs.temperature)
             to_temperature = dense_autograd.only_once(moved, soft, student)
-        return to_student, to_temperature, *[None] * (5 + len(teachers))
+        return to_student, to_temperature, *[None] * (3 + len(teachers))
 
 
 def _lost(labels: Tensor, found: Tensor) -> Tensor:

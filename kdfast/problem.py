@@ -32,6 +32,7 @@ class Problem:
     labels: Tensor | None  # (...) int64; NO_LABEL where the token is unlabelled
     terms: tuple[Term, ...]
     temperature: Tensor  # 0-d
+    fixed_temperature: float | None  # its value, where it was given as a number
     alpha: Tensor | float  # float, 0-d or (...)
     counted: Tensor | None  # (...) bool: the token is not dropped; None: none is
     weights: Tensor | None  # (...)
@@ -148,7 +149,8 @@ def _scalar(name: str, value: object, low: float = 0.0, high: float = math.inf, 
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         msg = f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
         raise TypeError(msg)
-    inside = (low < value if open_low else low <= value) and value <= high and math.isfinite(value)
+    # comparisons alone: a compiler may have made the number a symbol, which math.isfinite does not take
+    inside = (low < value if open_low else low <= value) and value <= high and -math.inf < value < math.inf
     if not inside:
         bound = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else " and finite")
         msg = f"{name} must be {bound}, got {value!r}"
@@ -327,6 +329,7 @@ def build_problem(
         labels=labels,
         terms=divergence_terms(divergence),
         temperature=tau,
+        fixed_temperature=None if isinstance(temperature, Tensor) else float(temperature),
         alpha=a,
         counted=counted,
         weights=weights,

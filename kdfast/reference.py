@@ -13,6 +13,7 @@ form loses every digit once the two distributions are close.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -244,74 +245,96 @@ def sparse_divergence(problem: Problem, target: SparseTargets, log_p: Tensor, ta
     usable = target.valid & (target.ids < v)  # ids past a truncated vocabulary join the tail
     ids = torch.where(usable, target.ids, 0).long()
     log_p_k = torch.where(usable, log_p.gather(-1, ids), -INF)
-    names = {t.name for t in problem.terms}
-    if target.method in SAMPLED:
-        if names != {"forward_kl"}:
-            msg = f"divergence: targets of method {target.method!r} serve forward_kl only, got {sorted(names)}"
-            raise ValueError(msg)
-        assert target.mass is not None
-        assert target.neg_entropy is not None
-        _check_drawn(problem, target)
-        mass, weight = torch.where(usable, target.mass, 0.0), sum(t.weight for t in problem.terms)
-        return weight * (target.neg_entropy - torch.where(mass > 0, mass * log_p_k, 0.0).sum(-1))
-    allowed = {"bucket": {"forward_kl", "reverse_kl", "jsd"}, "renorm": {"forward_kl", "jsd"}, "zero": {"forward_kl"}}
-    if not names <= allowed[problem.tail]:
-        msg = f"divergence: tail={problem.tail!r} is defined for {sorted(allowed[problem.tail])}, got {sorted(names)}"
-        raise ValueError(msg)
-    assert target.logprobs is not None
-    log_q_k = torch.where(usable, target.logprobs / tau, -INF)
-    if problem.tail == "renorm":
+    rule, (_, values, per_row) = tail_rule(problem, target), kept_entries(problem, target)
+    if rule == "drawn":
+        assert per_row is not None
+        mass, weight = torch.where(usable, values, 0.0), sum(t.weight for t in problem.terms)
+        return weight * (per_row - torch.where(mass > 0, mass * log_p_k, 0.0).sum(-1))
+    log_q_k = torch.where(usable, values / tau, -INF)
+    if rule == "renorm":
         log_q_k = log_q_k - torch.logsumexp(log_q_k, -1, keepdim=True)
-        return sum_terms(problem.terms, _with_tail(log_q_k, empty=True), _with_tail(log_p_k))
-    log_q_k = log_q_k - captured_lse(problem, target)[..., None]
-    if problem.tail == "zero":
+    elif per_row is not None:
+        log_q_k = log_q_k - per_row[..., None]
+    if rule == "zero":
         d = torch.where(usable, log_q_k - log_p_k, 0.0)
         return sum(t.weight for t in problem.terms) * torch.where(usable, log_q_k.exp() * d, 0.0).sum(-1)
-    return sum_terms(problem.terms, _with_tail(log_q_k), _with_tail(log_p_k))
+    complete = usable.sum(-1, keepdim=True) == v
+    q_tail = torch.where(complete | (rule == "renorm"), -INF, _log_rest(log_q_k))
+    # the student's columns are all here, and a sum over those beside the kept ones loses nothing
+    kept = torch.zeros(log_p.shape, dtype=torch.int32, device=ids.device).scatter_add(-1, ids, usable.int()) > 0
+    beside = torch.logsumexp(torch.where(kept & ~complete, -INF, log_p), -1, keepdim=True)
+    p_tail = torch.where(complete, -INF, beside.clamp(min=math.log(torch.finfo(log_p.dtype).tiny)))
+    return sum_terms(problem.terms, torch.cat([log_q_k, q_tail], -1), torch.cat([log_p_k, p_tail], -1))
 
 
-def _check_drawn(problem: Problem, target: SparseTargets) -> None:
-    """Sampled targets hold the temperature they were drawn at as the one key of ``lse``; 1 where there is none."""
-    drawn = next(iter(target.lse)) if target.lse else 1.0
-    if problem.learns_temperature or problem.temperature.item() != drawn:
-        asked = "a learned one" if problem.learns_temperature else f"{problem.temperature.item():g}"
-        msg = f"temperature: sampled targets serve the temperature they were drawn at, {drawn:g}, got {asked}"
-        raise ValueError(msg)
+#: The divergences that each rule for the tail serves.
+TAIL_RULES = {
+    "bucket": ("forward_kl", "jsd", "reverse_kl"),
+    "renorm": ("forward_kl", "jsd"),
+    "zero": ("forward_kl",),
+    "drawn": ("forward_kl",),
+}
 
 
-def captured_lse(problem: Problem, target: SparseTargets) -> Tensor:
-    """The target's log-normaliser at the problem's temperature, (...).
+def tail_rule(problem: Problem, target: SparseTargets) -> str:
+    """What the target says of the columns that it did not keep: the problem's ``tail``, or "drawn" for sampled targets.
 
     Raises:
-        ValueError: a temperature that was not captured, or a tensor that is learned, whose value cannot be known.
+        ValueError: a divergence that is not defined under that rule.
     """
-    if problem.learns_temperature:
-        msg = 'temperature: sparse targets hold fixed temperatures, so a learned one needs tail="renorm"'
+    drawn = target.method in SAMPLED
+    rule = "drawn" if drawn else problem.tail
+    names = {t.name for t in problem.terms}
+    if not names <= set(TAIL_RULES[rule]):
+        whose = f"targets of method {target.method!r} serve" if drawn else f"tail={rule!r} is defined for"
+        msg = f"divergence: {whose} {', '.join(TAIL_RULES[rule])} only, got {', '.join(sorted(names))}"
         raise ValueError(msg)
-    tau = problem.temperature.item()
+    return rule
+
+
+def kept_entries(problem: Problem, target: SparseTargets) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(ids, values, per row) of a target: log q at temperature 1 and the log-normaliser at the problem's temperature.
+
+    None per row is 0. Of sampled targets, the weights and their negative entropy.
+
+    Raises:
+        ValueError: a temperature at which the target says nothing.
+    """
+    tau = problem.fixed_temperature
+    if target.method in SAMPLED:  # they hold the temperature they were drawn at as the one key of lse
+        drawn = next(iter(target.lse)) if target.lse else 1.0
+        if tau != drawn:
+            asked = "a tensor" if tau is None else f"{tau:g}"
+            msg = f"temperature: sampled targets serve the temperature they were drawn at, {drawn:g}, got {asked}"
+            raise ValueError(msg)
+        assert target.mass is not None
+        return target.ids, target.mass, target.neg_entropy
+    assert target.logprobs is not None
+    if problem.tail == "renorm":
+        return target.ids, target.logprobs, None
+    if tau is None:
+        msg = 'temperature: sparse targets hold fixed temperatures: pass a number, or a tensor with tail="renorm"'
+        raise ValueError(msg)
     for captured, lse in (target.lse or {}).items():
         if captured == tau:
-            return lse
+            return target.ids, target.logprobs, lse
     if tau == 1.0:
-        return torch.zeros(target.ids.shape[:-1], device=target.ids.device)
+        return target.ids, target.logprobs, None
     have = ", ".join(f"{t:g}" for t in target.temperatures)
     msg = f'temperature {tau:g} was not captured in these targets; they hold {have} (tail="renorm" takes any)'
     raise ValueError(msg)
 
 
-def _with_tail(log_a: Tensor, *, empty: bool = False) -> Tensor:
-    """Append the log of the mass that the K entries leave, (..., K) -> (..., K + 1)."""
-    if empty:
-        return torch.nn.functional.pad(log_a, (0, 1), value=-INF)
+def _log_rest(log_a: Tensor) -> Tensor:
+    """Log of the mass that K entries leave, (..., K) -> (..., 1): some, however little their sum leaves of it."""
     log_head = torch.logsumexp(log_a, -1, keepdim=True).clamp(max=-torch.finfo(log_a.dtype).tiny)
     # log(1 - e^x): log(-expm1(x)) keeps its digits near x = 0, log1p(-e^x) far from it
     near = log_head > -0.693
-    tail = torch.where(
+    return torch.where(
         near,
         torch.log(-torch.expm1(torch.where(near, log_head, -1.0))),
         torch.log1p(-torch.exp(torch.where(near, -1.0, log_head))),
     )
-    return torch.cat([log_a, tail], -1)
 
 
 # --- From tokens to the loss ------------------------------------------------------------------------------------------

@@ -28,12 +28,12 @@ def batch(*leading: int, v: int = 37) -> tuple[torch.Tensor, torch.Tensor, torch
     return torch.randn(*leading, v), torch.randn(*leading, v), y
 
 
-def arguments(teachers: int = 1, *, labels: bool = True) -> tuple:
-    """A student and the arguments that all operators share."""
+def arguments(teachers: int = 1, *, labels: bool = True, kept: tuple = ()) -> tuple:
+    """A student and the arguments that all operators share; ``kept`` are those of a sparse teacher."""
     student, _, y = batch(2, 3)
     others = [torch.randn(2, 3, 37) for _ in range(teachers)]
     weights = torch.full((teachers,), 1 / teachers) if teachers > 1 else None
-    names = ["forward_kl", "tvd"] if teachers else []
+    names = ["forward_kl", "tvd"] if teachers else ["forward_kl", "jsd"] if kept else []
     return (
         student,
         others,
@@ -43,11 +43,12 @@ def arguments(teachers: int = 1, *, labels: bool = True) -> tuple:
         torch.tensor(2.0),
         names,
         [0.5] * len(names),
-        [0.0] * len(names),
+        [0.5] * len(names),
         False,
         37,
         0.1,
         KERNEL,
+        *(kept or (None, None, None, 0, "")),
     )
 
 
@@ -66,6 +67,16 @@ def test_opcheck(teachers, labels):
     opcheck(ops.dense_fused.default, (*args, *wants, *c))
     opcheck(ops.dense_fused_.default, (args[0].clone(), *args[1:], *wants, *c))
     opcheck(ops.scale_.default, (torch.rand(3, 5), torch.tensor(2.0), KERNEL))
+
+
+def test_opcheck_of_a_sparse_teacher():
+    ids = torch.rand(2, 3, 37).argsort(-1)[..., :5].int()
+    args = arguments(0, kept=(ids, torch.randn(2, 3, 5) - 5, torch.rand(2, 3), 37, "bucket"))
+    c = [torch.rand(2, 3) for _ in range(3)]
+    stats = ops.dense_forward(*args, True, False)[-1]
+    opcheck(ops.dense_forward.default, (*args, True, False))
+    opcheck(ops.dense_backward.default, (*args, stats, *c))
+    opcheck(ops.dense_fused.default, (*args, True, False, *c))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)

@@ -233,7 +233,11 @@ def test_only_captured_temperatures(logits):
     with pytest.raises(ValueError, match=r"temperature 3 .*1, 2, 4"):
         loss_of(s, targets, temperature=3.0)
     assert loss_of(s, targets, temperature=3.0, tail="renorm").isfinite().all()
-    torch.testing.assert_close(loss_of(s, targets, temperature=torch.tensor(2.0)), loss_of(s, targets, temperature=2.0))
+    tensor = torch.tensor(2.0)
+    with pytest.raises(ValueError, match=r"pass a number, or a tensor with tail=\"renorm\""):
+        loss_of(s, targets, temperature=tensor)
+    renormalised = [loss_of(s, targets, temperature=tau, tail="renorm") for tau in (2.0, tensor)]
+    torch.testing.assert_close(*renormalised)
 
 
 # --- Sampled targets --------------------------------------------------------------------------------------------------

@@ -88,6 +88,22 @@ std::vector<kdfast::cpu::Term> parse_terms(const std::vector<std::string>& names
     return terms;
 }
 
+kdfast::cpu::SparseTargets parse_sparse(const View& ids, const Optional& values, const Optional& per_row,
+                                        std::int64_t columns, const std::string& rule, std::int64_t rows) {
+    kdfast::cpu::SparseTargets s;
+    const auto& known = kdfast::cpu::tail_rule_names;
+    const auto found = std::find(known.begin(), known.end(), rule);
+    if (found == known.end()) throw ArgumentError("unknown tail rule " + rule);
+    if (!values) throw ArgumentError("kept_ids need kept_values");
+    s.rule = static_cast<kdfast::cpu::TailRule>(found - known.begin());
+    s.kept = ids.shape.empty() ? 0 : ids.shape.back();
+    s.columns = columns;
+    s.ids = ids.values<std::int32_t>("kept_ids", "int32", rows * s.kept);
+    s.values = values->values<float>("kept_values", "float32", rows * s.kept);
+    if (per_row) s.per_row = per_row->values<float>("kept_per_row", "float32", rows);
+    return s;
+}
+
 void dense(const std::string& passes, const View& student, const std::vector<View>& teachers,
            const Optional& teacher_weights, const Optional& labels, const Optional& counted, double temperature,
            const std::vector<std::string>& names, const std::vector<double>& weights,
@@ -95,7 +111,8 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
            const Optional& soft, const Optional& hard, const Optional& z2, const Optional& dsoft_dtemperature,
            const Optional& stats, const Optional& grad, const Optional& c_soft, const Optional& c_hard,
            const Optional& c_z, const Optional& logit_sum, const Optional& values, bool values_with_dtemperature,
-           int threads) {
+           const Optional& kept_ids, const Optional& kept_values, const Optional& kept_per_row,
+           std::int64_t kept_columns, const std::string& tail_rule, int threads) {
     DenseCall call;
     if (student.shape.empty()) throw ArgumentError("student must be (..., V)");
     const std::vector<std::int64_t> leading(student.shape.begin(), student.shape.end() - 1);
@@ -112,7 +129,11 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
     if (columns < 1 || columns > call.student.columns) throw ArgumentError("columns must lie in [1, V]");
     call.mix_logits = mix_logits && teachers.size() > 1;
     call.terms = parse_terms(names, weights, parameters);
-    if (!teachers.empty() && call.terms.empty()) throw ArgumentError("a teacher needs at least one divergence");
+    if (kept_ids) {
+        if (!teachers.empty()) throw ArgumentError("a call has teachers or kept columns, not both");
+        call.sparse = parse_sparse(*kept_ids, kept_values, kept_per_row, kept_columns, tail_rule, call.rows);
+    }
+    if (call.taught() && call.terms.empty()) throw ArgumentError("a teacher needs at least one divergence");
     call.temperature = static_cast<float>(temperature);
     call.label_smoothing = static_cast<float>(label_smoothing);
     call.threads = std::max(1, threads);
@@ -175,13 +196,15 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>(),
              py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
     m.def("dense", &dense, py::kw_only(), py::arg("passes"), py::arg("student"), py::arg("teachers"),
-          py::arg("teacher_weights"), py::arg("labels"), py::arg("counted"), py::arg("temperature"), py::arg("names"),
-          py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"), py::arg("columns"),
-          py::arg("label_smoothing"), py::arg("soft") = py::none(), py::arg("hard") = py::none(),
+          py::arg("teacher_weights") = py::none(), py::arg("labels") = py::none(), py::arg("counted") = py::none(),
+          py::arg("temperature"), py::arg("names"), py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"),
+          py::arg("columns"), py::arg("label_smoothing"), py::arg("soft") = py::none(), py::arg("hard") = py::none(),
           py::arg("z2") = py::none(), py::arg("dsoft_dtemperature") = py::none(), py::arg("stats") = py::none(),
           py::arg("grad") = py::none(), py::arg("c_soft") = py::none(), py::arg("c_hard") = py::none(),
           py::arg("c_z") = py::none(), py::arg("logit_sum") = py::none(), py::arg("values") = py::none(),
-          py::arg("values_with_dtemperature") = false, py::arg("threads"),
+          py::arg("values_with_dtemperature") = false, py::arg("kept_ids") = py::none(),
+          py::arg("kept_values") = py::none(), py::arg("kept_per_row") = py::none(), py::arg("kept_columns") = 0,
+          py::arg("tail_rule") = "", py::arg("threads"),
           "The dense distillation loss: forward, forward with gradient, or gradient from saved stats.");
     m.def(
         "scale",

@@ -36,6 +36,26 @@ inline constexpr std::int64_t no_label = INT64_MIN;
 // A label in a column that somebody else holds: its cross-entropy has a gradient here, and no column of its own.
 inline constexpr std::int64_t label_elsewhere = INT64_MIN + 1;
 
+// What a teacher's K kept columns say of those that were not kept.
+enum class TailRule : std::uint8_t {
+    bucket,  // they are one outcome more, with the mass that the kept ones leave
+    renorm,  // they have none: what was kept is scaled to 1
+    zero,    // they are left out: sum over the kept columns of q (log q - log p)
+    drawn,   // the kept ones were drawn: the sum of their weights times -log p, and negative entropy
+};
+inline constexpr std::array<std::string_view, 4> tail_rule_names = {"bucket", "renorm", "zero", "drawn"};
+
+// A teacher given by K columns a row. Arrays are (rows, kept) and (rows), contiguous.
+struct SparseTargets {
+    const std::int32_t* ids = nullptr;  // null: no such teacher. Below 0: no entry; columns beyond the distilled ones
+                                        // are not kept
+    const float* values = nullptr;      // log q at temperature 1, nats; of drawn ones, their weight
+    const float* per_row = nullptr;     // logsumexp of (log q / temperature), null: 0; of drawn ones, negative entropy
+    std::int64_t kept = 0;
+    std::int64_t columns = 0;  // of the teacher: ids lie below
+    TailRule rule = TailRule::bucket;
+};
+
 // One call. With z a student's row, t_k its teachers' rows, per row:
 //   soft = sum of weight * D(q, p) over the terms,  q, p = softmax of (t, z) / temperature over the first `columns`
 //   columns hard = cross-entropy of softmax(z) over all columns,   z2 = logsumexp(z)^2 grad = c_soft * dsoft/dz +
@@ -51,7 +71,8 @@ struct DenseCall {
     std::int64_t teacher_weights_stride = 0;
     std::int64_t teacher_weights_per_row = 0;  // 0: the same for every row
     bool mix_logits = false;                   // q = softmax(sum w_k t_k / tau), not sum w_k softmax(t_k / tau)
-    std::vector<Term> terms;                   // at least one where there are teachers
+    SparseTargets sparse;                      // in place of teachers
+    std::vector<Term> terms;                   // at least one where there is a teacher
     float temperature = 1;
     const std::int64_t* labels = nullptr;
     const bool* counted = nullptr;  // null: every row counts
@@ -79,6 +100,7 @@ struct DenseCall {
 
     int threads = 1;
 
+    bool taught() const { return !teachers.empty() || sparse.ids; }
     // Teachers whose softmax is taken: a mixture of logits has one.
     std::int64_t distributions() const {
         return mix_logits && !teachers.empty() ? 1 : static_cast<std::int64_t>(teachers.size());

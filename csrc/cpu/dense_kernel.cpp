@@ -37,6 +37,7 @@
 #include "cpu/divergences.h"
 #include "cpu/tiles.h"
 #include "cpu/passes.h"
+#include "cpu/sparse.h"
 // clang-format on
 
 namespace kdfast::cpu::KDFAST_ISA {
@@ -55,14 +56,19 @@ template <class D>
 class Call {
   public:
     Call(const DenseCall& call, D divergence, float weight)
-        : a_(call), divergence_(divergence), weight_(weight), inv_tau_(1 / call.temperature), c_(inv_tau_ * log2e) {
-        taught_ = a_.teachers.empty() ? 0 : a_.columns;
+        : a_(call),
+          divergence_(divergence),
+          weight_(weight),
+          inv_tau_(call.taught() ? 1 / call.temperature : 1),  // no temperature matters without a teacher
+          c_(inv_tau_ * log2e),
+          taught_(call.taught() ? call.columns : call.student.columns) {
         segments_ = (a_.student.columns + segment - 1) / segment;
         distributions_ = a_.distributions();
         const bool needs_softmax_at_one = a_.labels || a_.z2 || a_.c_hard || a_.c_z;
-        tau_ = !needs_softmax_at_one || a_.temperature == 1 ? Tau::one : a_.temperature == 2 ? Tau::two : Tau::other;
-        const bool one_dtype = a_.teachers.size() == 1 && a_.teachers[0].dtype == a_.student.dtype;
-        direct_ = specialised<D> && one_dtype && a_.student.dtype != DType::f16;
+        tau_ = !needs_softmax_at_one || inv_tau_ == 1 ? Tau::one : inv_tau_ == 0.5f ? Tau::two : Tau::other;
+        const bool one_dtype = a_.teachers.empty() ||
+                               (specialised<D> && a_.teachers.size() == 1 && a_.teachers[0].dtype == a_.student.dtype);
+        direct_ = one_dtype && a_.student.dtype != DType::f16;
         // A short row is in the nearest cache still; over 16-bit logits, a stream took up to seven times as long.
         streamed_ = a_.student.columns > tile && (a_.grad.data != a_.student.data || a_.student.dtype == DType::f32);
         // The reverse KL's normaliser needs log q in pass 1, which an ensemble of distributions does not have yet.
@@ -74,7 +80,7 @@ class Call {
         wants_gradient_ = a_.grad.data != nullptr;
         wants_dtau_ = a_.dsoft_dtemperature != nullptr || a_.values_with_dtemperature;
         joint_ = sum_student_known_ && wants_gradient_ && !wants_dtau_;
-        value_pass_ = taught_ > 0 && (passes == Passes::values || (passes == Passes::all && !joint_));
+        value_pass_ = !a_.teachers.empty() && (passes == Passes::values || (passes == Passes::all && !joint_));
         if (a_.rows >= a_.threads || segments_ == 1) {
             run_rows();
         } else {
@@ -89,13 +95,15 @@ class Call {
         std::vector<Value> values;
         RowState state;
         std::vector<Normaliser> teachers;  // by distribution
+        Kept kept;
 
-        Row(std::int64_t segments, std::int64_t distributions)
+        Row(std::int64_t segments, std::int64_t distributions, std::int64_t kept_columns)
             : sums(segments),
               teacher_sums(segments * distributions),
               values(segments),
               state(),
-              teachers(distributions) {}
+              teachers(distributions),
+              kept(kept_columns) {}
     };
 
     template <class Task>
@@ -112,7 +120,7 @@ class Call {
         const std::int64_t fair = std::max<std::int64_t>(1, a_.rows / (8 * a_.threads));
         const std::int64_t group = std::clamp<std::int64_t>(64 * segment / a_.student.columns, 1, fair);
         parallel((a_.rows + group - 1) / group, [&](std::int64_t index) {
-            Row row(segments_, distributions_);
+            Row row(segments_, distributions_, a_.sparse.kept);
             const std::int64_t end = std::min(a_.rows, (index + 1) * group);
             for (std::int64_t i = index * group; i < end; ++i) run_row(i, row);
         });
@@ -134,7 +142,7 @@ class Call {
     }
 
     void run_segments() {
-        std::vector<Row> rows(a_.rows, Row(segments_, distributions_));
+        std::vector<Row> rows(a_.rows, Row(segments_, distributions_, a_.sparse.kept));
         const auto each_segment = [&](auto task) {
             parallel(a_.rows * segments_, [&](std::int64_t index) {
                 const std::int64_t i = index / segments_;
@@ -234,7 +242,11 @@ class Call {
             s,
             [&](std::int64_t start, std::int64_t n) {
                 const Ahead next = Ahead::of(student, a_.student.dtype, start + tile);
-                if (direct_) {
+                if (direct_ && a_.teachers.empty()) {
+                    a_.student.dtype == DType::f32
+                        ? sum_student<DirectFloat>(columns<DirectFloat>(student, start), nullptr, n, out.student, next)
+                        : sum_student<DirectBf16>(columns<DirectBf16>(student, start), nullptr, n, out.student, next);
+                } else if (direct_) {
                     a_.student.dtype == DType::f32 ? sum_both<DirectFloat>(i, start, n, teachers[0], out.student)
                                                    : sum_both<DirectBf16>(i, start, n, teachers[0], out.student);
                 } else {
@@ -298,6 +310,7 @@ class Call {
             if (distributions_ > 0)
                 std::memcpy(row.teachers.data(), saved + DenseCall::state_size,
                             row.teachers.size() * sizeof(Normaliser));
+            begin_sparse(i, row);
             return;
         }
         Sums student, rest;
@@ -311,7 +324,7 @@ class Call {
         row.state = {};
         row.state.present = static_cast<float>(smoothing.present);
         const double log2_student = student.log2_at_tau(c_);
-        if (taught_ > 0) row.state.at_tau = Normaliser::of(log2_student);
+        row.state.at_tau = Normaliser::of(log2_student);
         for (std::int64_t k = 0; k < distributions_; ++k) {
             Sums t;
             for (std::int64_t s = 0; s < segments_; ++s) t.merge(row.teacher_sums[s * distributions_ + k], c_);
@@ -328,6 +341,32 @@ class Call {
         if (a_.z2) a_.z2[i] = static_cast<float>(lse * lse);
         if (a_.logit_sum) a_.logit_sum[i] = static_cast<float>(smoothing.sum);
         if (a_.hard) a_.hard[i] = labelled(i) ? cross_entropy(i, lse, smoothing) : 0;
+        begin_sparse(i, row);
+    }
+
+    // The kept columns are read before their gradient can take their place.
+    void begin_sparse(std::int64_t i, Row& row) const {
+        if (!a_.sparse.ids) return;
+        Buffers b;
+        const SparseRow<D> sparse{divergence_, a_.sparse, taught_, 1 / inv_tau_, c_};
+        sparse.outcomes(
+            i, row.state, [&](std::int64_t column) { return *student_tile(i, column, 1, b); },
+            [&] { return mass_beside(i, row, b); }, row.kept);
+    }
+
+    // The sum of p over the columns that were not kept.
+    double mass_beside(std::int64_t i, const Row& row, Buffers& b) const {
+        double total = 0;
+        const V c = set1(c_), from = set1(-row.state.at_tau.hi), lo = set1(row.state.at_tau.lo);
+        for_tiles(0, taught_, [&](std::int64_t start, std::int64_t n) {
+            std::copy_n(student_tile(i, start, n, b), padded(n), b.mix);
+            for (const std::int32_t id : row.kept.ids)
+                if (in_tile(id, start, n)) b.mix[id - start] = -infinity;
+            V sum = set1(0);
+            for (std::int64_t j = 0; j < padded(n); j += width) sum = sum + exp2(affine(load(b.mix + j), c, from) - lo);
+            total += hsum(sum);
+        });
+        return total;
     }
 
     float cross_entropy(std::int64_t i, double lse, const Smoothing& smoothing) const {
@@ -353,6 +392,7 @@ class Call {
         c.one_from_p = static_cast<float>(
             std::exp2((tau_ == Tau::two ? 2 : 1) * log2_sum(row.state.at_tau) - log2_sum(row.state.at_one)));
         if (a_.c_soft) c.c_soft = a_.c_soft[i] * weight_ * inv_tau_;
+        if (c.c_soft != 0) c.pull = c.c_soft * row.kept.pull;
         if (a_.c_hard && labelled(i)) c.c_one = a_.c_hard[i];
         if (a_.c_z) {
             c.c_one += static_cast<float>(2 * a_.c_z[i] * log2_sum(row.state.at_one) * static_cast<double>(ln2));
@@ -373,6 +413,16 @@ class Call {
         if constexpr (specialised<D>)
             a_.student.dtype == DType::f32 ? visit_in_place<DirectFloat, T, W>(i, c, start, n, sums)
                                            : visit_in_place<DirectBf16, T, W>(i, c, start, n, sums);
+    }
+
+    template <Tau T>
+    void visit_alone(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n) const {
+        const Ahead next = next_row(a_.student, i, start);
+        const auto go = [&]<class Io>(Io) {
+            visit_student<Io, T>(columns<Io>(a_.student.row(i), start), n, c, c.pull, next,
+                                 columns<Io>(a_.grad.row(i), start));
+        };
+        a_.student.dtype == DType::f32 ? go(DirectFloat()) : go(DirectBf16());
     }
 
     template <class Io, Tau T, Want W>
@@ -416,7 +466,7 @@ class Call {
     // --- Pass 3
 
     void gradient_segment(std::int64_t i, Row& row, std::int64_t s) const {
-        if constexpr (!specialised<D>) return gradient_segment<Tau::other>(i, row, s);
+        if (!specialised<D> && !a_.teachers.empty()) return gradient_segment<Tau::other>(i, row, s);
         switch (tau_) {
             case Tau::one:
                 return gradient_segment<Tau::one>(i, row, s);
@@ -445,7 +495,7 @@ class Call {
             if (from != to) std::copy_n(from, n, to);
         };
         copy(a_.student, b.z);
-        copy(a_.teachers[0], b.t);
+        if (!a_.teachers.empty()) copy(a_.teachers[0], b.t);
     }
 
     template <Tau T>
@@ -453,7 +503,11 @@ class Call {
               Buffers& b) const {
         const Ahead nothing = {nullptr, 0};
         Value unused;
-        visit<ThroughTile, D, T, Want::gradient>(divergence_, b.z, b.t, n, c, nothing, nothing, b.g, unused);
+        if (a_.teachers.empty()) {
+            visit_student<ThroughTile, T>(b.z, n, c, c.pull, nothing, b.g);
+        } else {
+            visit<ThroughTile, D, T, Want::gradient>(divergence_, b.z, b.t, n, c, nothing, nothing, b.g, unused);
+        }
         b.g[label - start] -= a_.c_hard[i];
         store_tile(a_.grad.dtype, a_.grad.row(i), start, b.g, n, b.mix, false);
     }
@@ -479,14 +533,24 @@ class Call {
             [&](std::int64_t start, std::int64_t n) {
                 constexpr Want joint = D::sum_student_known ? Want::value_and_gradient : Want::gradient;
                 const bool with_value = joint_ && from_logits_;
-                if (direct_ && soft && smoothed == 0 && (!streamed_ || aligned(start, i))) {
+                const bool alone = a_.teachers.empty();
+                if (direct_ && (soft || alone) && smoothed == 0 && (!streamed_ || aligned(start, i))) {
                     const std::int64_t label = a_.c_hard && labelled(i) ? a_.labels[i] : -1;
                     const std::int64_t at = start + (label - start) / step * step, m = std::min(step, start + n - at);
                     if (in_tile(label, start, n)) keep(i, at, m, b);
-                    with_value ? visit_direct<T, joint>(i, c, start, n, sums)
-                               : visit_direct<T, Want::gradient>(i, c, start, n, sums);
+                    if (alone) {
+                        visit_alone<T>(i, c, start, n);
+                    } else {
+                        with_value ? visit_direct<T, joint>(i, c, start, n, sums)
+                                   : visit_direct<T, Want::gradient>(i, c, start, n, sums);
+                    }
                     if (in_tile(label, start, n)) mend<T>(i, c, at, m, label, b);
                     return;
+                }
+                if (alone) {
+                    visit_student<ThroughTile, T>(student_tile(i, start, n, b), padded(n), c, c.pull,
+                                                  next_row(a_.student, i, start), b.g);
+                    return finish_tile(start, n);
                 }
                 if (with_value) {
                     visit_taught<T, joint>(i, row, c, start, n, b, sums);
@@ -503,7 +567,28 @@ class Call {
         if (joint_) row.values[s] = sums;
     }
 
+    // The gradient of the kept columns, in place of what they have as one of many.
+    void mend_kept(std::int64_t i, const Row& row) const {
+        if (!a_.sparse.ids || !wants_gradient_) return;
+        Buffers b;
+        const RowConstants c = constants(i, row);
+        const Kept& kept = row.kept;
+        std::vector<float> g(kept.z.size());
+        visit_hard(kept.z.data(), static_cast<std::int64_t>(g.size()), c, g.data());
+        const bool hard = a_.c_hard && labelled(i);
+        const float smoothed = hard ? a_.c_hard[i] * a_.label_smoothing : 0;
+        for (std::size_t k = 0; k < g.size(); ++k) {
+            if (kept.ids[k] < 0) continue;
+            float x = g[k];
+            if (c.c_soft != 0) x += c.c_soft * kept.gradient[k];
+            if (smoothed != 0 && kept.z[k] > -infinity) x -= smoothed / row.state.present;
+            if (hard && kept.ids[k] == a_.labels[i]) x -= a_.c_hard[i] - smoothed;
+            store_tile(a_.grad.dtype, a_.grad.row(i), kept.ids[k], &x, 1, b.z, false);
+        }
+    }
+
     void finish_row(std::int64_t i, const Row& row) const {
+        mend_kept(i, row);
         if (a_.stats && from_logits_) {
             float* saved = a_.stats + i * a_.stats_per_row();
             std::memcpy(saved, &row.state, sizeof(RowState));
@@ -511,9 +596,10 @@ class Call {
                 std::memcpy(saved + DenseCall::state_size, row.teachers.data(),
                             row.teachers.size() * sizeof(Normaliser));
         }
-        if (taught_ == 0) return;
+        if (!a_.taught()) return;
         Value total;
         for (const Value& v : row.values) total += v;
+        if (a_.sparse.ids) total.value = row.kept.value;
         if (a_.values) {
             const double sums[] = {total.value * weight_,
                                    total.student * weight_,
@@ -539,8 +625,8 @@ class Call {
     const D divergence_;
     const float weight_;
     const float inv_tau_;
-    const float c_;        // log2e / tau
-    std::int64_t taught_;  // columns under the distillation term
+    const float c_;              // log2e / tau
+    const std::int64_t taught_;  // columns under the distillation term, or all
     std::int64_t segments_;
     std::int64_t distributions_;
     Tau tau_;

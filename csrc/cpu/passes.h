@@ -145,6 +145,7 @@ struct RowConstants {
     Normaliser teacher = {0, 0};  // as here, and teacher_c = 1, where the tile holds log2 q already
     float teacher_c = 1;
     float c_soft = 0;      // c_soft * weight / tau
+    float pull = 0;        // the same times tau dD/dz over p, where that is one number (sparse targets)
     float c_one = 0;       // factor of softmax(z): c_hard + 2 c_z logsumexp(z)
     bool streamed = true;  // how the gradient is written, see tiles.h
     float one_from_p = 0;  // Tau::one: softmax(z) = p * this; Tau::two: p^2 * this
@@ -228,6 +229,31 @@ void visit(const D& divergence, const typename Io::Element* z, const typename Io
         sums.teacher_v += hsum(teacher_v);
         sums.q_v += hsum(q_v);
         sums.teacher += hsum(teacher);
+    }
+}
+
+// The gradient of a row without a teacher's logits: p at tau times `pull`, and softmax(z) times c_one.
+template <class Io, Tau T>
+void visit_student(const typename Io::Element* z, std::int64_t n, const RowConstants& row, float pull, Ahead next,
+                   typename Io::Element* g) {
+    const RowState& state = row.state;
+    const Correction p_scale(state.at_tau.lo), one_scale(state.at_one.lo);
+    const V c = set1(row.c), p_from = set1(-state.at_tau.hi), one_from = set1(-state.at_one.hi);
+    const V of_p = set1(T == Tau::one ? pull + row.one_from_p * row.c_one : pull);
+    const V of_square = set1(row.one_from_p * row.c_one), c_one = set1(row.c_one);
+    const auto column = [&](V raw) KDFAST_INLINE_LAMBDA {
+        const V p = exp2(affine(raw, c, p_from), p_scale);
+        if constexpr (T == Tau::one) return p * of_p;
+        if constexpr (T == Tau::two) return p * fma(p, of_square, of_p);
+        return fma(exp2(affine(raw, set1(log2e), one_from), one_scale), c_one, p * of_p);
+    };
+    Tail<Io> z_tail, g_tail;
+    for (std::int64_t i = 0; i < n; i += step) {
+        const bool whole = i + step <= n;
+        next.template fetch<Io>(i);
+        const Pair x = Io::get(whole ? z + i : z_tail.fill(z + i, n - i));
+        Io::put(whole ? g + i : g_tail.values, {column(x.first), column(x.second)}, whole && row.streamed);
+        if (!whole) std::copy_n(g_tail.values, n - i, g + i);
     }
 }
 

@@ -667,7 +667,9 @@ TEST(small_divergences_keep_their_digits) {
             const Outputs out = c.run(kernels);
             for (std::int64_t i = 0; i < 2; ++i) {
                 const double truth = c.oracle(i).soft();  // about 1e-5, or 4e-3 for the total variation
-                CHECK_NEAR(static_cast<double>(out.soft[static_cast<std::size_t>(i)]), truth, 2e-3 * truth);
+                // which is a difference of probabilities, each with its roundings
+                const double rounding = term.kind == Divergence::tvd ? 5e-7 : 0;
+                CHECK_NEAR(static_cast<double>(out.soft[static_cast<std::size_t>(i)]), truth, 2e-3 * truth + rounding);
             }
         }
     });

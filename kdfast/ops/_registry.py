@@ -74,8 +74,9 @@ def _declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
 
 
 def _distill_loss(problem: Problem, backend: str) -> DistillTerms:
-    module = head_autograd if head_autograd.has_head(problem) else dense_autograd
-    return module.distill_loss(problem, backend)
+    if head_autograd.has_head(problem):
+        return head_autograd.distill_loss(problem, backend)
+    return dense_autograd.distill_loss(problem, backend)
 
 
 #: Best first.

@@ -26,11 +26,12 @@ from torch import Tensor
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Arguments that the operators of every loss take. student (..., V); teachers (..., >= columns) each; teacher_weights
 # fp32, (n,) or (n, ...); labels (...) int64; counted (...) bool; temperature 0-d; backend a key of LAUNCHERS; c_soft,
-# c_hard and c_z (...) fp32.
+# c_hard and c_z (...) fp32. A sparse teacher has kept_ids (..., K) int32, kept_values (..., K) and kept_per_row (...)
+# fp32, kept_columns the columns that it had, and tail_rule, one of TAIL_RULES; "" where there is none.
 INPUTS = (
     "Tensor[] teachers, Tensor? teacher_weights, Tensor? labels, Tensor? counted, Tensor temperature, "
     "str[] names, float[] weights, float[] parameters, bool mix_logits, int columns, float label_smoothing, "
-    "str backend"
+    "str backend, Tensor? kept_ids, Tensor? kept_values, Tensor? kept_per_row, int kept_columns, str tail_rule"
 )
 COEFFICIENTS = "Tensor? c_soft, Tensor? c_hard, Tensor? c_z"
 
@@ -68,6 +69,16 @@ class Inputs(NamedTuple):
     columns: int
     label_smoothing: float
     backend: str
+    kept_ids: Tensor | None = None
+    kept_values: Tensor | None = None
+    kept_per_row: Tensor | None = None
+    kept_columns: int = 0
+    tail_rule: str = ""
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a distillation term."""
+        return bool(self.teachers) or self.kept_ids is not None
 
 
 N_INPUTS = len(Inputs._fields)
@@ -129,7 +140,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def token_outputs(student: Tensor, inputs: Inputs, wants_z: bool, wants_dtau: bool) -> dict[str, Tensor]:
     """Output tensors by the kernel's names; a term that the call does not have is an empty tensor of two axes."""
-    taught = bool(inputs.teachers)
+    taught = inputs.taught
     there = {
         "soft": taught,
         "hard": inputs.labels is not None,
@@ -258,6 +269,9 @@ def _batched(op: Any, outputs: int) -> Any:
             teacher_weights=weights,
             labels=_to_front(inputs.labels, dims.labels, batch),
             counted=_to_front(inputs.counted, dims.counted, batch),
+            kept_ids=_to_front(inputs.kept_ids, dims.kept_ids, batch),
+            kept_values=_to_front(inputs.kept_values, dims.kept_values, batch),
+            kept_per_row=_to_front(inputs.kept_per_row, dims.kept_per_row, batch),
         )
         result = op(
             _to_front(student, in_dims[0], batch),

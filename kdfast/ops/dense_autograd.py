@@ -21,6 +21,29 @@ from kdfast.reference import DistillTerms, TokenTerms
 _ops = torch.ops.kdfast
 
 
+class PerToken(NamedTuple):
+    """The tensors of a call, beside the logits, that have an entry per token, or None."""
+
+    labels: Tensor | None
+    counted: Tensor | None
+    teacher_weights: Tensor | None  # fp32
+    kept_ids: Tensor | None
+    kept_values: Tensor | None
+    kept_per_row: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem) -> PerToken:
+        """Those of a problem."""
+        weights = problem.teacher_weights
+        if weights is not None:
+            weights = weights.detach().float()
+        kept = (None, None, None) if problem.sparse is None else reference.kept_entries(problem, problem.sparse)
+        return cls(problem.labels, problem.counted, weights, *kept)
+
+
+_N_PER_TOKEN = len(PerToken._fields)
+
+
 class Spec(NamedTuple):
     """What of a call is not a tensor."""
 
@@ -31,23 +54,19 @@ class Spec(NamedTuple):
     wants_z: bool
     wants_dtau: bool
     overwrite: bool
+    kept_columns: int
+    tail_rule: str
     backend: str
 
-    def inputs(
-        self,
-        teachers: tuple[Tensor, ...],
-        teacher_weights: Tensor | None,
-        labels: Tensor | None,
-        counted: Tensor | None,
-        temperature: Tensor,
-    ) -> Inputs:
+    def inputs(self, teachers: tuple[Tensor, ...], per_token: PerToken, temperature: Tensor) -> Inputs:
         """The operators' arguments."""
-        names, weights, parameters = ([t[k] for t in self.terms if teachers] for k in range(3))
+        taught = bool(teachers) or per_token.kept_ids is not None
+        names, weights, parameters = ([t[k] for t in self.terms if taught] for k in range(3))
         return Inputs(
             list(teachers),
-            teacher_weights,
-            labels,
-            counted,
+            per_token.teacher_weights,
+            per_token.labels,
+            per_token.counted,
             temperature,
             names,  # type: ignore[arg-type]
             weights,  # type: ignore[arg-type]
@@ -56,6 +75,11 @@ class Spec(NamedTuple):
             self.columns,
             self.label_smoothing,
             self.backend,
+            per_token.kept_ids,
+            per_token.kept_values,
+            per_token.kept_per_row,
+            self.kept_columns,
+            self.tail_rule,
         )
 
 
@@ -153,51 +177,49 @@ class _Tokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        spec: Spec,
         student: Tensor,
         temperature: Tensor,
-        labels: Tensor | None,
-        counted: Tensor | None,
-        teacher_weights: Tensor | None,
-        spec: Spec,
-        *teachers: Tensor,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        inputs = spec.inputs(teachers, teacher_weights, labels, counted, temperature)
+        inputs = spec.inputs(tensors[_N_PER_TOKEN:], PerToken(*tensors[:_N_PER_TOKEN]), temperature)
         return _ops.dense_forward(student, *inputs, spec.wants_z, spec.wants_dtau)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        student, temperature, labels, counted, teacher_weights, spec, *teachers = inputs
+        spec, student, temperature, *tensors = inputs
         dtau, stats = output[3:]
         ctx.mark_non_differentiable(dtau, stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, temperature, labels, counted, teacher_weights, dtau, stats, *teachers)
+        ctx.save_for_backward(student, temperature, dtau, stats, *tensors)
         ctx.spec = spec
 
     @staticmethod
     def backward(
         ctx: Any, g_soft: Tensor | None, g_hard: Tensor | None, g_z: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        student, temperature, labels, counted, teacher_weights, dtau, stats, *teachers = ctx.saved_tensors
+        student, temperature, dtau, stats, *tensors = ctx.saved_tensors
         spec: Spec = ctx.spec
-        inputs = spec.inputs(tuple(teachers), teacher_weights, labels, counted, temperature)
+        per_token, teachers = PerToken(*tensors[:_N_PER_TOKEN]), tensors[_N_PER_TOKEN:]
+        inputs = spec.inputs(tuple(teachers), per_token, temperature)
         # A term that the call does not have has an output without elements, whose upstream may be None or as empty.
         coefficients = [
             g if there else None
-            for g, there in ((g_soft, bool(teachers)), (g_hard, labels is not None), (g_z, spec.wants_z))
+            for g, there in ((g_soft, inputs.taught), (g_hard, inputs.labels is not None), (g_z, spec.wants_z))
         ]
         g_soft = coefficients[0]
         upstream = [g for g in coefficients if g is not None]
         to_student: Tensor | None = None
         to_temperature: Tensor | None = None
         to_teachers: list[Tensor | None] = [None] * len(teachers)
-        if any(ctx.needs_input_grad[6:]) and g_soft is not None:
+        if any(ctx.needs_input_grad[3 + _N_PER_TOKEN :]) and g_soft is not None:
             # The same divergence with its arguments, and so its roles, exchanged.
             swapped = inputs._replace(teachers=[student], labels=None, **_exchanged(spec.terms))
             grad = _ops.dense_fused(teachers[0], *swapped, False, False, g_soft, None, None)[-1]
             to_teachers[0] = only_once(grad, *upstream, student, teachers[0])
-        if ctx.needs_input_grad[1] and spec.wants_dtau and g_soft is not None:
+        if ctx.needs_input_grad[2] and spec.wants_dtau and g_soft is not None:
             to_temperature = only_once((g_soft * dtau).sum().to(temperature.dtype), *upstream, student, temperature)
-        if ctx.needs_input_grad[0] and upstream:
+        if ctx.needs_input_grad[1] and upstream:
             if spec.overwrite:
                 with torch.no_grad():
                     _ops.dense_backward_(student, *inputs, stats, *coefficients)
@@ -206,7 +228,7 @@ class _Tokens(torch.autograd.Function):
             else:
                 grad = _ops.dense_backward(student, *inputs, stats, *coefficients)
                 to_student = only_once(grad, *upstream, student)
-        return to_student, to_temperature, None, None, None, None, *to_teachers
+        return None, to_student, to_temperature, *[None] * _N_PER_TOKEN, *to_teachers
 
 
 _EXCHANGED = {
@@ -232,8 +254,8 @@ def _exchanged(terms: tuple[Term, ...]) -> dict[str, Any]:
 
 def declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
     """Why the dense kernels of these devices cannot serve this call."""
-    if problem.sparse is not None:
-        return "sparse targets need the reference"
+    if problem.sparse is not None and problem.learns_temperature:
+        return "a learned temperature with sparse targets"
     for x in (problem.student, *problem.teachers):
         stored = x if isinstance(x, Tensor) else x.hidden
         if stored.device.type not in devices:
@@ -262,6 +284,8 @@ def spec_of(problem: Problem, backend: str) -> Spec:
         problem.has_z_loss,
         problem.learns_temperature and bool(problem.teachers),
         problem.overwrite_logits,
+        0 if problem.sparse is None else problem.sparse.vocab_size,
+        "" if problem.sparse is None else reference.tail_rule(problem, problem.sparse),
         backend,
     )
 
@@ -274,10 +298,7 @@ def distill_loss(problem: Problem, backend: str) -> DistillTerms:
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     spec = spec_of(problem, backend)
     spec = spec._replace(overwrite=spec.overwrite and not transformed)
-    weights = problem.teacher_weights
-    if weights is not None:
-        weights = weights.detach().to(torch.float32)
-    tensors = (problem.labels, problem.counted, weights)
+    per_token = PerToken.of(problem)
     w = reference.token_weights(problem)
     in_forward = (
         torch.is_grad_enabled()
@@ -288,9 +309,9 @@ def distill_loss(problem: Problem, backend: str) -> DistillTerms:
         and not transformed
     )
     if not in_forward:
-        out = _Tokens.apply(student, problem.temperature, *tensors, spec, *teachers)  # type: ignore[no-untyped-call]
+        out = _Tokens.apply(spec, student, problem.temperature, *per_token, *teachers)  # type: ignore[no-untyped-call]
         return reference.assemble(problem, token_terms(problem, *out[:3]), w)
-    inputs = spec.inputs(teachers, weights, problem.labels, problem.counted, problem.temperature.detach())
+    inputs = spec.inputs(teachers, per_token, problem.temperature.detach())
     c = reference.coefficients(problem, w)
     loss, *out = _Fused.apply(student, problem.temperature, *c, spec, inputs)  # type: ignore[no-untyped-call]
     return DistillTerms(loss, *reference.reduced_terms(problem, token_terms(problem, *out), w))

@@ -22,6 +22,7 @@ _DTYPE_NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.int64: "int64",
+    torch.int32: "int32",
     torch.bool: "bool",
 }
 
@@ -44,18 +45,17 @@ def _call(
     passes: str, student: Tensor, inputs: Inputs, outputs: dict[str, Tensor | None], *, dtemperature: bool = False
 ) -> None:
     """``outputs`` are the kernel's named outputs and coefficients, (...) or (..., V) tensors or None."""
-    labels, counted, weights = (
-        x if x is None else x.contiguous() for x in (inputs.labels, inputs.counted, inputs.teacher_weights)
-    )
+    per_token = {
+        k: getattr(inputs, k).contiguous()
+        for k in ("labels", "counted", "teacher_weights", "kept_ids", "kept_values", "kept_per_row")
+        if getattr(inputs, k) is not None
+    }
     teachers = [_contiguous_rows(t) for t in inputs.teachers]
-    held = {k: v if k == "grad" else v.contiguous() for k, v in outputs.items() if v is not None}
+    held = per_token | {k: v if k == "grad" else v.contiguous() for k, v in outputs.items() if v is not None}
     _core.dense(
         passes=passes,
         student=_view(student),
         teachers=[_view(t) for t in teachers],
-        teacher_weights=None if weights is None else _view(weights),
-        labels=None if labels is None else _view(labels),
-        counted=None if counted is None else _view(counted),
         temperature=inputs.temperature.item(),
         names=inputs.names,
         weights=inputs.weights,
@@ -63,6 +63,8 @@ def _call(
         mix_logits=inputs.mix_logits,
         columns=inputs.columns,
         label_smoothing=inputs.label_smoothing,
+        kept_columns=inputs.kept_columns,
+        tail_rule=inputs.tail_rule,
         values_with_dtemperature=dtemperature,
         threads=torch.get_num_threads(),
         **{k: _view(v) for k, v in held.items()},

@@ -91,6 +91,11 @@ class _Chunks:
         self.teacher_weights = inputs.teacher_weights
         if self.teacher_weights is not None and self.teacher_weights.dim() > 1:
             self.teacher_weights = torch.stack([self.compact(w) for w in self.teacher_weights])
+        self.kept = {
+            name: self.compact(x, x.dim() - len(self.leading))
+            for name in ("kept_ids", "kept_values", "kept_per_row")
+            if (x := getattr(inputs, name)) is not None
+        }
         made = [(k, x) for k, x in enumerate(self.participants) if heads.weights[k] is not None]
         copies = [2 if k == 0 and keeps_logits and heads.softcaps[0] else 1 for k, _ in made]
         per_token = sum(n * heads.columns(k, x) * x.element_size() for n, (k, x) in zip(copies, made, strict=True))
@@ -104,9 +109,9 @@ class _Chunks:
     def __iter__(self) -> Iterator[slice]:
         return (slice(a, min(a + self.rows, self.count)) for a in range(0, self.count, max(1, self.rows)))
 
-    def compact(self, x: Tensor) -> Tensor:
-        """A tensor per token, (...), as (count,)."""
-        flat = x.reshape(-1)
+    def compact(self, x: Tensor, own_axes: int = 0) -> Tensor:
+        """A tensor per token, (..., own axes), as (count, own axes)."""
+        flat = x.reshape(-1, *x.shape[x.dim() - own_axes :])
         return flat if self.index is None else flat[self.index]
 
     def spread(self, x: Tensor) -> Tensor:
@@ -156,6 +161,7 @@ class _Chunks:
             teacher_weights=weights if weights is None or weights.dim() == 1 else part(weights),
             labels=part(self.labels),
             counted=part(self.counted),
+            **{name: x[tokens] for name, x in self.kept.items()},
         )
 
     def token_outputs(self, wants_z: bool, wants_dtau: bool) -> dict[str, Tensor]:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from kdfast import reference
 from kdfast.ops import dense_autograd, head
-from kdfast.ops.dense_autograd import Spec, only_once
+from kdfast.ops.dense_autograd import PerToken, Spec, only_once
 from kdfast.problem import Logits, Problem
 from kdfast.reference import DistillTerms
 from kdfast.targets import LMHead
+
+_N_PER_TOKEN = len(PerToken._fields)
 
 
 class HeadSpec(NamedTuple):
@@ -47,17 +49,10 @@ class Tensors(NamedTuple):
         return cls(flat[:n], flat[n : 2 * n], flat[2 * n :])
 
 
-def _arguments(
-    tensors: Tensors,
-    spec: HeadSpec,
-    temperature: Tensor,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    teacher_weights: Tensor | None,
-) -> tuple[Any, ...]:
+def _arguments(tensors: Tensors, spec: HeadSpec, temperature: Tensor, per_token: PerToken) -> tuple[Any, ...]:
     """What both operators take first."""
     student, *teachers = tensors.inputs
-    inputs = spec.dense.inputs(tuple(teachers), teacher_weights, labels, counted, temperature)
+    inputs = spec.dense.inputs(tuple(teachers), per_token, temperature.detach())
     heads = (list(tensors.weights), list(tensors.biases), list(spec.softcaps), list(spec.scales), spec.memory_budget)
     return student, *inputs, *heads, spec.dense.wants_z, spec.dense.wants_dtau
 
@@ -88,14 +83,12 @@ class _Fused(torch.autograd.Function):
         c_soft: Tensor | None,
         c_hard: Tensor | None,
         c_z: Tensor | None,
-        labels: Tensor | None,
-        counted: Tensor | None,
-        teacher_weights: Tensor | None,
         *flat: Any,
     ) -> tuple[Tensor, ...]:
+        per_token, flat = PerToken(*flat[:_N_PER_TOKEN]), flat[_N_PER_TOKEN:]
         tensors, coefficients = Tensors.of(flat), (c_soft, c_hard, c_z)
-        wanted = _to_student(tensors, ctx.needs_input_grad[8:])
-        arguments = _arguments(tensors, spec, temperature.detach(), labels, counted, teacher_weights)
+        wanted = _to_student(tensors, ctx.needs_input_grad[5 + _N_PER_TOKEN :])
+        arguments = _arguments(tensors, spec, temperature, per_token)
         *tokens, dtau, d_student, d_weight, d_bias = head.fused(*arguments, *coefficients, wanted)
         ctx.save_for_backward(*coefficients, *tokens, dtau, d_student, d_weight, d_bias, *tensors.flat())
         ctx.spec, ctx.wanted = spec, wanted
@@ -121,7 +114,7 @@ class _Fused(torch.autograd.Function):
             moved = upstream * reference.weighted(coefficients[0], dtau, "sum")
             to_temperature = only_once(moved.to(ctx.dtype), *sources)
         to_tensors = _flat_gradients(Tensors.of(flat), ctx.wanted, scaled)
-        return None, to_temperature, *to_coefficients, None, None, None, *to_tensors
+        return None, to_temperature, *to_coefficients, *[None] * _N_PER_TOKEN, *to_tensors
 
 
 class _Tokens(torch.autograd.Function):
@@ -132,33 +125,32 @@ class _Tokens(torch.autograd.Function):
         ctx: Any,
         spec: HeadSpec,
         temperature: Tensor,
-        labels: Tensor | None,
-        counted: Tensor | None,
-        teacher_weights: Tensor | None,
         *flat: Any,
     ) -> tuple[Tensor, ...]:
-        arguments = _arguments(Tensors.of(flat), spec, temperature.detach(), labels, counted, teacher_weights)
-        *tokens, dtau = head.forward(*arguments)
-        ctx.save_for_backward(temperature, labels, counted, teacher_weights, dtau, *flat)
+        per_token = PerToken(*flat[:_N_PER_TOKEN])
+        *tokens, dtau = head.forward(*_arguments(Tensors.of(flat[_N_PER_TOKEN:]), spec, temperature, per_token))
+        ctx.save_for_backward(temperature, dtau, *flat)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         return tuple(tokens)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        temperature, labels, counted, teacher_weights, dtau, *flat = ctx.saved_tensors
+        temperature, dtau, *flat = ctx.saved_tensors
+        per_token, flat = PerToken(*flat[:_N_PER_TOKEN]), flat[_N_PER_TOKEN:]
         spec, tensors = ctx.spec, Tensors.of(tuple(flat))
-        there = (len(tensors.inputs) > 1, labels is not None, spec.dense.wants_z)
+        taught = len(tensors.inputs) > 1 or per_token.kept_ids is not None
+        there = (taught, per_token.labels is not None, spec.dense.wants_z)
         coefficients = [g if yes else None for g, yes in zip(upstream, there, strict=True)]
         given = [g for g in coefficients if g is not None]
-        nothing = (None,) * len(flat)
+        others, nothing = (None,) * _N_PER_TOKEN, (None,) * len(flat)
         if not given:
-            return None, None, None, None, None, *nothing
+            return None, None, *others, *nothing
         sources = [*given, *(x for x in flat if x is not None)]
-        wanted = _to_student(tensors, ctx.needs_input_grad[5:])
+        wanted = _to_student(tensors, ctx.needs_input_grad[2 + _N_PER_TOKEN :])
         to_tensors: tuple[Tensor | None, ...] = nothing
         if any(wanted):
-            arguments = _arguments(tensors, spec, temperature.detach(), labels, counted, teacher_weights)
+            arguments = _arguments(tensors, spec, temperature, per_token)
             with torch.no_grad():
                 grads = head.fused(*arguments, *coefficients, wanted)[-3:]
             to_tensors = _flat_gradients(tensors, wanted, tuple(only_once(g, *sources) for g in grads))
@@ -166,7 +158,7 @@ class _Tokens(torch.autograd.Function):
         if ctx.needs_input_grad[1] and spec.dense.wants_dtau and coefficients[0] is not None:
             moved = (coefficients[0] * dtau).sum().to(temperature.dtype)
             to_temperature = only_once(moved, *sources)
-        return None, to_temperature, None, None, None, *to_tensors
+        return None, to_temperature, *others, *to_tensors
 
 
 # --- What the registry asks -------------------------------------------------------------------------------------------
@@ -206,10 +198,7 @@ def distill_loss(problem: Problem, backend: str) -> DistillTerms:
     inputs, weights, biases, softcaps, scales = zip(*parts, strict=True)
     tensors = Tensors(inputs, weights, biases)
     spec = HeadSpec(dense_autograd.spec_of(problem, backend), softcaps, scales, problem.memory_budget or 0)
-    teacher_weights = problem.teacher_weights
-    if teacher_weights is not None:
-        teacher_weights = teacher_weights.detach().float()
-    per_token = (problem.labels, problem.counted, teacher_weights)
+    per_token = PerToken.of(problem)
     w = reference.token_weights(problem)
     mine = [x for x in (inputs[0], weights[0], biases[0]) if x is not None]
     in_forward = (
