@@ -125,6 +125,16 @@ def test_tensor_options_do_not_recompile():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("teachers", [0, 1, 3])
+def test_a_compiled_loss_without_gradient(teachers):
+    student, _, y = batch(5)
+    others = [torch.randn(5, 37) for _ in range(teachers)] or None
+    torch._dynamo.reset()
+    compiled = torch.compile(kdfast.distill_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(student, others, y), kdfast.distill_loss(student, others, y))
+    torch._dynamo.reset()
+
+
 def test_backward_of_a_compiled_loss_runs_twice():
     student, teacher, y = batch(5)
     student.requires_grad_()

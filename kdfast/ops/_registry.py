@@ -73,6 +73,12 @@ def _declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
     return reason or (head_autograd.declines(problem) if head_autograd.has_head(problem) else None)
 
 
+def _declines_on_triton(problem: Problem) -> str | None:
+    if problem.sparse is not None:
+        return "no Triton kernel for sparse targets yet"
+    return _declines(problem, ("cpu",) if _interprets() else ("cuda",))
+
+
 def _distill_loss(problem: Problem, backend: str) -> DistillTerms:
     if head_autograd.has_head(problem):
         return head_autograd.distill_loss(problem, backend)
@@ -91,7 +97,7 @@ ROWS: tuple[Implementation, ...] = (
     Implementation(
         "triton",
         _triton_unavailable,
-        lambda problem: _declines(problem, ("cpu",) if _interprets() else ("cuda",)),
+        _declines_on_triton,
         lambda problem: _distill_loss(problem, "triton"),
         _triton_detail,
     ),

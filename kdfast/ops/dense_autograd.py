@@ -309,12 +309,19 @@ def distill_loss(problem: Problem, backend: str) -> DistillTerms:
         and not transformed
     )
     if not in_forward:
-        out = _Tokens.apply(spec, student, problem.temperature, *per_token, *teachers)  # type: ignore[no-untyped-call]
+        tensors = (student, problem.temperature, *per_token, *teachers)
+        # Where nothing requires grad, a compiler traces forward alone, and may pass it a context that it does not take.
+        traced = torch.compiler.is_compiling() and not _needs_gradient(student, problem.temperature, *teachers)
+        out = (_Tokens.forward if traced else _Tokens.apply)(spec, *tensors)  # type: ignore[arg-type]
         return reference.assemble(problem, token_terms(problem, *out[:3]), w)
     inputs = spec.inputs(teachers, per_token, problem.temperature.detach())
     c = reference.coefficients(problem, w)
     loss, *out = _Fused.apply(student, problem.temperature, *c, spec, inputs)  # type: ignore[no-untyped-call]
     return DistillTerms(loss, *reference.reduced_terms(problem, token_terms(problem, *out), w))
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def token_terms(problem: Problem, soft: Tensor, hard: Tensor, z2: Tensor) -> TokenTerms:

@@ -161,7 +161,9 @@ class _Chunks:
             teacher_weights=weights if weights is None or weights.dim() == 1 else part(weights),
             labels=part(self.labels),
             counted=part(self.counted),
-            **{name: x[tokens] for name, x in self.kept.items()},
+            kept_ids=self.kept["kept_ids"][tokens] if self.kept else None,
+            kept_values=self.kept["kept_values"][tokens] if self.kept else None,
+            kept_per_row=self.kept["kept_per_row"][tokens] if "kept_per_row" in self.kept else None,
         )
 
     def token_outputs(self, wants_z: bool, wants_dtau: bool) -> dict[str, Tensor]:
