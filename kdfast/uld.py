@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from kdfast import reference
+from kdfast.ops.sort import sort_rows
 from kdfast.problem import Problem, Reduction, build_problem
 
 #: Elements of one chunk's rows: a few MB per temporary on a CPU, enough rows to fill a GPU elsewhere.
@@ -122,8 +123,8 @@ class _Tokens(torch.autograd.Function):
         dtau = torch.empty(n if wants_dtau else 0, dtype=dtype, device=student.device)
         signs = torch.empty((n, v if signed else 0), dtype=torch.int8, device=student.device)
         for rows in _chunks(n, max(v, u), student.device):
-            z, order = _rows(student, rows, counted, dtype).sort(dim=-1, descending=True, stable=True)
-            t = _rows(teacher, rows, counted, dtype).sort(dim=-1, descending=True).values
+            z, order = sort_rows(_rows(student, rows, counted, dtype), ordered=signed)
+            t, _ = sort_rows(_rows(teacher, rows, counted, dtype), ordered=False)
             top = z[:, :1].clone()
             p, total = _softmax(z, tau)
             q, _ = _softmax(t, tau)
