@@ -24,7 +24,7 @@ from kdfast.ops.sort import sort_rows
 from kdfast.problem import Problem, Reduction, build_problem
 
 #: Elements of one chunk's rows: a few MB per temporary on a CPU, enough rows to fill a GPU elsewhere.
-CHUNK = {"cpu": 1 << 20}
+CHUNK = {"cpu": 1 << 18}
 CHUNK_ELSEWHERE = 1 << 24
 
 
