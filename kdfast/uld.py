@@ -58,7 +58,7 @@ def uld_loss(
         >>> loss = uld_loss(student, teacher)
         >>> loss.backward()
         >>> round(loss.item(), 4), tuple(student.grad.shape)
-        (0.0121, (1, 3))
+        (0.0122, (1, 3))
     """
     for name, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Tensor):

@@ -40,6 +40,16 @@ def logits(*shape, dtype=torch.float32):
     return (3 * torch.randn(*shape)).to(dtype)
 
 
+def pair(leading, v, u, dtype=torch.float32, tau=1.0):
+    """Student and teacher that stay clear of the gradient's jumps, where p = q at some rank and fp32 may see either."""
+    while True:
+        student, teacher = logits(*leading, v, dtype=dtype), logits(*leading, u, dtype=dtype)
+        p, q = (np.sort(softmax(x.double().cpu().numpy() / tau, -1), -1)[..., ::-1] for x in (student, teacher))
+        n = min(v, u)
+        if (np.abs(p[..., :n] - q[..., :n]) > 1e-5 * p[..., :n]).all():
+            return student, teacher
+
+
 def run(student, teacher, **options):
     """Loss and gradient, as fp64 numpy."""
     z = student.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -57,7 +67,7 @@ def run(student, teacher, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tau", [1.0, 2.5])
 def test_against_the_definition(sizes, dtype, tau):
-    student, teacher = logits(7, sizes[0], dtype=dtype), logits(7, sizes[1], dtype=dtype)
+    student, teacher = pair((7,), *sizes, dtype, tau)
     loss, grad = run(student, teacher, temperature=tau, reduction="none")
     want, want_grad = truth(student, teacher, tau)
     exact = dtype == torch.float64
@@ -77,7 +87,8 @@ def test_dtype_of_the_loss():
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_gradcheck(sizes):
-    student = logits(3, sizes[0], dtype=torch.float64).requires_grad_()
+    spaced = torch.stack([torch.randperm(sizes[0]) for _ in range(3)])  # finite steps must not change the order
+    student = (0.1 * spaced + 0.02 * torch.rand(spaced.shape)).double().requires_grad_()
     teacher = logits(3, sizes[1], dtype=torch.float64)
     tau = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
@@ -95,7 +106,7 @@ def test_gradient_of_the_weights():
 
 
 def test_reductions():
-    student, teacher = logits(2, 3, 20), logits(2, 3, 31)
+    student, teacher = pair((2, 3), 20, 31)
     w = torch.rand(2, 3)
     w[0, 1] = 0
     token, (loss, grad) = w.double().cpu().numpy(), truth(student, teacher)
@@ -114,7 +125,8 @@ def test_reductions():
 
 @pytest.mark.parametrize("upstream", [65536.0, torch.tensor([0.0, 3.0, -1e-3])], ids=["scalar", "per token"])
 def test_upstream_twice(upstream):
-    student, teacher = logits(3, 30, dtype=torch.float16).requires_grad_(), logits(3, 25)
+    student, teacher = pair((3,), 30, 25, torch.float16)
+    student.requires_grad_()
     loss = uld_loss(student, teacher, reduction="none")
     weights = torch.as_tensor(upstream).expand(3)
     first, second = (torch.autograd.grad(loss, student, weights, retain_graph=True)[0] for _ in range(2))
@@ -145,7 +157,7 @@ def test_equal_distributions():
 
 
 def test_columns_of_minus_infinity_are_padding():
-    student, teacher = logits(4, 30), logits(4, 22)
+    student, teacher = pair((4,), 30, 22)
     loss, grad = run(student, teacher, reduction="none")
 
     def padded(x, n):
@@ -157,7 +169,7 @@ def test_columns_of_minus_infinity_are_padding():
         got, got_grad = run(padded(student, extra_student), padded(teacher, extra_teacher), reduction="none")
         np.testing.assert_allclose(got, loss, rtol=1e-6)
         assert (got_grad[:, :extra_student] == 0).all()
-        np.testing.assert_allclose(got_grad[:, extra_student:], grad, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(got_grad[:, extra_student:], grad, rtol=1e-5, atol=1e-7)
 
 
 def test_the_same_bits_for_any_chunk_and_threads(monkeypatch, threads):
@@ -192,7 +204,7 @@ def test_views():
 
 
 def test_no_token_axis():
-    student, teacher = logits(20), logits(25)
+    student, teacher = pair((), 20, 25)
     loss, grad = run(student, teacher)
     want, want_grad = truth(student, teacher)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
