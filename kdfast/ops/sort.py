@@ -1,7 +1,8 @@
 """Rows of logits, sorted descending: by the compiled extension where it serves them, by ``torch.sort`` elsewhere.
 
 The kernel is a radix sort of the 32 bits of a float: its time does not depend on the values, and no comparison fails to
-be predicted. It serves fp32 on the CPU, where ``torch.sort`` took 87 to 94 % of a step that used it.
+be predicted. It serves fp32 on the CPU, where ``torch.sort`` is 67 to 82 % of an eager step of universal logit
+distillation.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def sort_rows(x: Tensor, *, ordered: bool) -> tuple[Tensor, Tensor]:
         The values, (n, V), and their columns, int64 (n, V), or (n, 0) where they are not wanted.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and dense_cpu.EXTENSION_MISSING is None:
-        x, values = x.contiguous(), torch.empty(x.shape)
-        order = torch.empty(x.shape if ordered else (x.shape[0], 0), dtype=torch.int64)
+        x = x.contiguous()
+        values = torch.empty_like(x)
+        order = torch.empty(x.shape if ordered else (x.shape[0], 0), dtype=torch.int64, device=x.device)
         dense_cpu.sort_rows(x, values, order if ordered else None)
         return values, order
     values, order = x.sort(dim=-1, descending=True, stable=True)
