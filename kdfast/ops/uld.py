@@ -22,8 +22,9 @@ from kdfast import reference
 from kdfast.ops.sort import sort_rows
 from kdfast.problem import Problem
 
-#: Elements of one chunk's rows: temporaries that stay in cache on a CPU, enough rows to fill a GPU elsewhere.
-CHUNK = {"cpu": 1 << 18}
+#: Elements of one chunk's rows: some 40 MB of temporaries on a CPU (fewer rows cost more in threads that wait for one
+#: another than caches save), enough rows to fill a GPU elsewhere.
+CHUNK = {"cpu": 1 << 20}
 CHUNK_ELSEWHERE = 1 << 24
 
 # student (..., V) and teacher (..., U) floating point; temperature 0-d; counted (...) bool. loss (...), signs (..., V)
