@@ -6,6 +6,7 @@ from kdfast.loss import DistillLoss, distill_loss
 from kdfast.ops._registry import backends
 from kdfast.reference import DistillTerms
 from kdfast.targets import LMHead, SparseTargets
+from kdfast.uld import uld_loss
 
 __version__ = "0.1.0"
 
@@ -19,4 +20,5 @@ __all__ = [
     "backends",
     "distill_loss",
     "reference",
+    "uld_loss",
 ]

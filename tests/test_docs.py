@@ -13,7 +13,14 @@ import torch.nn.functional as F
 import kdfast
 
 README = Path(__file__).parents[1] / "README.md"
-MODULES = ["kdfast.divergence", "kdfast.loss", "kdfast.ops._registry"]
+VOCABULARIES = README.parent / "docs" / "different-vocabularies.md"
+MODULES = [
+    "kdfast.divergence",
+    "kdfast.integrations.alignment",
+    "kdfast.loss",
+    "kdfast.ops._registry",
+    "kdfast.uld",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -24,8 +31,8 @@ def test_docstring_examples(name):
     assert result.failed == 0
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def blocks(page: Path = README) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_readme_replacement_has_the_relation_it_states():
@@ -56,3 +63,15 @@ def test_readme_causal_language_model():
     scope = {"torch": torch, "kdfast": kdfast, "model": model, "teacher": model, "input_ids": ids}
     exec(blocks()[1], scope)
     assert scope["loss"] < 0.05  # a model that counts is right about the next token only if the two are aligned
+
+
+def test_different_vocabularies(capsys):
+    padded, aligned = blocks(VOCABULARIES)
+    exec(padded, scope := {})
+    assert scope["student"].grad[:, :151936].isfinite().all()
+    exec(aligned, scope := {})
+    assert 0 < scope["uld"] <= 2
+    assert all(parameter.grad.isfinite().all() for parameter in scope["student"].parameters())
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3
+    assert printed[0].startswith("'Di")

@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "core/pages.h"
 #include "cpu/dispatch.h"
+#include "cpu/sort.h"
 
 namespace py = pybind11;
 
@@ -235,6 +236,19 @@ PYBIND11_MODULE(_core, m) {
                                       static_cast<std::size_t>(data.count()) * size);
         },
         py::arg("data"), "Asks for huge pages behind fresh, untouched memory.");
+    m.def(
+        "sort_rows",
+        [](const View& x, const View& values, const Optional& order, int threads) {
+            if (x.shape.size() != 2) throw ArgumentError("x must be (rows, columns)");
+            const std::int64_t n = x.count();
+            const auto* in = x.values<float>("x", "float32", n);
+            auto* out = values.values<float>("values", "float32", n);
+            auto* places = order ? order->values<std::int64_t>("order", "int64", n) : nullptr;
+            const py::gil_scoped_release release;
+            kdfast::cpu::sort_rows(in, x.shape[0], x.shape[1], out, places, std::max(1, threads));
+        },
+        py::arg("x"), py::arg("values"), py::arg("order"), py::arg("threads"),
+        "Sorts each row descending, NaN first, equal values by column.");
     m.def("isa", [] { return std::string(kdfast::cpu::kernels().isa); }, "The instruction set in use.");
     m.def("supported_isas", &supported_isas, "Instruction sets that this CPU supports, best first.");
 }

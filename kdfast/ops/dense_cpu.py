@@ -133,3 +133,8 @@ def scale(grad: Tensor, factor: Tensor) -> None:
     value = factor.item()
     if value != 1.0:
         _core.scale(_view(grad), value, torch.get_num_threads())
+
+
+def sort_rows(x: Tensor, values: Tensor, order: Tensor | None) -> None:
+    """Fills ``values``, and ``order`` where asked for, (n, V) contiguous each, with the rows of x sorted descending."""
+    _core.sort_rows(_view(x), _view(values), None if order is None else _view(order), torch.get_num_threads())

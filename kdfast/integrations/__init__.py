@@ -1,0 +1,1 @@
+"""What ties kdfast to other libraries; nothing here is imported by ``import kdfast``."""
