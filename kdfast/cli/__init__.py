@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": Command("kdfast.cli.demo", "demo"),
     "bench": Command("kdfast.cli.bench", "bench"),
     "doctor": Command("kdfast.cli.doctor", "demo"),
+    "plan": Command("kdfast.cli.plan", "demo"),
 }
 
 

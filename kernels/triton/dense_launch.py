@@ -242,7 +242,7 @@ def run(
 
     Args:
         student: (..., V) fp32, bf16 or fp16.
-        inputs: :class:`kdfast.ops.dense_rows.Inputs`.
+        inputs: :class:`kdfast.ops.dense.Inputs`.
         soft: (...) fp32, filled with the distillation term; this and the others None where not wanted.
         hard: (...) fp32, filled with the cross-entropy.
         z2: (...) fp32, filled with logsumexp^2.
@@ -292,7 +292,7 @@ def _scale_of(inputs: Any, like: Tensor) -> Tensor:
 
 
 def sums(student: Tensor, inputs: Any) -> Tensor:
-    """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense_rows.Launcher`."""
+    """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
     shape, device = student.shape[:-1], student.device
     call = _part(student, inputs)
     stats = torch.zeros((*shape, dense_rows.STATE.value + 2 * call.distributions), dtype=torch.float32, device=device)
@@ -309,7 +309,7 @@ def sums(student: Tensor, inputs: Any) -> Tensor:
 
 
 def stats_of(totals: Tensor, sum_student: Tensor, inputs: Any) -> Tensor:
-    """The kernel's stats from totals over all columns; see :class:`kdfast.ops.dense_rows.Launcher`."""
+    """The kernel's stats from totals over all columns; see :class:`kdfast.ops.dense.Launcher`."""
     c = _scale_of(inputs, totals) if inputs.teachers else LOG2E
     # One logit, near the largest, is subtracted for both of the student's sums, as in the kernel.
     at = torch.where(totals[..., 1].isfinite(), totals[..., 1] / LOG2E, 0.0).float()
@@ -322,7 +322,7 @@ def stats_of(totals: Tensor, sum_student: Tensor, inputs: Any) -> Tensor:
 
 
 def values(student: Tensor, inputs: Any, totals: Tensor, *, dtemperature: bool) -> Tensor:
-    """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense_rows.Launcher`."""
+    """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
     shape, device = student.shape[:-1], student.device
     call = _part(student, inputs)
     out = torch.zeros((*shape, call.splits, dense_rows.VALUES.value), dtype=torch.float32, device=device)
