@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import kdfast
 
 README = Path(__file__).parents[1] / "README.md"
+LARGE_VOCABULARY = README.parent / "docs" / "large-vocabulary.md"
 VOCABULARIES = README.parent / "docs" / "different-vocabularies.md"
 MODULES = [
     "kdfast.divergence",
@@ -75,3 +76,10 @@ def test_different_vocabularies(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3
     assert printed[0].startswith("'Di")
+
+
+def test_large_vocabulary():
+    (example,) = blocks(LARGE_VOCABULARY)
+    exec(example, scope := {})
+    assert scope["weight"].grad.isfinite().all()
+    assert scope["hidden"].grad.abs().sum() > 0

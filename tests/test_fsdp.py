@@ -1,0 +1,78 @@
+"""LMHead where FSDP2 shards its weight, over gloo processes: the two places in which the parameters are whole."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from machine import DEVICE, INTERPRETING, VARIANTS
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from kdfast import LMHead, distill_loss
+
+pytestmark = [
+    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
+    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to FSDP"),
+]
+
+N, H, V = 8, 12, 90
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(H, H)
+        self.head = nn.Linear(H, V)
+
+    def forward(self, x, teacher, labels):
+        return self.distill(x, teacher, labels)
+
+    def distill(self, x, teacher, labels):
+        head = LMHead(torch.tanh(self.body(x)), self.head.weight, self.head.bias)
+        return distill_loss(head, teacher, labels, temperature=2.0, memory_budget=3 * V * 4)
+
+
+def batch(rank):
+    generator = torch.Generator().manual_seed(rank)
+    x, teacher = torch.randn(N, H, generator=generator), torch.randn(N, V, generator=generator)
+    return x, teacher, torch.randint(V, (N,), generator=generator)
+
+
+def student():
+    torch.manual_seed(7)
+    return Student()
+
+
+def work(rank, world, rendezvous, method):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+    )
+    try:
+        torch.set_num_threads(1)
+        whole, sharded = student(), student()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (world,)))
+        register_fsdp_forward_method(sharded, "distill")
+        loss = getattr(sharded, method)(*batch(rank))
+        loss.backward()
+        mean = sum(whole(*batch(r)) for r in range(world)) / world  # FSDP averages gradients, as DDP does
+        mean.backward()
+        torch.testing.assert_close(loss.detach(), whole(*batch(rank)).detach(), rtol=1e-6, atol=1e-6)
+        for (name, a), b in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(
+                a.grad.full_tensor(), b.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        with pytest.raises(TypeError, match=r"LMHead.weight is a DTensor.*forward"):
+            distill_loss(LMHead(torch.zeros(N, H), sharded.head.weight), labels=torch.zeros(N, dtype=torch.int64))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["__call__", "distill"])
+def test_a_sharded_weight(tmp_path, method):
+    mp.spawn(work, (2, tmp_path / "rendezvous", method), nprocs=2)
