@@ -22,6 +22,7 @@ _DTYPE_NAMES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.int64: "int64",
+    torch.int32: "int32",
     torch.bool: "bool",
 }
 

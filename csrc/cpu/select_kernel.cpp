@@ -1,0 +1,169 @@
+// What the selection of sparse targets does to a tile of logits, for one ISA; see select.cpp for what it is good for.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/dense.h"
+#include "cpu/select.h"
+
+// clang-format off: the order matters
+#if defined(KDFAST_ISA_AVX512_BF16)
+#define KDFAST_ISA avx512_bf16
+#include "cpu/simd_avx512.h"
+#elif defined(KDFAST_ISA_AVX512)
+#define KDFAST_ISA avx512
+#include "cpu/simd_avx512.h"
+#elif defined(KDFAST_ISA_AVX2)
+#define KDFAST_ISA avx2
+#include "cpu/simd_avx2.h"
+#else
+#define KDFAST_ISA generic
+#include "cpu/simd_generic.h"
+#endif
+#include "cpu/divergences.h"
+// clang-format on
+
+namespace kdfast::cpu::KDFAST_ISA {
+namespace {
+
+constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+constexpr std::int64_t pair = 2 * width;  // columns that a loop takes at a time
+constexpr std::int64_t block = width * select_block_vectors;
+static_assert(select_tile % block == 0 && block % pair == 0);
+
+struct F32 {
+    using Element = float;
+    static constexpr Element absent = minus_infinity;  // a column that neither a maximum nor a sum sees
+    KDFAST_INLINE static V get(const float* p) { return load(p); }
+};
+struct Bf16 {
+    using Element = std::uint16_t;
+    static constexpr Element absent = 0xff80;
+    KDFAST_INLINE static V get(const std::uint16_t* p) { return load_bf16(p); }
+};
+struct F16 {
+    using Element = std::uint16_t;
+    static constexpr Element absent = 0xfc00;
+    KDFAST_INLINE static V get(const std::uint16_t* p) { return load_f16(p); }
+};
+
+// Where to read columns i to i + pair of n, those past the end being absent.
+template <class Io>
+class Columns {
+  public:
+    using Element = typename Io::Element;
+    Columns(const Element* x, std::int64_t n) : x_(x), n_(n) {}
+
+    KDFAST_INLINE const Element* from(std::int64_t i) {
+        if (i + pair <= n_) return x_ + i;
+        std::fill(std::copy_n(x_ + i, n_ - i, last_), last_ + pair, Io::absent);
+        return last_;
+    }
+
+  private:
+    const Element* x_;
+    std::int64_t n_;
+    alignas(64) Element last_[pair];
+};
+
+template <class Io>
+float maxima_of(Columns<Io>& x, std::int64_t n, float* maxima) {
+    V top = set1(minus_infinity);
+    for (std::int64_t begin = 0; begin < n; begin += block, maxima += width) {
+        V a = set1(minus_infinity), b = a;
+        for (std::int64_t i = begin, end = std::min(begin + block, n); i < end; i += pair) {
+            const auto* at = x.from(i);
+            a = max(Io::get(at), a);
+            b = max(Io::get(at + width), b);
+        }
+        a = max(a, b);
+        store(maxima, a);
+        top = max(top, a);
+    }
+    return hmax(top);
+}
+
+// The arithmetic of one tile hides the fetch of the next.
+template <class Io, bool Squared, bool Blocks>
+void sum(Columns<Io>& x, const ScanTile& t, float reference, const Exponential& exponential, const std::byte* ahead) {
+    const V from = set1(reference), c = set1(exponential.c);
+    V s0 = set1(0), s1 = s0, q0 = s0, q1 = s0;
+    float total = 0;
+    float* block_sum = t.block_sums;
+    for (std::int64_t begin = 0; begin < t.columns; begin += block) {
+        for (std::int64_t i = begin, end = std::min(begin + block, t.columns); i < end; i += pair) {
+            constexpr std::int64_t size = sizeof(typename Io::Element);
+            if (ahead)
+                for (std::int64_t byte = 0; byte < pair * size; byte += 64)
+                    __builtin_prefetch(ahead + i * size + byte, 0, 2);
+            const auto* at = x.from(i);
+            const V a = exp2((Io::get(at) - from) * c), b = exp2((Io::get(at + width) - from) * c);
+            s0 = s0 + a;
+            s1 = s1 + b;
+            if constexpr (Squared) {
+                q0 = fma(a, a, q0);
+                q1 = fma(b, b, q1);
+            }
+        }
+        if constexpr (Blocks) {
+            *block_sum = hsum(s0 + s1);
+            total += *block_sum++;
+            s0 = s1 = set1(0);
+        }
+    }
+    t.sums[exponential.at] = Blocks ? total : hsum(s0 + s1);
+    if constexpr (Squared) t.sums[exponential.squared_at] = hsum(q0 + q1);
+}
+
+template <class Io>
+void scan_columns(const ScanTile& t) {
+    Columns<Io> x(reinterpret_cast<const typename Io::Element*>(t.data), t.columns);
+    *t.max = maxima_of(x, t.columns, t.maxima);
+    const float reference = *t.max == minus_infinity ? 0 : *t.max;  // -inf - reference is not NaN
+    for (std::int64_t i = 0; i < t.exponentials_count; ++i) {
+        const Exponential& e = t.exponentials[i];
+        const std::byte* ahead = i == 0 ? t.ahead : nullptr;
+        const bool blocks = i == 0 && t.block_sums;
+        if (e.squared_at >= 0) {
+            blocks ? sum<Io, true, true>(x, t, reference, e, ahead) : sum<Io, true, false>(x, t, reference, e, ahead);
+        } else {
+            blocks ? sum<Io, false, true>(x, t, reference, e, ahead) : sum<Io, false, false>(x, t, reference, e, ahead);
+        }
+    }
+}
+
+template <class Io>
+void weigh(const std::byte* data, std::int64_t n, float reference, float scale, float* out) {
+    Columns<Io> x(reinterpret_cast<const typename Io::Element*>(data), n);
+    const V from = set1(reference), c = set1(scale);
+    alignas(64) float last[pair];
+    for (std::int64_t i = 0; i < n; i += pair) {
+        const auto* at = x.from(i);
+        float* to = i + pair <= n ? out + i : last;
+        store(to, exp2((Io::get(at) - from) * c));
+        store(to + width, exp2((Io::get(at + width) - from) * c));
+        if (to == last) std::copy_n(last, n - i, out + i);
+    }
+}
+
+void scan(const ScanTile& t) {
+    const FlushDenormals flush;
+    t.dtype == DType::f32 ? scan_columns<F32>(t) : t.dtype == DType::bf16 ? scan_columns<Bf16>(t) : scan_columns<F16>(t);
+}
+
+void weights(const std::byte* x, DType dtype, std::int64_t n, float reference, float c, float* out) {
+    const FlushDenormals flush;
+    dtype == DType::f32    ? weigh<F32>(x, n, reference, c, out)
+    : dtype == DType::bf16 ? weigh<Bf16>(x, n, reference, c, out)
+                           : weigh<F16>(x, n, reference, c, out);
+}
+
+}  // namespace
+}  // namespace kdfast::cpu::KDFAST_ISA
+
+#define KDFAST_CONCAT(a, b) a##b
+#define KDFAST_SELECT(isa) KDFAST_CONCAT(isa, _select)
+
+namespace kdfast::cpu {
+const SelectKernels KDFAST_SELECT(KDFAST_ISA) = {KDFAST_ISA::width, KDFAST_ISA::scan, KDFAST_ISA::weights};
+}  // namespace kdfast::cpu

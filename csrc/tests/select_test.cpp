@@ -1,0 +1,2 @@
+// Selection of sparse targets, by every instruction set.
+#include "harness.h"
