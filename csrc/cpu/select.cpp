@@ -4,9 +4,8 @@
 // to the tile's own maximum, so that no tile depends on another. What follows touches a small part of a row that is in
 // cache still.
 //
-// The k largest columns. Maxima of disjoint sets of columns are columns, so the k-th largest of such maxima is a bound
-// that at least k columns reach, and with several times k sets few more do. Sets are the lanes of groups of blocks: a
-// column that reaches the bound lies in a lane whose maxima say so, group by group and block by block.
+// The k largest columns. Maxima of disjoint sets of columns are columns, so where k of such maxima are above a floor, so
+// are k columns, and with several times k sets few more. Only blocks with a maximum above it are looked at again.
 //
 // Draws. A tile's sums come by block too; they lead to the block that a point of the distribution function lies in, and
 // only there are the weights of single columns looked at, and added up in fp64.
@@ -51,52 +50,11 @@ float element(const std::byte* row, DType dtype, std::int64_t i) {
     return dtype == DType::bf16 ? std::bit_cast<float>(std::uint32_t{h} << 16) : half(h);
 }
 
-// A column as a number that is less the earlier it comes in the order: larger logits first, then lower ids.
-using Key = std::uint64_t;
-
-Key key_of(float x, std::int64_t id) {
-    const auto bits = std::bit_cast<std::uint32_t>(x + 0.0f);  // -0 and 0 are a tie
-    const std::uint32_t ascending = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return Key{~ascending} << 32 | static_cast<std::uint32_t>(id);
-}
 std::int64_t id_of(Key key) { return static_cast<std::int64_t>(key & 0xffffffffu); }
 float value_of(Key key) {
     const std::uint32_t ascending = ~static_cast<std::uint32_t>(key >> 32);
     return std::bit_cast<float>(ascending & 0x80000000u ? ascending & 0x7fffffffu : ~ascending);
 }
-
-// The first k keys of any number, in bounded memory.
-class FirstKeys {
-  public:
-    explicit FirstKeys(std::int64_t k) : k_(static_cast<std::size_t>(k)), most_(k_ + std::max<std::size_t>(k_, 1024)) {
-        keys_.reserve(most_);
-    }
-    void clear() {
-        keys_.clear();
-        limit_ = std::numeric_limits<Key>::max();
-    }
-    void add(Key key) {
-        if (key >= limit_) return;
-        if (keys_.size() == most_) cut();
-        if (key < limit_) keys_.push_back(key);
-    }
-    const std::vector<Key>& sorted() {
-        if (keys_.size() > k_) cut();
-        std::sort(keys_.begin(), keys_.end());
-        return keys_;
-    }
-
-  private:
-    void cut() {
-        std::nth_element(keys_.begin(), keys_.begin() + static_cast<std::ptrdiff_t>(k_) - 1, keys_.end());
-        keys_.resize(k_);
-        limit_ = keys_.back();
-    }
-
-    std::size_t k_, most_;
-    std::vector<Key> keys_;
-    Key limit_ = 0;
-};
 
 struct Entry {  // of a sampled method
     std::int64_t id;
@@ -105,14 +63,12 @@ struct Entry {  // of a sampled method
 
 // One thread's scratch: what the scan of a row leaves behind, and what is made of it.
 struct Scratch {
-    explicit Scratch(std::int64_t k) : keys(k) {}
-
     std::vector<float> maxima;      // (blocks, lanes)
     std::vector<float> max;         // (tiles)
     std::vector<float> sums;        // (tiles, temperatures)
     std::vector<float> block_sums;  // (blocks)
-    std::vector<float> bins, ordered;
-    FirstKeys keys;
+    std::vector<float> bins;
+    std::vector<Key> keys;
     std::vector<double> totals;   // (temperatures) sums of exponentials, relative to the row's maximum
     std::vector<double> weights;  // (blocks) sums at the temperature that is drawn at
     std::vector<double> points;   // of the distribution function, ascending
@@ -128,8 +84,6 @@ class Selection {
         tiles_ = (columns_ + select_tile - 1) / select_tile;
         block_ = kernels_.block();
         blocks_ = (columns_ + block_ - 1) / block_;
-        // About four sets a wanted column: more of them cost more than the columns which they spare.
-        group_ = std::clamp<std::int64_t>(blocks_ * kernels_.lanes / (4 * a_.k), 1, blocks_);
         temperatures_ = a_.temperatures;
         if (std::find(temperatures_.begin(), temperatures_.end(), 1.0) == temperatures_.end())
             temperatures_.push_back(1.0);
@@ -182,8 +136,10 @@ class Selection {
 
     Scratch scratch() const {
         const auto blocks = static_cast<std::size_t>(blocks_), lanes = static_cast<std::size_t>(kernels_.lanes);
-        Scratch s(a_.k);
+        Scratch s;
         s.maxima.resize(blocks * lanes);
+        s.bins.resize(blocks * lanes);
+        s.keys.resize(static_cast<std::size_t>(std::min(2 * a_.k, columns_) + 1024 + block_));
         s.max.resize(static_cast<std::size_t>(tiles_));
         s.sums.resize(static_cast<std::size_t>(tiles_) * temperatures_.size());
         if (a_.sampled()) {
@@ -261,42 +217,27 @@ class Selection {
 
     // --- The largest columns
 
-    const std::vector<Key>& largest(std::int64_t i, Scratch& s) const {
-        const std::int64_t lanes = kernels_.lanes, groups = (blocks_ + group_ - 1) / group_;
-        s.bins.assign(static_cast<std::size_t>(groups * lanes), -std::numeric_limits<float>::infinity());
-        for (std::int64_t b = 0; b < blocks_; ++b) {
-            float* bin = &s.bins[b / group_ * lanes];
-            const float* maxima = &s.maxima[b * lanes];
-            for (std::int64_t l = 0; l < lanes; ++l) bin[l] = maxima[l] > bin[l] ? maxima[l] : bin[l];
+    // The first k columns above -inf, in order.
+    std::span<const Key> largest(std::int64_t i, Scratch& s) const {
+        Collection c{.row = a_.logits.row(i),
+                     .dtype = a_.logits.dtype,
+                     .columns = columns_,
+                     .maxima = s.maxima.data(),
+                     .floor = kernels_.floor_of(s.maxima.data(), blocks_, a_.k, s.bins.data()),
+                     .keys = s.keys.data(),
+                     .room = static_cast<std::int64_t>(s.keys.size())};
+        for (kernels_.collect(c); c.block < blocks_; kernels_.collect(c)) {
+            // What comes later loses a tie with what is kept, so that the floor may be the last of these.
+            std::nth_element(c.keys, c.keys + a_.k - 1, c.keys + c.count);
+            c.count = a_.k;
+            c.floor = value_of(c.keys[a_.k - 1]);
         }
-        float bound = -std::numeric_limits<float>::max();  // not -inf, which is never kept
-        if (groups * lanes > a_.k) {
-            s.ordered = s.bins;
-            const auto kth = s.ordered.begin() + a_.k - 1;
-            std::nth_element(s.ordered.begin(), kth, s.ordered.end(), [](float x, float y) { return x > y; });
-            bound = std::max(bound, *kth);
-        }
-        s.keys.clear();
-        const std::byte* row = a_.logits.row(i);
-        for (std::int64_t g = 0; g < groups; ++g)
-            for (std::int64_t l = 0; l < lanes; ++l) {
-                if (s.bins[g * lanes + l] < bound) continue;
-                for (std::int64_t b = g * group_; b < std::min(blocks_, (g + 1) * group_); ++b)
-                    if (s.maxima[b * lanes + l] >= bound) add_lane(row, b * block_ + l, bound, s.keys);
-            }
-        return s.keys.sorted();
-    }
-
-    void add_lane(const std::byte* row, std::int64_t first, float bound, FirstKeys& keys) const {
-        const std::int64_t end = std::min(columns_, first + block_);
-        for (std::int64_t column = first; column < end; column += kernels_.lanes) {
-            const float x = element(row, a_.logits.dtype, column);
-            if (x >= bound) keys.add(key_of(x, column));
-        }
+        std::sort(c.keys, c.keys + c.count);
+        return {c.keys, static_cast<std::size_t>(std::min(c.count, a_.k))};
     }
 
     void keep(std::int64_t i, float top, double log_one, Scratch& s) const {
-        const std::vector<Key>& keys = largest(i, s);
+        const std::span<const Key> keys = largest(i, s);
         auto n = static_cast<std::int64_t>(keys.size());
         if (a_.method == Method::topp) {
             const std::int64_t most = n;
@@ -442,7 +383,7 @@ class Selection {
 
     const SelectCall& a_;
     const SelectKernels& kernels_;
-    std::int64_t columns_, tiles_, block_, blocks_, group_, one_;
+    std::int64_t columns_, tiles_, block_, blocks_, one_;
     std::vector<double> temperatures_;  // those asked for, and 1
     std::vector<Exponential> exponentials_;
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <string_view>
 #include <vector>
@@ -69,9 +70,35 @@ struct ScanTile {
     float* block_sums;  // of the first exponential, (blocks); null: not wanted
 };
 
+// A column as a number that is less the earlier it comes in the order: larger logits first, then lower ids. Inlined
+// always: a copy outside an instruction set's namespace would be shared between them.
+using Key = std::uint64_t;
+[[gnu::always_inline]] inline Key key_of(float x, std::int64_t id) {
+    const auto bits = std::bit_cast<std::uint32_t>(x + 0.0f);  // -0 and 0 are a tie
+    const std::uint32_t ascending = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return Key{~ascending} << 32 | static_cast<std::uint32_t>(id);
+}
+
+// The columns above a floor, block by block for as long as there is room for all columns of the next.
+struct Collection {
+    const std::byte* row;
+    DType dtype;
+    std::int64_t columns;
+    const float* maxima;  // (blocks, lanes)
+    float floor;
+    Key* keys;
+    std::int64_t room;
+    std::int64_t block = 0;  // the next
+    std::int64_t count = 0;  // of keys
+};
+
 struct SelectKernels {
     std::int64_t lanes;
     void (*scan)(const ScanTile&);
+    // A number above which there are at least k columns of the row, if it has as many above -inf, and few more than k;
+    // bins is scratch as large as maxima, (blocks, lanes).
+    float (*floor_of)(const float* maxima, std::int64_t blocks, std::int64_t k, float* bins);
+    void (*collect)(Collection&);
     // out[i] = 2^((x[i] - reference) c) for n <= select_tile columns
     void (*weights)(const std::byte* x, DType dtype, std::int64_t n, float reference, float c, float* out);
 

@@ -1,5 +1,6 @@
 // What the selection of sparse targets does to a tile of logits, for one ISA; see select.cpp for what it is good for.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -86,7 +87,7 @@ float maxima_of(Columns<Io>& x, std::int64_t n, float* maxima) {
 // The arithmetic of one tile hides the fetch of the next.
 template <class Io, bool Squared, bool Blocks>
 void sum(Columns<Io>& x, const ScanTile& t, float reference, const Exponential& exponential, const std::byte* ahead) {
-    const V from = set1(reference), c = set1(exponential.c);
+    const V from = set1(-reference * exponential.c), c = set1(exponential.c);
     V s0 = set1(0), s1 = s0, q0 = s0, q1 = s0;
     float total = 0;
     float* block_sum = t.block_sums;
@@ -95,9 +96,9 @@ void sum(Columns<Io>& x, const ScanTile& t, float reference, const Exponential& 
             constexpr std::int64_t size = sizeof(typename Io::Element);
             if (ahead)
                 for (std::int64_t byte = 0; byte < pair * size; byte += 64)
-                    __builtin_prefetch(ahead + i * size + byte, 0, 2);
+                    __builtin_prefetch(ahead + i * size + byte);
             const auto* at = x.from(i);
-            const V a = exp2((Io::get(at) - from) * c), b = exp2((Io::get(at + width) - from) * c);
+            const V a = exp2(affine(Io::get(at), c, from)), b = exp2(affine(Io::get(at + width), c, from));
             s0 = s0 + a;
             s1 = s1 + b;
             if constexpr (Squared) {
@@ -132,6 +133,66 @@ void scan_columns(const ScanTile& t) {
     }
 }
 
+// Bins are the lanes of groups of blocks, about four times k of them: with that many, few columns above the k-th largest
+// bin's maximum are not alone in their bins. Bisection ends where nearly k bins are above.
+float floor_of(const float* maxima, std::int64_t blocks, std::int64_t k, float* bins) {
+    const std::int64_t group = std::clamp<std::int64_t>(blocks * width / (4 * k), 1, blocks);
+    float* end = bins;
+    V top = set1(minus_infinity);
+    for (std::int64_t begin = 0; begin < blocks; begin += group, end += width) {
+        V a = set1(minus_infinity);
+        for (std::int64_t b = begin; b < std::min(begin + group, blocks); ++b) a = max(load(maxima + b * width), a);
+        store(end, a);
+        top = max(top, a);
+    }
+    const auto above = [&](float floor) {
+        std::int64_t n = 0;
+        for (const float* bin = bins; bin < end; bin += width)
+            n += std::popcount(bits(less(set1(floor), load(bin))));
+        return n;
+    };
+    const float highest = hmax(top);
+    float low = highest, high = highest;
+    std::int64_t n = 0;
+    for (float span = 0.5f; n < k && low != minus_infinity; span *= 2) {
+        high = low;
+        low = highest - span;
+        n = above(low);
+    }
+    for (int i = 0; i < 20 && n > k + k / 8 && low != minus_infinity; ++i) {
+        const float middle = low + (high - low) / 2;
+        const std::int64_t there = above(middle);
+        (there < k ? high : low) = middle;
+        if (there >= k) n = there;
+    }
+    return low;
+}
+
+template <class Io>
+void collect_columns(Collection& c) {
+    const V floor = set1(c.floor);
+    const auto* row = reinterpret_cast<const typename Io::Element*>(c.row);
+    for (; c.block * block < c.columns && c.count + block <= c.room; ++c.block) {
+        if (!bits(less(floor, load(c.maxima + c.block * width)))) continue;
+        const std::int64_t first = c.block * block, n = std::min(block, c.columns - first);
+        Columns<Io> x(row + first, n);
+        for (std::int64_t i = 0; i < n; i += pair) {
+            const auto* at = x.from(i);
+            for (std::int64_t j = 0; j < pair; j += width) {
+                const V value = Io::get(at + j);
+                unsigned hits = bits(less(floor, value));
+                if (!hits) continue;
+                alignas(64) float values[width];
+                store(values, value);
+                for (; hits; hits &= hits - 1) {
+                    const int lane = std::countr_zero(hits);
+                    c.keys[c.count++] = key_of(values[lane], first + i + j + lane);
+                }
+            }
+        }
+    }
+}
+
 template <class Io>
 void weigh(const std::byte* data, std::int64_t n, float reference, float scale, float* out) {
     Columns<Io> x(reinterpret_cast<const typename Io::Element*>(data), n);
@@ -151,6 +212,12 @@ void scan(const ScanTile& t) {
     t.dtype == DType::f32 ? scan_columns<F32>(t) : t.dtype == DType::bf16 ? scan_columns<Bf16>(t) : scan_columns<F16>(t);
 }
 
+void collect(Collection& c) {
+    c.dtype == DType::f32    ? collect_columns<F32>(c)
+    : c.dtype == DType::bf16 ? collect_columns<Bf16>(c)
+                             : collect_columns<F16>(c);
+}
+
 void weights(const std::byte* x, DType dtype, std::int64_t n, float reference, float c, float* out) {
     const FlushDenormals flush;
     dtype == DType::f32    ? weigh<F32>(x, n, reference, c, out)
@@ -165,5 +232,6 @@ void weights(const std::byte* x, DType dtype, std::int64_t n, float reference, f
 #define KDFAST_SELECT(isa) KDFAST_CONCAT(isa, _select)
 
 namespace kdfast::cpu {
-const SelectKernels KDFAST_SELECT(KDFAST_ISA) = {KDFAST_ISA::width, KDFAST_ISA::scan, KDFAST_ISA::weights};
+const SelectKernels KDFAST_SELECT(KDFAST_ISA) = {KDFAST_ISA::width, KDFAST_ISA::scan, KDFAST_ISA::floor_of,
+                                                  KDFAST_ISA::collect, KDFAST_ISA::weights};
 }  // namespace kdfast::cpu

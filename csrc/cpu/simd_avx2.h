@@ -40,6 +40,7 @@ KDFAST_INLINE V min(V a, V b) { return {_mm256_min_ps(a.v, b.v)}; }
 KDFAST_INLINE V abs(V a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 KDFAST_INLINE M less(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 KDFAST_INLINE M equal(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+KDFAST_INLINE unsigned bits(M m) { return static_cast<unsigned>(_mm256_movemask_ps(m.m)); }
 KDFAST_INLINE V select(M m, V yes, V no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
 KDFAST_INLINE V times(V a, V b) { return select(equal(a, set1(0)), a, a * b); }
 KDFAST_INLINE V add_times(V c, V a, V b) { return select(equal(a, set1(0)), c, fma(a, b, c)); }

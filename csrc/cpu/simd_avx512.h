@@ -42,6 +42,7 @@ KDFAST_INLINE V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }             
 KDFAST_INLINE V abs(V a) { return {_mm512_abs_ps(a.v)}; }
 KDFAST_INLINE M less(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 KDFAST_INLINE M equal(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+KDFAST_INLINE unsigned bits(M m) { return m; }  // a bit a lane, the first lane's lowest
 KDFAST_INLINE V select(M m, V yes, V no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 // a b, and a b + c, where an a of 0 silences whatever b holds
 KDFAST_INLINE V times(V a, V b) {
