@@ -1,5 +1,6 @@
 // Random numbers that are a function of where they are used: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel
-// random numbers: as easy as 1, 2, 3", SC 2011), ten rounds over a counter. kdfast/selection.py has the same in PyTorch.
+// random numbers: as easy as 1, 2, 3", SC 2011), ten rounds over a counter. kdfast/selection.py has the same in
+// PyTorch.
 #pragma once
 
 #include <array>

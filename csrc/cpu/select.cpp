@@ -4,8 +4,8 @@
 // to the tile's own maximum, so that no tile depends on another. What follows touches a small part of a row that is in
 // cache still.
 //
-// The k largest columns. Maxima of disjoint sets of columns are columns, so where k of such maxima are above a floor, so
-// are k columns, and with several times k sets few more. Only blocks with a maximum above it are looked at again.
+// The k largest columns. Maxima of disjoint sets of columns are columns, so where k of such maxima are above a floor,
+// so are k columns, and with several times k sets few more. Only blocks with a maximum above it are looked at again.
 //
 // Draws. A tile's sums come by block too; they lead to the block that a point of the distribution function lies in, and
 // only there are the weights of single columns looked at, and added up in fp64.
@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 #include <numeric>
 #include <span>
 #include <string>
@@ -29,7 +30,6 @@ namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr float nan32 = std::numeric_limits<float>::quiet_NaN();
-constexpr double log2e = 1.4426950408889634;
 constexpr std::int64_t segment = 4;  // tiles that are a task where rows are few
 
 float half(std::uint32_t h) {
@@ -127,8 +127,8 @@ class Selection {
             const auto found = std::find(temperatures_.begin(), temperatures_.end(), temperatures_[i] / 2);
             const auto squared = found - temperatures_.begin();
             const bool free = found != temperatures_.end() && !planned[static_cast<std::size_t>(squared)];
-            exponentials_.push_back({static_cast<float>(log2e / temperatures_[i]), static_cast<std::int64_t>(i),
-                                     free ? static_cast<std::int64_t>(squared) : -1});
+            exponentials_.push_back({static_cast<float>(std::numbers::log2e / temperatures_[i]),
+                                     static_cast<std::int64_t>(i), free ? static_cast<std::int64_t>(squared) : -1});
             planned[i] = true;
             if (free) planned[static_cast<std::size_t>(squared)] = true;
         }
@@ -171,9 +171,14 @@ class Selection {
         }
     }
 
-    // What a tile's sums are to be multiplied by, to be relative to the row's maximum.
-    static double factor(const Scratch& s, std::int64_t tile, float top, double temperature) {
-        return std::exp((static_cast<double>(s.max[tile]) - top) / temperature);
+    // What a tile's sums are to be multiplied by, to be relative to the row's maximum, with the rounding of the tile's
+    // reference taken out.
+    double factor(const Scratch& s, std::int64_t tile, float top, const Exponential& e) const {
+        const float max = s.max[tile];
+        if (max == -std::numeric_limits<float>::infinity()) return 0;
+        const float reference = max * e.c;
+        const double rounding = static_cast<double>(max) * e.c - reference;
+        return std::exp((static_cast<double>(max) - top) / temperatures_[e.at] - rounding * std::numbers::ln2);
     }
 
     void finish(std::int64_t i, Scratch& s) const {
@@ -185,7 +190,7 @@ class Selection {
             for (std::int64_t t = 0; t < tiles_; ++t) {
                 const float* sums = &s.sums[t * n];
                 for (const Exponential& e : exponentials_) {
-                    const double f = factor(s, t, top, temperatures_[e.at]);
+                    const double f = factor(s, t, top, e);
                     s.totals[e.at] += f * sums[e.at];
                     if (e.squared_at >= 0) s.totals[e.squared_at] += f * f * sums[e.squared_at];
                 }
@@ -263,9 +268,9 @@ class Selection {
     std::int64_t weigh_columns(std::int64_t i, std::int64_t block, float top, std::span<const Key> without,
                                Scratch& s) const {
         const std::int64_t first = block * block_, n = std::min(block_, columns_ - first), tile = first / select_tile;
-        const auto c = static_cast<float>(log2e / drawn_at());
-        kernels_.weights(at(i, first), a_.logits.dtype, n, s.max[tile], c, s.raw.data());
-        const double f = factor(s, tile, top, drawn_at());
+        const Exponential& e = exponentials_[0];
+        kernels_.weights(at(i, first), a_.logits.dtype, n, s.max[tile], e.c, s.raw.data());
+        const double f = factor(s, tile, top, e);
         for (std::int64_t j = 0; j < n; ++j) s.columns[j] = f * s.raw[j];
         for (const Key key : without)
             if (id_of(key) / block_ == block) s.columns[id_of(key) - first] = 0;
@@ -273,9 +278,11 @@ class Selection {
     }
 
     void weigh_blocks(float top, Scratch& s) const {
+        double f = 0;
         for (std::int64_t b = 0; b < blocks_; ++b) {
-            const std::int64_t tile = b * block_ / select_tile;
-            s.weights[b] = std::isfinite(s.max[tile]) ? factor(s, tile, top, drawn_at()) * s.block_sums[b] : 0;
+            const std::int64_t first = b * block_;
+            if (first % select_tile == 0) f = factor(s, first / select_tile, top, exponentials_[0]);
+            s.weights[b] = f * s.block_sums[b];
         }
     }
 
@@ -341,7 +348,8 @@ class Selection {
         rest.back() = std::accumulate(s.weights.begin(), s.weights.end(), 0.0);
         for (std::size_t j = keys.size(); j-- > 0;) rest[j] = rest[j + 1] + w[j];
         std::size_t m = 0;
-        while (m < keys.size() && w[m] > 0 && w[m] * static_cast<double>(a_.k - static_cast<std::int64_t>(m)) >= rest[m])
+        while (m < keys.size() && w[m] > 0 &&
+               w[m] * static_cast<double>(a_.k - static_cast<std::int64_t>(m)) >= rest[m])
             ++m;
         const std::span<const Key> certain = keys.first(m);
         for (std::size_t j = 0; j < m; ++j) s.entries.push_back({id_of(keys[j]), w[j] / s.totals[0]});
@@ -353,7 +361,8 @@ class Selection {
         s.points.clear();
         for (std::int64_t j = 0; j < points; ++j) s.points.push_back((start + static_cast<double>(j)) * step);
         locate(i, top, certain, s, [&](std::int64_t column) {
-            if (s.entries.size() == m || s.entries.back().id != column) s.entries.push_back({column, step / s.totals[0]});
+            if (s.entries.size() == m || s.entries.back().id != column)
+                s.entries.push_back({column, step / s.totals[0]});
         });
     }
 

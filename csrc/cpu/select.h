@@ -32,12 +32,12 @@ struct SelectCall {
     std::uint64_t seed = 0;
     std::int64_t first_token = 0;  // number of row 0, which the random numbers go by
 
-    std::int32_t* ids = nullptr;     // (rows, k); -1 from k_eff on
-    float* logprobs = nullptr;       // (rows, k) x - L; -inf from k_eff on
-    float* lse = nullptr;            // (temperatures, rows) logsumexp((x - L) / T)
-    std::int32_t* k_eff = nullptr;   // (rows)
-    float* mass = nullptr;           // (rows, k), sampled methods
-    float* neg_entropy = nullptr;    // (rows), sampled methods: sum mass log q_T
+    std::int32_t* ids = nullptr;    // (rows, k); -1 from k_eff on
+    float* logprobs = nullptr;      // (rows, k) x - L; -inf from k_eff on
+    float* lse = nullptr;           // (temperatures, rows) logsumexp((x - L) / T)
+    std::int32_t* k_eff = nullptr;  // (rows)
+    float* mass = nullptr;          // (rows, k), sampled methods
+    float* neg_entropy = nullptr;   // (rows), sampled methods: sum mass log q_T
     int threads = 1;
 
     bool sampled() const { return method == Method::sample || method == Method::pps; }
@@ -48,7 +48,8 @@ inline constexpr std::int64_t select_tile = 2048;
 // Vectors under one vector of maxima: lane l of a block of 16 vectors has the largest of its columns l, l + lanes, ...
 inline constexpr std::int64_t select_block_vectors = 16;
 
-// An exponential per column, 2^(d c), and where its sum goes; its square is the exponential at half the temperature.
+// An exponential per column, 2^(x c - reference c), and where its sum goes; its square is the exponential at half the
+// temperature. The product reference c is rounded to fp32, all else is one operation.
 struct Exponential {
     float c;  // log2e / T
     std::int64_t at;
@@ -66,7 +67,7 @@ struct ScanTile {
 
     float* maxima;      // (blocks, lanes)
     float* max;         // of the tile; NaN is not seen by a maximum
-    float* sums;        // of exponentials, d = x - max; NaN is seen
+    float* sums;        // of exponentials, reference = max or, where that is -inf, 0; NaN is seen
     float* block_sums;  // of the first exponential, (blocks); null: not wanted
 };
 
@@ -99,7 +100,7 @@ struct SelectKernels {
     // bins is scratch as large as maxima, (blocks, lanes).
     float (*floor_of)(const float* maxima, std::int64_t blocks, std::int64_t k, float* bins);
     void (*collect)(Collection&);
-    // out[i] = 2^((x[i] - reference) c) for n <= select_tile columns
+    // The exponentials of n <= select_tile columns.
     void (*weights)(const std::byte* x, DType dtype, std::int64_t n, float reference, float c, float* out);
 
     std::int64_t block() const { return lanes * select_block_vectors; }  // columns

@@ -95,8 +95,7 @@ void sum(Columns<Io>& x, const ScanTile& t, float reference, const Exponential& 
         for (std::int64_t i = begin, end = std::min(begin + block, t.columns); i < end; i += pair) {
             constexpr std::int64_t size = sizeof(typename Io::Element);
             if (ahead)
-                for (std::int64_t byte = 0; byte < pair * size; byte += 64)
-                    __builtin_prefetch(ahead + i * size + byte);
+                for (std::int64_t byte = 0; byte < pair * size; byte += 64) __builtin_prefetch(ahead + i * size + byte);
             const auto* at = x.from(i);
             const V a = exp2(affine(Io::get(at), c, from)), b = exp2(affine(Io::get(at + width), c, from));
             s0 = s0 + a;
@@ -133,8 +132,8 @@ void scan_columns(const ScanTile& t) {
     }
 }
 
-// Bins are the lanes of groups of blocks, about four times k of them: with that many, few columns above the k-th largest
-// bin's maximum are not alone in their bins. Bisection ends where nearly k bins are above.
+// Bins are the lanes of groups of blocks, about four times k of them: with that many, few columns above the k-th
+// largest bin's maximum are not alone in their bins. Bisection ends where nearly k bins are above.
 float floor_of(const float* maxima, std::int64_t blocks, std::int64_t k, float* bins) {
     const std::int64_t group = std::clamp<std::int64_t>(blocks * width / (4 * k), 1, blocks);
     float* end = bins;
@@ -147,8 +146,7 @@ float floor_of(const float* maxima, std::int64_t blocks, std::int64_t k, float* 
     }
     const auto above = [&](float floor) {
         std::int64_t n = 0;
-        for (const float* bin = bins; bin < end; bin += width)
-            n += std::popcount(bits(less(set1(floor), load(bin))));
+        for (const float* bin = bins; bin < end; bin += width) n += std::popcount(bits(less(set1(floor), load(bin))));
         return n;
     };
     const float highest = hmax(top);
@@ -196,20 +194,26 @@ void collect_columns(Collection& c) {
 template <class Io>
 void weigh(const std::byte* data, std::int64_t n, float reference, float scale, float* out) {
     Columns<Io> x(reinterpret_cast<const typename Io::Element*>(data), n);
-    const V from = set1(reference), c = set1(scale);
+    const V from = set1(-reference * scale), c = set1(scale), least = set1(std::numeric_limits<float>::min());
+    const auto weight = [&](V column) KDFAST_INLINE_LAMBDA {
+        const V w = exp2(affine(column, c, from));
+        return select(less(w, least), set1(0), w);  // what a sum counts as 0, as it flushes denormals
+    };
     alignas(64) float last[pair];
     for (std::int64_t i = 0; i < n; i += pair) {
         const auto* at = x.from(i);
         float* to = i + pair <= n ? out + i : last;
-        store(to, exp2((Io::get(at) - from) * c));
-        store(to + width, exp2((Io::get(at + width) - from) * c));
+        store(to, weight(Io::get(at)));
+        store(to + width, weight(Io::get(at + width)));
         if (to == last) std::copy_n(last, n - i, out + i);
     }
 }
 
 void scan(const ScanTile& t) {
     const FlushDenormals flush;
-    t.dtype == DType::f32 ? scan_columns<F32>(t) : t.dtype == DType::bf16 ? scan_columns<Bf16>(t) : scan_columns<F16>(t);
+    t.dtype == DType::f32    ? scan_columns<F32>(t)
+    : t.dtype == DType::bf16 ? scan_columns<Bf16>(t)
+                             : scan_columns<F16>(t);
 }
 
 void collect(Collection& c) {
@@ -233,5 +237,5 @@ void weights(const std::byte* x, DType dtype, std::int64_t n, float reference, f
 
 namespace kdfast::cpu {
 const SelectKernels KDFAST_SELECT(KDFAST_ISA) = {KDFAST_ISA::width, KDFAST_ISA::scan, KDFAST_ISA::floor_of,
-                                                  KDFAST_ISA::collect, KDFAST_ISA::weights};
+                                                 KDFAST_ISA::collect, KDFAST_ISA::weights};
 }  // namespace kdfast::cpu
