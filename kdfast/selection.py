@@ -122,7 +122,7 @@ def _multinomial(q: Tensor, request: Request, tokens: Tensor) -> Tensor:
 
 
 def _pps(q: Tensor, request: Request, tokens: Tensor) -> Tensor:
-    """q / pi of the columns that are met, 0 elsewhere, (n, V)."""
+    """The mass q / pi of the columns that are met, 0 elsewhere, (n, V)."""
     k, (n, v) = request.most, q.shape
     # With the m largest columns there for certain and R the mass of the rest, l = (k - m) / R; m is the first number
     # whose next column has l q < 1.

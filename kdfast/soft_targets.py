@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from kdfast import selection
 from kdfast.ops import _registry, select_cpu
 from kdfast.ops.dense import KERNEL_DTYPES
+from kdfast.ops.dense_cpu import EXTENSION_MISSING
 from kdfast.problem import Logits, _check_logits, _choice, device_of
 from kdfast.selection import Request, Selected
 from kdfast.targets import METHODS, SAMPLED, LMHead, SparseTargets
@@ -69,8 +71,8 @@ def soft_targets(
         :class:`kdfast.SparseTargets` on the device of the logits: ``ids`` (..., K) int32, by falling probability for
         "topk" and "topp" and ascending for the sampled methods, -1 from ``k_eff`` (...) int32 on; ``logprobs`` (..., K)
         fp32, x - L, at temperature 1 over all V columns for every method; ``lse`` {T: (...)} fp32,
-        logsumexp((x - L) / T); for the sampled methods ``mass`` (..., K) fp32 and ``neg_entropy`` (...) fp32, the sum of
-        mass * log q_T. Columns of -inf are never kept. A token with a NaN or +inf among its logits, or nothing but
+        logsumexp((x - L) / T); for the sampled methods ``mass`` (..., K) fp32 and ``neg_entropy`` (...) fp32, the sum
+        of mass * log q_T. Columns of -inf are never kept. A token with a NaN or +inf among its logits, or nothing but
         -inf, is NaN throughout, and its ids are 0, 1, ...
 
     Raises:
@@ -93,7 +95,8 @@ def soft_targets(
     leading, v = logits_or_head.shape[:-1], logits_or_head.shape[-1]
     run = select_cpu.select if backend == "cpu" else selection.select
     if backend == "cpu" and isinstance(logits_or_head, Tensor) and (logits_or_head.stride(-1) == 1 or v == 1):
-        parts = [run(logits_or_head, request, 0)]
+        # as it lies; a leading axis is added to a single token's logits, so that chunks can be joined
+        parts = [run(logits_or_head if leading else logits_or_head[None], request, 0)]
     else:
         parts = [run(x, request, first) for first, x in _chunks(logits_or_head, backend)]
     return _targets(parts, leading, v, request)
@@ -137,11 +140,12 @@ def _bounds(k: object, method: str) -> tuple[int, int]:
     if pair and method != "topp":
         msg = f'k as a pair (least, most) is for method="topp", got {k!r} with method={method!r}: pass an int'
         raise ValueError(msg)
-    bounds = list(k) if isinstance(k, (tuple, list)) else [1, k]
-    if len(bounds) != 2 or any(isinstance(x, bool) or not isinstance(x, int) for x in bounds):
+    bounds: list[object] = list(k) if isinstance(k, (tuple, list)) else [1, k]
+    numbers = [x for x in bounds if isinstance(x, int) and not isinstance(x, bool)]
+    if len(bounds) != 2 or len(numbers) != 2:
         msg = f"k must be an int{' or a pair (least, most) of ints' if method == 'topp' else ''}, got {k!r}"
         raise TypeError(msg)
-    least, most = bounds
+    least, most = numbers
     if not 1 <= least <= most <= _MOST_K:
         what = "(least, most) with 1 <= least <= most" if pair else "at least 1"
         msg = f"k must be {what} and at most {_MOST_K}, got {k!r}"
@@ -174,8 +178,8 @@ def _temperatures(temperatures: object, method: str) -> tuple[float, ...]:
 
 def _declines(x: Logits) -> str | None:
     """Why the compiled kernel cannot serve these logits."""
-    if select_cpu.EXTENSION_MISSING is not None:
-        return select_cpu.EXTENSION_MISSING
+    if EXTENSION_MISSING is not None:
+        return EXTENSION_MISSING
     if device_of(x).type != "cpu":
         return f"logits on {device_of(x)}"
     dtype = x.dtype if isinstance(x, Tensor) else x.hidden.dtype
@@ -199,30 +203,25 @@ def _backend(x: Logits) -> str:
 
 def _chunks(x: Logits, backend: str) -> Iterator[tuple[int, Tensor]]:
     """Logits (n, V) of some tokens at a time, with the number of the first; one empty chunk where there are none."""
-    v = x.shape[-1]
-    rows = (x if isinstance(x, Tensor) else x.hidden).reshape(-1, x.shape[-1] if isinstance(x, Tensor) else x.hidden.shape[-1])
-    bytes_each = v * (8 if backend == "reference" else rows.element_size())
+    rows = x if isinstance(x, Tensor) else x.hidden
+    rows = rows.reshape(-1, rows.shape[-1])
+    row_bytes = x.shape[-1] * (8 if backend == "reference" else rows.element_size())
     if isinstance(x, LMHead) and x.softcap is not None:
-        bytes_each *= 3  # temporaries
-    step = max(1, CHUNK_BYTES.get(rows.device.type, CHUNK_BYTES["cpu"]) // bytes_each)
+        row_bytes *= 3  # with what softcap leaves in between
+    step = max(1, CHUNK_BYTES.get(rows.device.type, CHUNK_BYTES["cpu"]) // row_bytes)
     for first in range(0, max(1, len(rows)), step):
         part = rows[first : first + step]
-        yield first, part if isinstance(x, Tensor) else LMHead(part, x.weight, x.bias, softcap=x.softcap, scale=x.scale).logits()
+        yield first, part if isinstance(x, Tensor) else replace(x, hidden=part).logits()
 
 
 def _targets(parts: list[Selected], leading: torch.Size, v: int, request: Request) -> SparseTargets:
     def joined(name: str, *axes: int) -> Tensor | None:
-        values: list[Tensor] = [getattr(part, name) for part in parts]
-        if values[0] is None:
-            return None
-        whole = values[0] if len(values) == 1 else torch.cat(values)
-        return whole.reshape(*leading, *axes)
+        pieces = [getattr(part, name) for part in parts]
+        return None if pieces[0] is None else torch.cat(pieces).reshape((*leading, *axes))
 
-    lse = [torch.cat([part.lse[i] for part in parts]) if len(parts) > 1 else parts[0].lse[i] for i in range(len(request.temperatures))]
-    ids = joined("ids", request.most)
-    assert ids is not None
+    ids, lse = torch.cat([part.ids for part in parts]), torch.cat([part.lse for part in parts], 1)
     return SparseTargets(
-        ids,
+        ids.reshape((*leading, request.most)),
         joined("logprobs", request.most),
         vocab_size=v,
         lse={t: x.reshape(leading) for t, x in zip(request.temperatures, lse, strict=True)},

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import kdfast
 
 README = Path(__file__).parents[1] / "README.md"
-MODULES = ["kdfast.divergence", "kdfast.loss", "kdfast.ops._registry"]
+MODULES = ["kdfast.divergence", "kdfast.loss", "kdfast.ops._registry", "kdfast.soft_targets"]
 
 
 @pytest.mark.parametrize("name", MODULES)

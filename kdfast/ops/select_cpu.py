@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.ops.dense_cpu import EXTENSION_MISSING, _contiguous_rows, _core, _view
+from kdfast.ops.dense_cpu import _contiguous_rows, _view
 from kdfast.selection import Request, Selected
-
-__all__ = ["EXTENSION_MISSING", "select"]
 
 
 def select(logits: Tensor, request: Request, first_token: int) -> Selected:
-    """What :func:`kdfast.selection.select` computes, for fp32, bf16 and fp16 on the CPU."""
+    """What :func:`kdfast.selection.select` computes, for fp32, bf16 and fp16 (..., V) on the CPU."""
+    from kdfast import _core
+
     logits = _contiguous_rows(logits)
     leading = logits.shape[:-1]
     sampled = request.sampled
