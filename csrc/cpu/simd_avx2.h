@@ -98,6 +98,11 @@ KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(to_bf16_pair({a, a})));
 }
 KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
+KDFAST_INLINE Pair load_bf16_pair_unordered(const std::uint16_t* p) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {{_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))},
+            {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-0x10000)))}};
+}
 KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_pair(a));
 }

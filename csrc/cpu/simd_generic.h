@@ -118,6 +118,7 @@ KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
     }
 }
 KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
+KDFAST_INLINE Pair load_bf16_pair_unordered(const std::uint16_t* p) { return load_bf16_pair(p); }
 KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
     store_bf16(p, a.first);
     store_bf16(p + width, a.second);
