@@ -81,7 +81,8 @@ class Selection {
   public:
     Selection(const SelectCall& call, const SelectKernels& kernels) : a_(call), kernels_(kernels) {
         columns_ = a_.logits.columns;
-        tiles_ = (columns_ + select_tile - 1) / select_tile;
+        tile_ = select_tile(a_.logits.dtype);
+        tiles_ = (columns_ + tile_ - 1) / tile_;
         block_ = kernels_.block();
         blocks_ = (columns_ + block_ - 1) / block_;
         temperatures_ = a_.temperatures;
@@ -155,13 +156,20 @@ class Selection {
         return a_.logits.row(i) + column * static_cast<std::int64_t>(size_of(a_.logits.dtype));
     }
 
+    // Where the tile after t is, or where the next row begins; null where there is no whole tile.
+    const std::byte* after(std::int64_t i, std::int64_t t) const {
+        const std::int64_t next = (t + 1) * tile_;
+        if (next + tile_ <= columns_) return at(i, next);
+        return t + 1 == tiles_ && i + 1 < a_.rows && tiles_ > 1 ? at(i + 1, 0) : nullptr;
+    }
+
     void scan(std::int64_t i, std::int64_t begin, std::int64_t end, Scratch& s) const {
         for (std::int64_t t = begin; t < end; ++t) {
-            const std::int64_t first = t * select_tile, block = first / block_;
+            const std::int64_t first = t * tile_, block = first / block_;
             kernels_.scan({.data = at(i, first),
                            .dtype = a_.logits.dtype,
-                           .columns = std::min(select_tile, columns_ - first),
-                           .ahead = first + 2 * select_tile <= columns_ ? at(i, first + select_tile) : nullptr,
+                           .columns = std::min(tile_, columns_ - first),
+                           .ahead = after(i, t),
                            .exponentials = exponentials_.data(),
                            .exponentials_count = static_cast<std::int64_t>(exponentials_.size()),
                            .maxima = s.maxima.data() + block * kernels_.lanes,
@@ -267,7 +275,7 @@ class Selection {
     // Weights of a block's columns relative to the row's maximum, without those of some keys; returns how many.
     std::int64_t weigh_columns(std::int64_t i, std::int64_t block, float top, std::span<const Key> without,
                                Scratch& s) const {
-        const std::int64_t first = block * block_, n = std::min(block_, columns_ - first), tile = first / select_tile;
+        const std::int64_t first = block * block_, n = std::min(block_, columns_ - first), tile = first / tile_;
         const Exponential& e = exponentials_[0];
         kernels_.weights(at(i, first), a_.logits.dtype, n, s.max[tile], e.c, s.raw.data());
         const double f = factor(s, tile, top, e);
@@ -281,7 +289,7 @@ class Selection {
         double f = 0;
         for (std::int64_t b = 0; b < blocks_; ++b) {
             const std::int64_t first = b * block_;
-            if (first % select_tile == 0) f = factor(s, first / select_tile, top, exponentials_[0]);
+            if (first % tile_ == 0) f = factor(s, first / tile_, top, exponentials_[0]);
             s.weights[b] = f * s.block_sums[b];
         }
     }
@@ -392,7 +400,7 @@ class Selection {
 
     const SelectCall& a_;
     const SelectKernels& kernels_;
-    std::int64_t columns_, tiles_, block_, blocks_, one_;
+    std::int64_t columns_, tile_, tiles_, block_, blocks_, one_;
     std::vector<double> temperatures_;  // those asked for, and 1
     std::vector<Exponential> exponentials_;
 };

@@ -43,8 +43,9 @@ struct SelectCall {
     bool sampled() const { return method == Method::sample || method == Method::pps; }
 };
 
-// Columns under one maximum and one set of sums: a tile is read from memory once and stays in the nearest cache.
-inline constexpr std::int64_t select_tile = 2048;
+// Columns under one maximum and one set of sums: a tile is read from memory once and stays, beside the next, in the
+// nearest cache.
+constexpr std::int64_t select_tile(DType dtype) { return dtype == DType::f32 ? 2048 : 4096; }
 // Vectors under one vector of maxima: lane l of a block of 16 vectors has the largest of its columns l, l + lanes, ...
 inline constexpr std::int64_t select_block_vectors = 16;
 
@@ -59,7 +60,7 @@ struct Exponential {
 struct ScanTile {
     const std::byte* data;
     DType dtype;
-    std::int64_t columns;    // <= select_tile
+    std::int64_t columns;    // <= select_tile(dtype)
     const std::byte* ahead;  // what will be read next, to be fetched meanwhile; as many bytes as a tile, or null
 
     const Exponential* exponentials;
@@ -100,7 +101,7 @@ struct SelectKernels {
     // bins is scratch as large as maxima, (blocks, lanes).
     float (*floor_of)(const float* maxima, std::int64_t blocks, std::int64_t k, float* bins);
     void (*collect)(Collection&);
-    // The exponentials of n <= select_tile columns.
+    // The exponentials of any number of columns.
     void (*weights)(const std::byte* x, DType dtype, std::int64_t n, float reference, float c, float* out);
 
     std::int64_t block() const { return lanes * select_block_vectors; }  // columns

@@ -30,7 +30,7 @@ namespace {
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 constexpr std::int64_t pair = 2 * width;  // columns that a loop takes at a time
 constexpr std::int64_t block = width * select_block_vectors;
-static_assert(select_tile % block == 0 && block % pair == 0);
+static_assert(select_tile(DType::f32) % block == 0 && select_tile(DType::bf16) % block == 0 && block % pair == 0);
 
 struct F32 {
     using Element = float;
