@@ -1,8 +1,8 @@
 // Selection of sparse targets: the part that is compiled for every CPU alike.
 //
-// A row is read from memory once, tile by tile: maxima first, then sums of exponentials at every temperature, relative
-// to the tile's own maximum, so that no tile depends on another. What follows touches a small part of a row that is in
-// cache still.
+// A row is read from memory once, tile by tile: maxima and sums of exponentials at every temperature, relative to a
+// reference of the tile's own, so that no tile depends on another. What follows touches a small part of a row that is
+// in cache still.
 //
 // The k largest columns. Maxima of disjoint sets of columns are columns, so where k of such maxima are above a floor,
 // so are k columns, and with several times k sets few more. Only blocks with a maximum above it are looked at again.
@@ -65,6 +65,7 @@ struct Entry {  // of a sampled method
 struct Scratch {
     std::vector<float> maxima;      // (blocks, lanes)
     std::vector<float> max;         // (tiles)
+    std::vector<float> reference;   // (tiles)
     std::vector<float> sums;        // (tiles, temperatures)
     std::vector<float> block_sums;  // (blocks)
     std::vector<float> bins;
@@ -142,6 +143,7 @@ class Selection {
         s.bins.resize(blocks * lanes);
         s.keys.resize(static_cast<std::size_t>(std::min(2 * a_.k, columns_) + 1024 + block_));
         s.max.resize(static_cast<std::size_t>(tiles_));
+        s.reference.resize(static_cast<std::size_t>(tiles_));
         s.sums.resize(static_cast<std::size_t>(tiles_) * temperatures_.size());
         if (a_.sampled()) {
             s.block_sums.resize(blocks);
@@ -174,6 +176,7 @@ class Selection {
                            .exponentials_count = static_cast<std::int64_t>(exponentials_.size()),
                            .maxima = s.maxima.data() + block * kernels_.lanes,
                            .max = &s.max[t],
+                           .reference = &s.reference[t],
                            .sums = &s.sums[t * static_cast<std::int64_t>(temperatures_.size())],
                            .block_sums = s.block_sums.empty() ? nullptr : &s.block_sums[block]});
         }
@@ -182,11 +185,10 @@ class Selection {
     // What a tile's sums are to be multiplied by, to be relative to the row's maximum, with the rounding of the tile's
     // reference taken out.
     double factor(const Scratch& s, std::int64_t tile, float top, const Exponential& e) const {
-        const float max = s.max[tile];
-        if (max == -std::numeric_limits<float>::infinity()) return 0;
-        const float reference = max * e.c;
-        const double rounding = static_cast<double>(max) * e.c - reference;
-        return std::exp((static_cast<double>(max) - top) / temperatures_[e.at] - rounding * std::numbers::ln2);
+        if (s.max[tile] == -std::numeric_limits<float>::infinity()) return 0;
+        const float reference = s.reference[tile], product = reference * e.c;
+        const double rounding = static_cast<double>(reference) * e.c - product;
+        return std::exp((static_cast<double>(reference) - top) / temperatures_[e.at] - rounding * std::numbers::ln2);
     }
 
     void finish(std::int64_t i, Scratch& s) const {
@@ -277,11 +279,13 @@ class Selection {
                                Scratch& s) const {
         const std::int64_t first = block * block_, n = std::min(block_, columns_ - first), tile = first / tile_;
         const Exponential& e = exponentials_[0];
-        kernels_.weights(at(i, first), a_.logits.dtype, n, s.max[tile], e.c, s.raw.data());
+        kernels_.weights(at(i, first), a_.logits.dtype, n, s.reference[tile], e.c, s.raw.data());
         const double f = factor(s, tile, top, e);
         for (std::int64_t j = 0; j < n; ++j) s.columns[j] = f * s.raw[j];
-        for (const Key key : without)
-            if (id_of(key) / block_ == block) s.columns[id_of(key) - first] = 0;
+        for (const Key key : without) {
+            const std::int64_t column = id_of(key) - first;
+            if (column >= 0 && column < n) s.columns[column] = 0;
+        }
         return n;
     }
 

@@ -68,7 +68,8 @@ struct ScanTile {
 
     float* maxima;      // (blocks, lanes)
     float* max;         // of the tile; NaN is not seen by a maximum
-    float* sums;        // of exponentials, reference = max or, where that is -inf, 0; NaN is seen
+    float* reference;   // of the exponentials
+    float* sums;        // of exponentials; NaN is seen
     float* block_sums;  // of the first exponential, (blocks); null: not wanted
 };
 

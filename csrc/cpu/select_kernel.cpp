@@ -51,7 +51,7 @@ struct F16 {
     KDFAST_INLINE static Pair any_order(const std::uint16_t* p) { return {load_f16(p), load_f16(p + width)}; }
 };
 
-// 2^x for x <= 0, relative error 2e-7.
+// 2^x, relative error 2e-7; anything where that overflows.
 KDFAST_INLINE V power(V x) {
 #if defined(KDFAST_FRACTION)
     const V r = fraction(x);
@@ -62,7 +62,7 @@ KDFAST_INLINE V power(V x) {
     y = fma(y, r, set1(0.6931512951850891f));
     return scale2(fma(y, r, set1(1)), x);
 #else
-    return exp2(x);
+    return exp2(min(set1(127), x));
 #endif
 }
 
@@ -86,34 +86,30 @@ class Columns {
 };
 
 template <class Io>
-float maxima_of(Columns<Io>& x, std::int64_t n, float* maxima) {
-    V top = set1(minus_infinity);
-    for (std::int64_t begin = 0; begin < n; begin += block, maxima += width) {
-        V a = set1(minus_infinity), b = a;
-        for (std::int64_t i = begin, end = std::min(begin + block, n); i < end; i += pair) {
-            const Pair both = Io::any_order(x.from(i));
-            a = max(both.first, a);
-            b = max(both.second, b);
-        }
-        a = max(a, b);
-        store(maxima, a);
-        top = max(top, a);
+float max_of(Columns<Io>& x, std::int64_t n) {
+    V a = set1(minus_infinity), b = a;
+    for (std::int64_t i = 0; i < n; i += pair) {
+        const Pair both = Io::any_order(x.from(i));
+        a = max(both.first, a);
+        b = max(both.second, b);
     }
-    return hmax(top);
+    return hmax(max(a, b));
 }
 
-// The arithmetic of one tile hides the fetch of the next.
-template <class Io, bool Squared, bool Blocks>
-void sum(Columns<Io>& x, const ScanTile& t, float reference, const Exponential& exponential, const std::byte* ahead) {
+// Sums of one exponential and, with Maxima, the maxima, of which it returns the largest. The arithmetic of one tile
+// hides the fetch of the next.
+template <class Io, bool Squared, bool Blocks, bool Maxima>
+float sum(Columns<Io>& x, const ScanTile& t, float reference, const Exponential& exponential) {
     const V from = set1(-reference * exponential.c), c = set1(exponential.c);
-    V s0 = set1(0), s1 = s0, q0 = s0, q1 = s0;
+    V s0 = set1(0), s1 = s0, q0 = s0, q1 = s0, top = set1(minus_infinity);
     float total = 0;
-    float* block_sum = t.block_sums;
-    for (std::int64_t begin = 0; begin < t.columns; begin += block) {
+    for (std::int64_t begin = 0, index = 0; begin < t.columns; begin += block, ++index) {
+        V m0 = set1(minus_infinity), m1 = m0;
         for (std::int64_t i = begin, end = std::min(begin + block, t.columns); i < end; i += pair) {
             constexpr std::int64_t size = sizeof(typename Io::Element);
-            if (ahead)
-                for (std::int64_t byte = 0; byte < pair * size; byte += 64) __builtin_prefetch(ahead + i * size + byte);
+            if (Maxima && t.ahead)
+                for (std::int64_t byte = 0; byte < pair * size; byte += 64)
+                    __builtin_prefetch(t.ahead + i * size + byte);
             const Pair both = Io::any_order(x.from(i));
             const V a = power(affine(both.first, c, from)), b = power(affine(both.second, c, from));
             s0 = s0 + a;
@@ -122,32 +118,59 @@ void sum(Columns<Io>& x, const ScanTile& t, float reference, const Exponential& 
                 q0 = fma(a, a, q0);
                 q1 = fma(b, b, q1);
             }
+            if constexpr (Maxima) {
+                m0 = max(both.first, m0);
+                m1 = max(both.second, m1);
+            }
+        }
+        if constexpr (Maxima) {
+            m0 = max(m0, m1);
+            store(t.maxima + index * width, m0);
+            top = max(top, m0);
         }
         if constexpr (Blocks) {
-            *block_sum = hsum(s0 + s1);
-            total += *block_sum++;
+            t.block_sums[index] = hsum(s0 + s1);
+            total += t.block_sums[index];
             s0 = s1 = set1(0);
         }
     }
     t.sums[exponential.at] = Blocks ? total : hsum(s0 + s1);
     if constexpr (Squared) t.sums[exponential.squared_at] = hsum(q0 + q1);
+    return Maxima ? hmax(top) : 0;
 }
 
+template <class Io, bool First, bool Maxima>
+float sum(Columns<Io>& x, const ScanTile& t, float reference, const Exponential& e) {
+    if (First && t.block_sums)
+        return e.squared_at < 0 ? sum<Io, false, true, Maxima>(x, t, reference, e)
+                                : sum<Io, true, true, Maxima>(x, t, reference, e);
+    return e.squared_at < 0 ? sum<Io, false, false, Maxima>(x, t, reference, e)
+                            : sum<Io, true, false, Maxima>(x, t, reference, e);
+}
+
+// What the reference may be exceeded by, in powers of two: sums, of squares too, stay far from overflow.
+constexpr float headroom = 40;
+
+// The first block's maximum is reference for the tile, so that one loop finds maxima and sums; where it turns out to be
+// too low, sums are taken again.
 template <class Io>
 void scan_columns(const ScanTile& t) {
     Columns<Io> x(reinterpret_cast<const typename Io::Element*>(t.data), t.columns);
-    *t.max = maxima_of(x, t.columns, t.maxima);
-    const float reference = *t.max == minus_infinity ? 0 : *t.max;  // -inf - reference is not NaN
+    float reference = max_of(x, std::min(block, t.columns));
+    if (reference == minus_infinity) reference = max_of(x, t.columns);
+    if (reference == minus_infinity) reference = 0;
+    float steepest = 0;
     for (std::int64_t i = 0; i < t.exponentials_count; ++i) {
         const Exponential& e = t.exponentials[i];
-        const std::byte* ahead = i == 0 ? t.ahead : nullptr;
-        const bool blocks = i == 0 && t.block_sums;
-        if (e.squared_at >= 0) {
-            blocks ? sum<Io, true, true>(x, t, reference, e, ahead) : sum<Io, true, false>(x, t, reference, e, ahead);
-        } else {
-            blocks ? sum<Io, false, true>(x, t, reference, e, ahead) : sum<Io, false, false>(x, t, reference, e, ahead);
-        }
+        steepest = std::max(steepest, e.squared_at < 0 ? e.c : 2 * e.c);
     }
+    *t.max = sum<Io, true, true>(x, t, reference, t.exponentials[0]);
+    if ((*t.max - reference) * steepest > headroom) {
+        reference = *t.max;
+        sum<Io, true, false>(x, t, reference, t.exponentials[0]);
+    }
+    for (std::int64_t i = 1; i < t.exponentials_count; ++i) sum<Io, false, false>(x, t, reference, t.exponentials[i]);
+    *t.reference = reference;
 }
 
 // Bins are the lanes of groups of blocks, about four times k of them: with that many, few columns above the k-th
