@@ -19,6 +19,7 @@ import torch
 
 from kdfast import soft_targets
 from kdfast.benchmark.machine import Machine
+from kdfast.benchmark.measure import ROUND_SECONDS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,6 +60,16 @@ def competitors(x: torch.Tensor, k: int) -> dict[str, tuple[Callable[[], Any], .
     }
 
 
+def round_of(call: Callable[[], Any]) -> float:
+    """Median ms of a call, repeated for a while, so that one interruption does not make the round."""
+    times: list[float] = []
+    while sum(times) < ROUND_SECONDS * 1e3:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
 def measure(x: torch.Tensor, k: int, rounds: int) -> dict[str, float]:
     """Median ms of every competitor; a call that several share is timed once a round."""
     named = competitors(x, k)
@@ -67,9 +78,7 @@ def measure(x: torch.Tensor, k: int, rounds: int) -> dict[str, float]:
     for index in range(rounds + 1):
         first = index % len(calls)
         for call in calls[first:] + calls[:first]:
-            start = time.perf_counter()
-            call()
-            times[call].append((time.perf_counter() - start) * 1e3)
+            times[call].append(round_of(call))
     # the first round warms up
     return {name: sum(statistics.median(times[call][1:]) for call in group) for name, group in named.items()}
 
