@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast import selection
+from kdfast.loss import _is_dtensor
 from kdfast.ops import _registry, select_cpu
 from kdfast.ops.dense import KERNEL_DTYPES
 from kdfast.ops.dense_cpu import EXTENSION_MISSING
@@ -90,6 +91,12 @@ def soft_targets(
         ([[1, 3]], (1.0, 4.0))
     """
     _check_logits("logits_or_head", logits_or_head)
+    parts_of = (
+        [logits_or_head] if isinstance(logits_or_head, Tensor) else [logits_or_head.hidden, logits_or_head.weight]
+    )
+    if any(_is_dtensor(x) for x in parts_of):
+        msg = "logits_or_head must be a plain tensor, got a DTensor: pass x.to_local() where whole rows are held"
+        raise TypeError(msg)
     request = _request(k, method, temperatures, seed, p)
     backend = _backend(logits_or_head)
     leading, v = logits_or_head.shape[:-1], logits_or_head.shape[-1]

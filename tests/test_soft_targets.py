@@ -433,6 +433,19 @@ def test_wrong_arguments(case):
         soft_targets(*arguments, **options)
 
 
+def test_dtensors_are_refused(monkeypatch):
+    monkeypatch.setattr(MODULE, "_is_dtensor", lambda x: x is X)
+    for x in (X, LMHead(X, torch.zeros(3, 8)), LMHead(torch.zeros(3, 8), X)):
+        with pytest.raises(TypeError, match=r"got a DTensor: pass x.to_local\(\)"):
+            soft_targets(x)
+
+
+def test_compiled_code_may_call_it():
+    x = torch.randn(3, 500)
+    got = torch.compile(lambda x: soft_targets(2 * x).logprobs + 1, backend="eager")(x)
+    torch.testing.assert_close(got, soft_targets(2 * x).logprobs + 1, rtol=0, atol=0)
+
+
 def test_temperatures_that_repeat_are_one():
     assert list(soft_targets(X, temperatures=[2, 1.0, 2.0, 1]).lse) == [2.0, 1.0]
     assert soft_targets(X, method="pps", temperatures=(2, 2.0), seed=1).temperatures == (1.0, 2.0)
