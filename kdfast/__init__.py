@@ -5,6 +5,7 @@ from kdfast.divergence import Divergence
 from kdfast.loss import DistillLoss, distill_loss
 from kdfast.ops._registry import backends
 from kdfast.reference import DistillTerms
+from kdfast.soft_targets import soft_targets
 from kdfast.targets import LMHead, SparseTargets
 from kdfast.uld import uld_loss
 
@@ -20,5 +21,6 @@ __all__ = [
     "backends",
     "distill_loss",
     "reference",
+    "soft_targets",
     "uld_loss",
 ]

@@ -37,6 +37,24 @@ def dense(
     tail_rule: str = ...,
     threads: int,
 ) -> None: ...
+def select(
+    *,
+    logits: View,
+    method: str,
+    k: int,
+    least: int,
+    p: float,
+    temperatures: Sequence[float],
+    seed: int,
+    first_token: int,
+    ids: View,
+    logprobs: View,
+    lse: View,
+    k_eff: View,
+    mass: View | None = ...,
+    neg_entropy: View | None = ...,
+    threads: int,
+) -> None: ...
 def scale(data: View, factor: float, threads: int) -> None: ...
 def triad(a: View, b: View, out: View, threads: int) -> None: ...
 def advise_huge_pages(data: View) -> None: ...

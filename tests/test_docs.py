@@ -20,6 +20,8 @@ MODULES = [
     "kdfast.integrations.alignment",
     "kdfast.loss",
     "kdfast.ops._registry",
+    "kdfast.plan",
+    "kdfast.soft_targets",
     "kdfast.uld",
 ]
 

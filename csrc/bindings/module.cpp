@@ -182,6 +182,40 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
     run(call);
 }
 
+void select_targets(const View& logits, const std::string& method, std::int64_t k, std::int64_t least, double p,
+                    std::vector<double> temperatures, std::uint64_t seed, std::int64_t first_token, const View& ids,
+                    const View& logprobs, const View& lse, const View& k_eff, const Optional& mass,
+                    const Optional& neg_entropy, int threads) {
+    kdfast::cpu::SelectCall call;
+    if (logits.shape.empty()) throw ArgumentError("logits must be (..., V)");
+    const std::vector<std::int64_t> leading(logits.shape.begin(), logits.shape.end() - 1);
+    call.rows = 1;
+    for (const std::int64_t s : leading) call.rows *= s;
+    call.logits = logits.rows("logits", leading);
+    const auto& known = kdfast::cpu::method_names;
+    const auto found = std::find(known.begin(), known.end(), method);
+    if (found == known.end()) throw ArgumentError("unknown method " + method);
+    call.method = static_cast<kdfast::cpu::Method>(found - known.begin());
+    call.k = k;
+    call.least = least;
+    call.p = p;
+    call.temperatures = std::move(temperatures);
+    call.seed = seed;
+    call.first_token = first_token;
+    call.ids = ids.values<std::int32_t>("ids", "int32", call.rows * k);
+    call.logprobs = logprobs.values<float>("logprobs", "float32", call.rows * k);
+    call.lse = lse.values<float>("lse", "float32", call.rows * static_cast<std::int64_t>(call.temperatures.size()));
+    call.k_eff = k_eff.values<std::int32_t>("k_eff", "int32", call.rows);
+    if (call.sampled() && (!mass || !neg_entropy)) throw ArgumentError("a sampled method needs mass and neg_entropy");
+    if (mass) call.mass = mass->values<float>("mass", "float32", call.rows * k);
+    if (neg_entropy) call.neg_entropy = neg_entropy->values<float>("neg_entropy", "float32", call.rows);
+    call.threads = std::max(1, threads);
+    const kdfast::cpu::SelectKernels& kernels = *kdfast::cpu::kernels().select;
+
+    const py::gil_scoped_release release;
+    kdfast::cpu::select(call, kernels);
+}
+
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
     for (const auto& isa : kdfast::cpu::isa_table())
@@ -207,6 +241,10 @@ PYBIND11_MODULE(_core, m) {
           py::arg("kept_values") = py::none(), py::arg("kept_per_row") = py::none(), py::arg("kept_columns") = 0,
           py::arg("tail_rule") = "", py::arg("threads"),
           "The dense distillation loss: forward, forward with gradient, or gradient from saved stats.");
+    m.def("select", &select_targets, py::kw_only(), py::arg("logits"), py::arg("method"), py::arg("k"),
+          py::arg("least"), py::arg("p"), py::arg("temperatures"), py::arg("seed"), py::arg("first_token"),
+          py::arg("ids"), py::arg("logprobs"), py::arg("lse"), py::arg("k_eff"), py::arg("mass") = py::none(),
+          py::arg("neg_entropy") = py::none(), py::arg("threads"), "Sparse targets from logits (..., V).");
     m.def(
         "scale",
         [](const View& data, double factor, int threads) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/tensor.h"
+#include "cpu/select.h"
 
 namespace kdfast::cpu {
 
@@ -134,6 +135,7 @@ struct Kernels {
     DenseValues values;
     Triad triad;
     Scale scale;
+    const SelectKernels* select;
 };
 
 extern const Kernels generic_kernels;

@@ -693,12 +693,13 @@ void scale(const Rows& data, std::int64_t rows, float factor, int threads) {
 
 #define KDFAST_CONCAT(a, b) a##b
 #define KDFAST_KERNELS(isa) KDFAST_CONCAT(isa, _kernels)
+#define KDFAST_SELECT(isa) KDFAST_CONCAT(isa, _select)
 #define KDFAST_QUOTE(x) #x
 #define KDFAST_NAME(isa) KDFAST_QUOTE(isa)
 
 namespace kdfast::cpu {
 const Kernels KDFAST_KERNELS(KDFAST_ISA) = {
     KDFAST_NAME(KDFAST_ISA), KDFAST_ISA::forward, KDFAST_ISA::backward, KDFAST_ISA::sums,
-    KDFAST_ISA::values,      KDFAST_ISA::triad,   KDFAST_ISA::scale,
+    KDFAST_ISA::values,      KDFAST_ISA::triad,   KDFAST_ISA::scale,    &KDFAST_SELECT(KDFAST_ISA),
 };
 }  // namespace kdfast::cpu

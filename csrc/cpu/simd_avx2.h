@@ -40,6 +40,7 @@ KDFAST_INLINE V min(V a, V b) { return {_mm256_min_ps(a.v, b.v)}; }
 KDFAST_INLINE V abs(V a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 KDFAST_INLINE M less(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 KDFAST_INLINE M equal(V a, V b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+KDFAST_INLINE unsigned bits(M m) { return static_cast<unsigned>(_mm256_movemask_ps(m.m)); }
 KDFAST_INLINE V select(M m, V yes, V no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
 KDFAST_INLINE V times(V a, V b) { return select(equal(a, set1(0)), a, a * b); }
 KDFAST_INLINE V add_times(V c, V a, V b) { return select(equal(a, set1(0)), c, fma(a, b, c)); }
@@ -97,6 +98,11 @@ KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(to_bf16_pair({a, a})));
 }
 KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
+KDFAST_INLINE Pair load_bf16_pair_unordered(const std::uint16_t* p) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {{_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))},
+            {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-0x10000)))}};
+}
 KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_pair(a));
 }

@@ -42,6 +42,7 @@ KDFAST_INLINE V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }             
 KDFAST_INLINE V abs(V a) { return {_mm512_abs_ps(a.v)}; }
 KDFAST_INLINE M less(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 KDFAST_INLINE M equal(V a, V b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+KDFAST_INLINE unsigned bits(M m) { return m; }  // a bit a lane, the first lane's lowest
 KDFAST_INLINE V select(M m, V yes, V no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 // a b, and a b + c, where an a of 0 silences whatever b holds
 KDFAST_INLINE V times(V a, V b) {
@@ -60,6 +61,9 @@ KDFAST_INLINE V round(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEA
 constexpr bool exp2_overflows = true;
 KDFAST_INLINE V exp2_argument(V x) { return max(set1(-256), x); }  // -inf - round(-inf) is NaN
 KDFAST_INLINE V scale2(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// x - floor(x), and 0 at an infinity; scale2 takes the floor of n by itself.
+#define KDFAST_FRACTION
+KDFAST_INLINE V fraction(V a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 // x = mantissa * 2^exponent with the mantissa in [0.75, 1.5); 0 has exponent -inf
 KDFAST_INLINE V exponent(V a) { return {_mm512_getexp_ps(_mm512_mul_ps(a.v, _mm512_set1_ps(4.0f / 3.0f)))}; }
 KDFAST_INLINE V mantissa(V a) { return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero)}; }
@@ -90,6 +94,12 @@ KDFAST_INLINE __m512i to_bf16_pair(Pair a) {
 #endif
 }
 KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
+// The same columns in whatever order costs least.
+KDFAST_INLINE Pair load_bf16_pair_unordered(const std::uint16_t* p) {
+    const __m512i both = _mm512_loadu_si512(p);
+    return {{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))},
+            {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-0x10000)))}};
+}
 KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) { _mm512_storeu_si512(p, to_bf16_pair(a)); }
 KDFAST_INLINE void stream_bf16_pair(std::uint16_t* p, Pair a) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), to_bf16_pair(a));

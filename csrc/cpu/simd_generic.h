@@ -60,6 +60,11 @@ KDFAST_INLINE M equal(V a, V b) {
     for (int i = 0; i < width; ++i) r.m[i] = a.v[i] == b.v[i];
     return r;
 }
+KDFAST_INLINE unsigned bits(M m) {
+    unsigned r = 0;
+    for (int i = 0; i < width; ++i) r |= static_cast<unsigned>(m.m[i]) << i;
+    return r;
+}
 KDFAST_INLINE V select(M m, V yes, V no) { KDFAST_LANES(m.m[i] ? yes.v[i] : no.v[i]); }
 KDFAST_INLINE V times(V a, V b) { return select(equal(a, set1(0)), a, a * b); }
 KDFAST_INLINE V add_times(V c, V a, V b) { return select(equal(a, set1(0)), c, fma(a, b, c)); }
@@ -113,6 +118,7 @@ KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
     }
 }
 KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
+KDFAST_INLINE Pair load_bf16_pair_unordered(const std::uint16_t* p) { return load_bf16_pair(p); }
 KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
     store_bf16(p, a.first);
     store_bf16(p + width, a.second);

@@ -1,0 +1,43 @@
+"""The compiled selection of sparse targets: a chunk of logits in, tensors filled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast.ops.dense_cpu import _contiguous_rows, _view
+from kdfast.selection import Request, Selected
+
+
+def select(logits: Tensor, request: Request, first_token: int) -> Selected:
+    """What :func:`kdfast.selection.select` computes, for fp32, bf16 and fp16 (..., V) on the CPU."""
+    from kdfast import _core
+
+    logits = _contiguous_rows(logits)
+    leading = logits.shape[:-1]
+    sampled = request.sampled
+
+    def fresh(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+
+    out = Selected(
+        ids=fresh((*leading, request.most), torch.int32),
+        logprobs=fresh((*leading, request.most)),
+        lse=fresh((len(request.temperatures), *leading)),
+        k_eff=fresh(leading, torch.int32),
+        mass=fresh((*leading, request.most)) if sampled else None,
+        neg_entropy=fresh(leading) if sampled else None,
+    )
+    _core.select(
+        logits=_view(logits),
+        method=request.method,
+        k=request.most,
+        least=request.least,
+        p=request.p,
+        temperatures=request.temperatures,
+        seed=request.seed,
+        first_token=first_token,
+        threads=torch.get_num_threads(),
+        **{name: _view(x) for name, x in out._asdict().items() if x is not None},
+    )
+    return out
