@@ -159,6 +159,14 @@ def test_one_entry_and_padding():
         agree(s, padded, y, tail=tail, temperature=2.0, reduction="none")
 
 
+@pytest.mark.parametrize("tail", ["bucket", "zero"])
+def test_no_entries(tail):
+    """Everything is in the tail, and the divergence 0."""
+    s, y = torch.randn(N, V), torch.randint(V, (N,))
+    none = SparseTargets(torch.zeros(N, 0, dtype=torch.int32), torch.zeros(N, 0), vocab_size=V)
+    agree(s, none, y, tail=tail, reduction="none", alpha=0.5)
+
+
 def test_truncated_vocabulary_joins_the_tail():
     s, t = torch.randn(N, V), torch.randn(N, V + 40)
     t[:, V:] += 1.5  # many of the kept ones lie beyond

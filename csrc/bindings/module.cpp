@@ -100,6 +100,8 @@ kdfast::cpu::SparseTargets parse_sparse(const View& ids, const Optional& values,
     s.kept = ids.shape.empty() ? 0 : ids.shape.back();
     s.columns = columns;
     s.ids = ids.values<std::int32_t>("kept_ids", "int32", rows * s.kept);
+    static constexpr std::int32_t nothing = -1;
+    if (!s.ids) s.ids = &nothing;  // no entry has no address, and is a teacher nevertheless
     s.values = values->values<float>("kept_values", "float32", rows * s.kept);
     if (per_row) s.per_row = per_row->values<float>("kept_per_row", "float32", rows);
     return s;
