@@ -120,7 +120,7 @@ def test_reductions():
     for name, (options, want, factor) in cases.items():
         got, got_grad = run(student, teacher, weights=w, **options)
         np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(got_grad, factor[..., None] * grad, rtol=1e-4, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(got_grad, factor[..., None] * grad, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("upstream", [65536.0, torch.tensor([0.0, 3.0, -1e-3])], ids=["scalar", "per token"])
@@ -167,9 +167,9 @@ def test_columns_of_minus_infinity_are_padding():
 
     for extra_student, extra_teacher in ((3, 0), (0, 5), (2, 20)):
         got, got_grad = run(padded(student, extra_student), padded(teacher, extra_teacher), reduction="none")
-        np.testing.assert_allclose(got, loss, rtol=1e-6)
+        np.testing.assert_allclose(got, loss, rtol=1e-5, atol=1e-6)
         assert (got_grad[:, :extra_student] == 0).all()
-        np.testing.assert_allclose(got_grad[:, extra_student:], grad, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(got_grad[:, extra_student:], grad, rtol=1e-5, atol=2e-6)
 
 
 def test_the_same_bits_for_any_chunk_and_threads(monkeypatch, threads):
@@ -208,7 +208,7 @@ def test_no_token_axis():
     loss, grad = run(student, teacher)
     want, want_grad = truth(student, teacher)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
-    np.testing.assert_allclose(grad, want_grad, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(grad, want_grad, rtol=1e-4, atol=1e-6)
 
 
 # --- Edges ------------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_nan_stays_in_its_token(side, bad):
     for reduction in ("mean", "sum"):  # weight 0 drops the token
         weights = torch.tensor([1.0, 0.0, 1.0])
         loss, grad = run(*x.values(), weights=weights, reduction=reduction)
-        np.testing.assert_allclose(loss, clean[::2].sum() / (2 if reduction == "mean" else 1), rtol=1e-6)
+        np.testing.assert_allclose(loss, clean[::2].sum() / (2 if reduction == "mean" else 1), rtol=1e-5, atol=1e-6)
         assert (grad[1] == 0).all()
         assert np.isfinite(grad).all()
 
@@ -255,8 +255,8 @@ def test_large_logits_and_ties():
     teacher = torch.tensor([[-1e4, 1e4, 1e4, 0, 0], [2, 2, 0, 0, 0]])
     loss, grad = run(student, teacher, reduction="none")
     want, want_grad = truth(student, teacher)
-    np.testing.assert_allclose(loss, want, rtol=1e-6)
-    np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-6)
 
 
 def test_real_vocabularies():
@@ -314,7 +314,7 @@ def test_second_derivative_raises():
 def test_func_grad():
     student, teacher = logits(4, 15), logits(4, 18)
     got = torch.func.grad(lambda z: uld_loss(z, teacher))(student)
-    np.testing.assert_allclose(got.double().cpu().numpy(), run(student, teacher)[1], rtol=1e-6)
+    np.testing.assert_allclose(got.double().cpu().numpy(), run(student, teacher)[1], rtol=1e-5, atol=1e-6)
 
 
 def test_compiles_into_one_graph():
@@ -325,8 +325,8 @@ def test_compiles_into_one_graph():
     loss = compiled(leaf, teacher, weights)
     loss.backward()
     want, want_grad = run(student, teacher, weights=weights)
-    np.testing.assert_allclose(loss.item(), want, rtol=1e-6)
-    np.testing.assert_allclose(leaf.grad.double().cpu().numpy(), want_grad, rtol=1e-6)
+    np.testing.assert_allclose(loss.item(), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(leaf.grad.double().cpu().numpy(), want_grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("asked", [True, False])

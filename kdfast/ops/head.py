@@ -26,6 +26,9 @@ from kdfast.ops.dense import COEFFICIENTS, INPUTS, N_INPUTS, Inputs
 #: Bytes of logits in one chunk, all heads together: enough rows for the matrix products to run at full speed.
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
+#: Whether torch multiplies 16-bit matrices into fp32 on a GPU; if not, a chunk's product is rounded, then added.
+PRODUCTS_ADD_IN_FP32 = hasattr(torch.ops.aten.addmm, "dtype_out") and torch.version.hip is None
+
 # What makes logits of `student` and `teachers`, by participant, the student first: without a weight, a participant's
 # tensor holds its logits, with one its hidden states. A softcap of 0 is none.
 _HEADS = "Tensor?[] head_weights, Tensor?[] head_biases, float[] softcaps, float[] scales, int memory_budget"
@@ -247,11 +250,11 @@ class _Gradients:
     def _add_product(self, total: Tensor, g: Tensor, hidden: Tensor) -> None:
         if hidden.dtype == torch.float32:
             total.addmm_(g, hidden)
-        elif hidden.is_cuda:  # the product itself adds in fp32
+        elif hidden.is_cuda and PRODUCTS_ADD_IN_FP32:
             torch.addmm(total, g, hidden, out_dtype=torch.float32, out=total)
         else:
             if self.product is None:
-                self.product = torch.empty(total.shape, dtype=hidden.dtype)
+                self.product = torch.empty(total.shape, dtype=hidden.dtype, device=hidden.device)
             total += torch.mm(g, hidden, out=self.product)
 
     def finished(self) -> tuple[Tensor, Tensor, Tensor]:
