@@ -254,9 +254,13 @@ def run(
         c_z: (...) fp32, factor of the gradient of logsumexp^2.
 
     Raises:
+        NotImplementedError: sparse targets.
         ValueError: a temperature that is not above 0 or a label out of range, where the values are on the CPU, or
             anywhere with KDFAST_CHECK=1 in the environment.
     """
+    if inputs.kept_ids is not None:
+        msg = "kdfast: no Triton kernel for sparse targets yet"
+        raise NotImplementedError(msg)
     tau = inputs.temperature.item() if inputs.temperature.device.type == "cpu" else None
     _check_values(student, inputs, tau, elsewhere=hard is None)
     if student.numel() == 0:
