@@ -50,6 +50,13 @@ constexpr std::int64_t segment = 8 * tile;  // columns under one partial sum: th
 template <class D>
 constexpr bool specialised = std::is_same_v<D, ForwardKl> || std::is_same_v<D, ReverseKl> || std::is_same_v<D, Jsd>;
 
+// The two whose value pass 1 has as sum a (log a - log b): its rounding is that of terms with either sign, which may
+// cancel, so that the value has a rounding error of about 1e-7 times one nat more.
+template <class D>
+constexpr bool crossed = std::is_same_v<D, ForwardKl> || std::is_same_v<D, ReverseKl>;
+// Nats from which on that is enough. A smaller one is summed anew, of terms that are never below 0.
+constexpr double plain_is_enough = 0.125;
+
 enum class Passes : std::uint8_t { all, sums, values, gradient };
 
 template <class D>
@@ -95,6 +102,8 @@ class Call {
         std::vector<Value> values;
         RowState state;
         std::vector<Normaliser> teachers;  // by distribution
+        bool value_known;                  // after pass 1
+        double value;
         Kept kept;
 
         Row(std::int64_t segments, std::int64_t distributions, std::int64_t kept_columns)
@@ -103,6 +112,8 @@ class Call {
               values(segments),
               state(),
               teachers(distributions),
+              value_known(false),
+              value(0),
               kept(kept_columns) {}
     };
 
@@ -132,7 +143,7 @@ class Call {
         if (from_logits_)
             for (std::int64_t s = 0; s < segments_; ++s) sum_segment(i, row, s);
         begin_row(i, row);
-        if (value_pass_) {
+        if (wants_value_pass(row)) {
             for (std::int64_t s = segments_; s-- > 0;) value_segment(i, row, s);
             finish_value(row);
         }
@@ -152,7 +163,9 @@ class Call {
         if (from_logits_) each_segment([&](std::int64_t i, Row& row, std::int64_t s) { sum_segment(i, row, s); });
         for (std::int64_t i = 0; i < a_.rows; ++i) counted(i) ? begin_row(i, rows[i]) : drop_row(i);
         if (value_pass_) {
-            each_segment([&](std::int64_t i, Row& row, std::int64_t s) { value_segment(i, row, s); });
+            each_segment([&](std::int64_t i, Row& row, std::int64_t s) {
+                if (wants_value_pass(row)) value_segment(i, row, s);
+            });
             for (Row& row : rows) finish_value(row);
         }
         if (wants_gradient_)
@@ -161,6 +174,7 @@ class Call {
             if (counted(i)) finish_row(i, rows[i]);
     }
 
+    bool wants_value_pass(const Row& row) const { return value_pass_ && (wants_dtau_ || !row.value_known); }
     bool counted(std::int64_t i) const { return !a_.counted || a_.counted[i]; }
     bool labelled(std::int64_t i) const { return a_.labels && a_.labels[i] != no_label; }
 
@@ -242,38 +256,36 @@ class Call {
             s,
             [&](std::int64_t start, std::int64_t n) {
                 const Ahead next = Ahead::of(student, a_.student.dtype, start + tile);
-                if (direct_ && a_.teachers.empty()) {
-                    a_.student.dtype == DType::f32
-                        ? sum_student<DirectFloat>(columns<DirectFloat>(student, start), nullptr, n, out.student, next)
-                        : sum_student<DirectBf16>(columns<DirectBf16>(student, start), nullptr, n, out.student, next);
-                } else if (direct_) {
-                    a_.student.dtype == DType::f32 ? sum_both<DirectFloat>(i, start, n, teachers[0], out.student)
-                                                   : sum_both<DirectBf16>(i, start, n, teachers[0], out.student);
+                if (direct_) {
+                    with_io([&]<class Io>() { sum_direct<Io>(i, start, n, teachers, out.student); });
+                } else if (distributions_ == 1) {
+                    sum_both<ThroughTile>(student_tile(i, start, n, b), teacher_tile(0, i, start, n, b), padded(n),
+                                          out.student, teachers[0], next, next);
                 } else {
-                    const float* t = nullptr;
-                    for (std::int64_t k = 0; k < distributions_; ++k) {
-                        t = teacher_tile(k, i, start, n, b);
-                        add_tile<ThroughTile, Tau::one, false>(t, nullptr, padded(n), c_, teachers[k], next);
-                    }
-                    sum_student<ThroughTile>(student_tile(i, start, n, b), t, padded(n), out.student, next);
+                    for (std::int64_t k = 0; k < distributions_; ++k)
+                        add_tile<ThroughTile, Tau::one>(teacher_tile(k, i, start, n, b), padded(n), c_, teachers[k],
+                                                        next);
+                    sum_student<ThroughTile>(student_tile(i, start, n, b), padded(n), out.student, next);
                 }
                 if (a_.label_smoothing > 0) add_smoothing(student_tile(i, start, n, b), padded(n), out.smoothing);
             },
             [&](std::int64_t start, std::int64_t n) {
                 const float* z = student_tile(i, start, n, b);
-                add_tile<ThroughTile, Tau::one, false>(z, nullptr, padded(n), log2e, out.rest,
-                                                       Ahead::of(student, a_.student.dtype, start + tile));
+                add_tile<ThroughTile, Tau::one>(z, padded(n), log2e, out.rest,
+                                                Ahead::of(student, a_.student.dtype, start + tile));
                 if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.smoothing);
             });
         row.sums[s] = out;
     }
 
     template <class Io>
-    void sum_both(std::int64_t i, std::int64_t start, std::int64_t n, Sums& teacher, Sums& student) const {
-        const std::byte *z = a_.student.row(i), *t = a_.teachers[0].row(i);
-        const auto* t_tile = columns<Io>(t, start);
-        add_tile<Io, Tau::one, false>(t_tile, nullptr, n, c_, teacher, Ahead::of(t, a_.student.dtype, start + tile));
-        sum_student<Io>(columns<Io>(z, start), t_tile, n, student, Ahead::of(z, a_.student.dtype, start + tile));
+    void sum_direct(std::int64_t i, std::int64_t start, std::int64_t n, Sums* teacher, Sums& student) const {
+        const std::byte* z = a_.student.row(i);
+        const Ahead next_z = Ahead::of(z, a_.student.dtype, start + tile);
+        if (a_.teachers.empty()) return sum_student<Io>(columns<Io>(z, start), n, student, next_z);
+        const std::byte* t = a_.teachers[0].row(i);
+        sum_both<Io>(columns<Io>(z, start), columns<Io>(t, start), n, student, *teacher, next_z,
+                     Ahead::of(t, a_.student.dtype, start + tile));
     }
 
     template <class Io>
@@ -285,25 +297,42 @@ class Call {
         return reinterpret_cast<const typename Io::Element*>(row) + start;
     }
 
+    // Calls f with what reads and writes the logits' dtype directly.
+    template <class F>
+    void with_io(F f) const {
+        a_.student.dtype == DType::f32 ? f.template operator()<DirectFloat>() : f.template operator()<DirectBf16>();
+    }
+
+    template <class F>
+    auto with_tau(F f) const {
+        switch (tau_) {
+            case Tau::one:
+                return f.template operator()<Tau::one>();
+            case Tau::two:
+                return f.template operator()<Tau::two>();
+            case Tau::other:
+                return f.template operator()<Tau::other>();
+        }
+        __builtin_unreachable();
+    }
+
     template <class Io>
-    void sum_student(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, Sums& sums,
-                     Ahead next) const {
-        constexpr bool cross = std::is_same_v<D, ReverseKl>;
-        const auto add = [&](auto crossed) {
-            switch (tau_) {
-                case Tau::one:
-                    return add_tile<Io, Tau::one, crossed>(z, t, n, c_, sums, next);
-                case Tau::two:
-                    return add_tile<Io, Tau::two, crossed>(z, t, n, c_, sums, next);
-                case Tau::other:
-                    return add_tile<Io, Tau::other, crossed>(z, t, n, c_, sums, next);
-            }
-        };
-        cross&& sum_student_known_ ? add(std::bool_constant<cross>()) : add(std::false_type());
+    void sum_student(const typename Io::Element* z, std::int64_t n, Sums& sums, Ahead next) const {
+        with_tau([&]<Tau T>() { add_tile<Io, T>(z, n, c_, sums, next); });
+    }
+
+    template <class Io>
+    void sum_both(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, Sums& student,
+                  Sums& teacher, Ahead next_z, Ahead next_t) const {
+        constexpr Cross cross = std::is_same_v<D, ForwardKl>   ? Cross::teacher
+                                : std::is_same_v<D, ReverseKl> ? Cross::student
+                                                               : Cross::none;
+        with_tau([&]<Tau T>() { add_pair<Io, T, cross>(z, t, n, c_, student, teacher, next_z, next_t); });
     }
 
     // Combines the segments to the row's state, or takes the state that an earlier call saved.
     void begin_row(std::int64_t i, Row& row) const {
+        row.value_known = false;
         float* saved = a_.stats ? a_.stats + i * a_.stats_per_row() : nullptr;
         if (!from_logits_) {
             std::memcpy(&row.state, saved, sizeof(RowState));
@@ -330,9 +359,14 @@ class Call {
             for (std::int64_t s = 0; s < segments_; ++s) t.merge(row.teacher_sums[s * distributions_ + k], c_);
             const double log2_teacher = t.log2_at_tau(c_);
             row.teachers[k] = Normaliser::of(log2_teacher);
-            if (std::is_same_v<D, ReverseKl> && sum_student_known_)  // sum p (log p - log q)
-                row.state.sum_student = static_cast<float>(
-                    (student.cross / student.at_tau * c_ + log2_teacher - log2_student) * static_cast<double>(ln2));
+            if (!crossed<D> || distributions_ > 1) continue;
+            constexpr bool reverse = std::is_same_v<D, ReverseKl>;
+            const Sums& weights = reverse ? student : t;
+            const double shift = reverse ? log2_teacher - log2_student : log2_student - log2_teacher;
+            const double value = (weights.cross / weights.at_tau + shift) * static_cast<double>(ln2);
+            if (reverse) row.state.sum_student = static_cast<float>(value);
+            row.value_known = value >= plain_is_enough && value < infinity;
+            row.value = value;
         }
         if (std::is_same_v<D, ForwardKl>) row.state.sum_student = -1;
         student.merge(rest, c_);
@@ -408,29 +442,33 @@ class Call {
                                     next_row(a_.student, i, start), next_row(a_.teachers[0], i, start), b.g, sums);
     }
 
-    template <Tau T, Want W>
-    void visit_direct(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n, Value& sums) const {
-        if constexpr (specialised<D>)
-            a_.student.dtype == DType::f32 ? visit_in_place<DirectFloat, T, W>(i, c, start, n, sums)
-                                           : visit_in_place<DirectBf16, T, W>(i, c, start, n, sums);
-    }
-
-    template <Tau T>
-    void visit_alone(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n) const {
-        const Ahead next = next_row(a_.student, i, start);
-        const auto go = [&]<class Io>(Io) {
-            visit_student<Io, T>(columns<Io>(a_.student.row(i), start), n, c, c.pull, next,
-                                 columns<Io>(a_.grad.row(i), start));
-        };
-        a_.student.dtype == DType::f32 ? go(DirectFloat()) : go(DirectBf16());
-    }
-
     template <class Io, Tau T, Want W>
-    void visit_in_place(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n, Value& sums) const {
-        auto* g = wants_gradient_ ? columns<Io>(a_.grad.row(i), start) : nullptr;
-        visit<Io, D, T, W>(divergence_, columns<Io>(a_.student.row(i), start),
-                           columns<Io>(a_.teachers[0].row(i), start), n, c, next_row(a_.student, i, start),
-                           next_row(a_.teachers[0], i, start), g, sums);
+    void visit_direct(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n,
+                      typename Io::Element* g, Value& sums) const {
+        if constexpr (specialised<D>)
+            visit<Io, D, T, W>(divergence_, columns<Io>(a_.student.row(i), start),
+                               columns<Io>(a_.teachers[0].row(i), start), n, c, next_row(a_.student, i, start),
+                               next_row(a_.teachers[0], i, start), g, sums);
+    }
+
+    template <class Io, Tau T>
+    void visit_alone(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n,
+                     typename Io::Element* g) const {
+        visit_student<Io, T>(columns<Io>(a_.student.row(i), start), n, c, c.pull, next_row(a_.student, i, start), g);
+    }
+
+    // Has a tile of the gradient written where it belongs or, where no vectors can be streamed to that address, aside
+    // and copied.
+    template <class Io, class Visit>
+    void write_direct(std::int64_t i, RowConstants c, std::int64_t start, std::int64_t n, Buffers& b,
+                      Visit visit_with) const {
+        auto* out = columns<Io>(a_.grad.row(i), start);
+        if (!streamed_ || reinterpret_cast<std::uintptr_t>(out) % (width * sizeof(float)) == 0)
+            return visit_with(c, out);
+        c.streamed = false;
+        auto* aside = reinterpret_cast<typename Io::Element*>(b.g);
+        visit_with(c, aside);
+        stream_out(out, aside, n);
     }
 
     // What the next row will read first, fetched while this one's later passes compute.
@@ -449,7 +487,9 @@ class Call {
             s,
             [&](std::int64_t start, std::int64_t n) {
                 if (wants_dtau_) return visit_taught<Tau::one, Want::value_and_dtau>(i, row, c, start, n, b, sums);
-                if (direct_) return visit_direct<Tau::one, Want::value>(i, c, start, n, sums);
+                if (direct_)
+                    return with_io(
+                        [&]<class Io>() { visit_direct<Io, Tau::one, Want::value>(i, c, start, n, nullptr, sums); });
                 visit_taught<Tau::one, Want::value>(i, row, c, start, n, b, sums);
             },
             [](std::int64_t, std::int64_t) {});
@@ -467,24 +507,11 @@ class Call {
 
     void gradient_segment(std::int64_t i, Row& row, std::int64_t s) const {
         if (!specialised<D> && !a_.teachers.empty()) return gradient_segment<Tau::other>(i, row, s);
-        switch (tau_) {
-            case Tau::one:
-                return gradient_segment<Tau::one>(i, row, s);
-            case Tau::two:
-                return gradient_segment<Tau::two>(i, row, s);
-            case Tau::other:
-                return gradient_segment<Tau::other>(i, row, s);
-        }
+        with_tau([&]<Tau T>() { gradient_segment<T>(i, row, s); });
     }
 
     static bool in_tile(std::int64_t label, std::int64_t start, std::int64_t n) {
         return label >= start && label < start + n;
-    }
-
-    // Whether vectors of the gradient can be streamed to memory from here on.
-    bool aligned(std::int64_t start, std::int64_t i) const {
-        const auto size = static_cast<std::int64_t>(size_of(a_.grad.dtype));
-        return (reinterpret_cast<std::uintptr_t>(a_.grad.row(i)) + start * size) % (width * sizeof(float)) == 0;
     }
 
     // The few columns around a label, whose gradient has one more summand: kept aside, as the gradient may take their
@@ -532,18 +559,19 @@ class Call {
             s,
             [&](std::int64_t start, std::int64_t n) {
                 constexpr Want joint = D::sum_student_known ? Want::value_and_gradient : Want::gradient;
-                const bool with_value = joint_ && from_logits_;
+                const bool with_value = joint_ && from_logits_ && !row.value_known;
                 const bool alone = a_.teachers.empty();
-                if (direct_ && (soft || alone) && smoothed == 0 && (!streamed_ || aligned(start, i))) {
+                if (direct_ && (soft || alone) && smoothed == 0) {
                     const std::int64_t label = a_.c_hard && labelled(i) ? a_.labels[i] : -1;
                     const std::int64_t at = start + (label - start) / step * step, m = std::min(step, start + n - at);
                     if (in_tile(label, start, n)) keep(i, at, m, b);
-                    if (alone) {
-                        visit_alone<T>(i, c, start, n);
-                    } else {
-                        with_value ? visit_direct<T, joint>(i, c, start, n, sums)
-                                   : visit_direct<T, Want::gradient>(i, c, start, n, sums);
-                    }
+                    with_io([&]<class Io>() {
+                        write_direct<Io>(i, c, start, n, b, [&](const RowConstants& how, typename Io::Element* g) {
+                            if (alone) return visit_alone<Io, T>(i, how, start, n, g);
+                            with_value ? visit_direct<Io, T, joint>(i, how, start, n, g, sums)
+                                       : visit_direct<Io, T, Want::gradient>(i, how, start, n, g, sums);
+                        });
+                    });
                     if (in_tile(label, start, n)) mend<T>(i, c, at, m, label, b);
                     return;
                 }
@@ -599,6 +627,7 @@ class Call {
         if (!a_.taught()) return;
         Value total;
         for (const Value& v : row.values) total += v;
+        if (row.value_known) total.value = row.value;
         if (a_.sparse.ids) total.value = row.kept.value;
         if (a_.values) {
             const double sums[] = {total.value * weight_,

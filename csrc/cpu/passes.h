@@ -23,7 +23,8 @@ struct Normaliser {
 // none of those seen exceeds by much. Sums are brought up to a new maximum when they must be.
 struct Sums {
     float max = -infinity;
-    double at_tau = 0, at_one = 0, cross = 0;
+    double at_tau = 0, at_one = 0;
+    double cross = 0;  // of the same exponentials times the distance to the other distribution's logits, times c
 
     // A row of -inf alone has no maximum; a reference of 0 keeps -inf - reference from being NaN, and a NaN a NaN.
     static float reference(float max, float c) { return max == -infinity ? 0.0f : max * c; }
@@ -67,54 +68,125 @@ struct SegmentSums {
 };
 
 struct TileSums {
-    float at_tau, at_one, cross;
+    float at_tau = 0, at_one = 0, cross = 0;
     bool overflowed() const { return !(at_tau < 1e30f && at_one < 1e30f); }
 };
 
 // Enough for a sum to overflow, which is how a maximum that comes late is noticed.
 KDFAST_INLINE V at_most_128(V x) { return exp2_overflows ? x : min(set1(128), x); }
 
-// Cross = sum 2^(z c - reference) (z - t): the reverse KL's normaliser before normalisation.
-template <class Io, Tau T, bool Cross>
-TileSums sum_tile(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float scale,
-                  const Sums& sums, Ahead next) {
-    const V c = set1(scale), from = set1(-sums.reference(scale)), from_one = set1(-sums.reference(log2e));
-    V s0 = set1(0), s1 = s0, o0 = s0, o1 = s0, x0 = s0;
-    const auto add = [&](V x, V y, V& s, V& o) KDFAST_INLINE_LAMBDA {
-        const V e = exp2(at_most_128(affine(x, c, from)));
-        s = s + e;
-        if constexpr (T == Tau::two) o = fma(e, e, o);
-        if constexpr (T == Tau::other) o = o + exp2(at_most_128(affine(x, set1(log2e), from_one)));
-        if constexpr (Cross) x0 = add_times(x0, e, x - y);
+// Two vectors at a time of one distribution's sums: at tau, and of the student at 1.
+template <Tau T>
+struct LaneSums {
+    V c, from, from_one;
+    V tau0 = set1(0), tau1 = set1(0), one0 = set1(0), one1 = set1(0);
+
+    LaneSums(const Sums& sums, float scale)
+        : c(set1(scale)), from(set1(-sums.reference(scale))), from_one(set1(-sums.reference(log2e))) {}
+
+    KDFAST_INLINE V exponent_of(V x) const { return affine(x, c, from); }
+    KDFAST_INLINE V add(V x, V exponent, V& tau, V& one) {
+        const V e = exp2(at_most_128(exponent));
+        tau = tau + e;
+        if constexpr (T == Tau::two) one = fma(e, e, one);
+        if constexpr (T == Tau::other) one = one + exp2(at_most_128(affine(x, set1(log2e), from_one)));
+        return e;
+    }
+    TileSums sums() const {
+        const float at_tau = hsum(tau0 + tau1);
+        return {at_tau, T == Tau::one ? at_tau : hsum(one0 + one1)};
+    }
+};
+
+template <class Io, Tau T>
+TileSums sum_tile(const typename Io::Element* z, std::int64_t n, float c, const Sums& sums, Ahead next) {
+    LaneSums<T> s(sums, c);
+    Tail<Io> tail;
+    for (std::int64_t i = 0; i < n; i += step) {
+        next.template fetch<Io>(i);
+        const Pair x = Io::get(i + step <= n ? z + i : tail.fill(z + i, n - i));
+        s.add(x.first, s.exponent_of(x.first), s.tau0, s.one0);
+        s.add(x.second, s.exponent_of(x.second), s.tau1, s.one1);
+    }
+    return s.sums();
+}
+
+// The distribution whose exponentials weigh the distances in `cross`.
+enum class Cross : std::uint8_t { none, student, teacher };
+
+struct PairSums {
+    TileSums student, teacher;
+    bool overflowed() const { return student.overflowed() || teacher.overflowed(); }
+};
+
+template <class Io, Tau T, Cross X>
+PairSums sum_pair(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float c,
+                  const Sums& student, const Sums& teacher, Ahead next_z, Ahead next_t) {
+    LaneSums<T> p(student, c);
+    LaneSums<Tau::one> q(teacher, c);
+    V cross = set1(0);
+    const auto add = [&](V x, V y, V& p_tau, V& p_one, V& q_tau) KDFAST_INLINE_LAMBDA {
+        const V u = p.exponent_of(x), v = q.exponent_of(y);
+        const V e_z = p.add(x, u, p_tau, p_one), e_t = q.add(y, v, q_tau, q_tau);
+        // Where both are -inf the distance is NaN and the exponential 0: any number will do.
+        if constexpr (X == Cross::student) cross = fma(e_z, max(u - v, set1(-1e30f)), cross);
+        if constexpr (X == Cross::teacher) cross = fma(e_t, max(v - u, set1(-1e30f)), cross);
     };
     Tail<Io> z_tail, t_tail;
     for (std::int64_t i = 0; i < n; i += step) {
         const bool whole = i + step <= n;
-        next.template fetch<Io>(i);
+        next_z.template fetch<Io>(i);
+        next_t.template fetch<Io>(i);
         const Pair x = Io::get(whole ? z + i : z_tail.fill(z + i, n - i));
-        Pair y = x;
-        if constexpr (Cross) y = Io::get(whole ? t + i : t_tail.fill(t + i, n - i));
-        add(x.first, y.first, s0, o0);
-        add(x.second, y.second, s1, o1);
+        const Pair y = Io::get(whole ? t + i : t_tail.fill(t + i, n - i));
+        add(x.first, y.first, p.tau0, p.one0, q.tau0);
+        add(x.second, y.second, p.tau1, p.one1, q.tau1);
     }
-    const float at_tau = hsum(s0 + s1);
-    return {at_tau, T == Tau::one ? at_tau : hsum(o0 + o1), Cross ? hsum(x0) : 0};
+    PairSums sums = {p.sums(), q.sums()};
+    if constexpr (X != Cross::none) (X == Cross::student ? sums.student : sums.teacher).cross = hsum(cross);
+    return sums;
 }
 
-// The first tile's maximum serves the tiles after it until a sum overflows: looking for a maximum in each would cost a
-// pass.
-template <class Io, Tau T, bool Cross>
-void add_tile(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float c, Sums& sums,
-              Ahead next) {
+// The first columns' maximum serves all that follow until a sum overflows: looking for a maximum in each tile would
+// cost a pass.
+template <class Io>
+void begin_sums(const typename Io::Element* z, std::int64_t n, float c, Sums& sums) {
+    if (sums.max == -infinity) sums.rescale(max_of<Io>(z, std::min<std::int64_t>(n, 4 * step)), c);
     if (sums.max == -infinity) sums.rescale(max_of<Io>(z, n), c);
-    TileSums tile_sums = sum_tile<Io, T, Cross>(z, t, n, c, sums, next);
+}
+
+template <class Io, Tau T>
+void add_tile(const typename Io::Element* z, std::int64_t n, float c, Sums& sums, Ahead next) {
+    begin_sums<Io>(z, n, c, sums);
+    TileSums tile_sums = sum_tile<Io, T>(z, n, c, sums, next);
     if (tile_sums.overflowed()) {  // or NaN, which stays
         sums.rescale(max_of<Io>(z, n), c);
-        tile_sums = sum_tile<Io, T, Cross>(z, t, n, c, sums, next);
+        tile_sums = sum_tile<Io, T>(z, n, c, sums, next);
     }
     sums.at_tau += tile_sums.at_tau;
     sums.at_one += tile_sums.at_one;
-    sums.cross += tile_sums.cross;
+}
+
+template <class Io, Tau T, Cross X>
+void add_pair(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float c, Sums& student,
+              Sums& teacher, Ahead next_z, Ahead next_t) {
+    begin_sums<Io>(z, n, c, student);
+    begin_sums<Io>(t, n, c, teacher);
+    PairSums s = sum_pair<Io, T, X>(z, t, n, c, student, teacher, next_z, next_t);
+    if (s.overflowed()) {
+        student.rescale(max_of<Io>(z, n), c);
+        teacher.rescale(max_of<Io>(t, n), c);
+        s = sum_pair<Io, T, X>(z, t, n, c, student, teacher, next_z, next_t);
+    }
+    const auto add = [c](Sums& to, const TileSums& from, const Sums& other, bool crossed) {
+        to.at_tau += from.at_tau;
+        to.at_one += from.at_one;
+        if (!crossed) return;
+        const double shift = static_cast<double>(to.reference(c)) - other.reference(c);
+        to.cross += from.cross + shift * from.at_tau;
+    };
+    add(student, s.student, teacher, X == Cross::student);
+    add(teacher, s.teacher, student, X == Cross::teacher);
 }
 
 void add_smoothing(const float* z, std::int64_t n, Smoothing& s) {

@@ -42,7 +42,7 @@ struct Bf16 {
     using Element = std::uint16_t;
     static constexpr Element absent = 0xff80;
     KDFAST_INLINE static V get(const std::uint16_t* p) { return load_bf16(p); }
-    KDFAST_INLINE static Pair any_order(const std::uint16_t* p) { return load_bf16_pair_unordered(p); }
+    KDFAST_INLINE static Pair any_order(const std::uint16_t* p) { return load_bf16_pair(p); }
 };
 struct F16 {
     using Element = std::uint16_t;
@@ -51,20 +51,8 @@ struct F16 {
     KDFAST_INLINE static Pair any_order(const std::uint16_t* p) { return {load_f16(p), load_f16(p + width)}; }
 };
 
-// 2^x, relative error 2e-7; anything where that overflows.
-KDFAST_INLINE V power(V x) {
-#if defined(KDFAST_FRACTION)
-    const V r = fraction(x);
-    V y = set1(0.0018671301659196615f);
-    y = fma(y, r, set1(0.009017029777169228f));
-    y = fma(y, r, set1(0.05579991266131401f));
-    y = fma(y, r, set1(0.24016444385051727f));
-    y = fma(y, r, set1(0.6931512951850891f));
-    return scale2(fma(y, r, set1(1)), x);
-#else
-    return exp2(min(set1(127), x));
-#endif
-}
+// 2^x; anything where that overflows.
+KDFAST_INLINE V power(V x) { return exp2(exp2_overflows ? x : min(set1(127), x)); }
 
 // Where to read columns i to i + pair of n, those past the end being absent.
 template <class Io>

@@ -54,10 +54,19 @@ KDFAST_INLINE float hmax(V a) {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-KDFAST_INLINE V round(V a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 constexpr bool exp2_overflows = false;
+// 2^r for r in [-1/2, 1/2]
+constexpr float exp2_coefficients[] = {
+    1, 0.693146977599962f, 0.24022242085401063f, 0.05550733741848172f, 0.009671512640426183f, 0.0013264727642938185f};
+struct Split {
+    V whole, fraction;
+};
 // At -126.75 the polynomial is above 1, so that taking 127 from its exponent leaves a denormal and no negative number.
-KDFAST_INLINE V exp2_argument(V x) { return max(set1(-126.75f), x); }
+KDFAST_INLINE Split split(V x) {
+    const V y = max(set1(-126.75f), x);
+    const V whole = {_mm256_round_ps(y.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+    return {whole, y - whole};
+}
 KDFAST_INLINE V scale2(V a, V n) {  // a NaN converts to a number without low bits, and a stays NaN
     const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent))};
@@ -85,23 +94,26 @@ KDFAST_INLINE V load_bf16(const std::uint16_t* p) {
 KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-KDFAST_INLINE __m256i round_to_bf16(V a) {  // in the lower half of each lane
+KDFAST_INLINE __m256i round_to_bf16(V a) {  // in the upper half of each lane
     const __m256i bits = _mm256_castps_si256(a.v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
-    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
-}
-KDFAST_INLINE __m256i to_bf16_pair(Pair a) {
-    return _mm256_permute4x64_epi64(_mm256_packus_epi32(round_to_bf16(a.first), round_to_bf16(a.second)), 0b11011000);
+    const __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000),
+                              _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
 }
 KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(to_bf16_pair({a, a})));
+    const __m256i wide = _mm256_srli_epi32(round_to_bf16(a), 16);
+    const __m256i narrow = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0b11011000);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(narrow));
 }
-KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
-KDFAST_INLINE Pair load_bf16_pair_unordered(const std::uint16_t* p) {
+// 2 * width neighbours, columns with an even number apart from the odd ones, which costs least.
+KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) {
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {{_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))},
             {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-0x10000)))}};
+}
+KDFAST_INLINE __m256i to_bf16_pair(Pair a) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(round_to_bf16(a.first), 16), round_to_bf16(a.second), 0b10101010);
 }
 KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_pair(a));

@@ -53,17 +53,18 @@ KDFAST_INLINE V add_times(V c, V a, V b) {
 }
 KDFAST_INLINE float hsum(V a) { return _mm512_reduce_add_ps(a.v); }
 KDFAST_INLINE float hmax(V a) { return _mm512_reduce_max_ps(a.v); }
-// x rounded to the nearest integer
-KDFAST_INLINE V round(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// exp2 is scale2(polynomial(x - n), n) with x = exp2_argument(x), n = round(x), for any x that exp2_overflows allows:
-// up to 128, or any. A result below 2^-126 is 0, or a denormal where that counts as 0 in every operation
-// (FlushDenormals).
+// exp2(x) = scale2(polynomial(split(x).fraction), split(x).whole) for any x. A result below 2^-126 is 0, or a denormal
+// where that counts as 0 in every operation (FlushDenormals).
 constexpr bool exp2_overflows = true;
-KDFAST_INLINE V exp2_argument(V x) { return max(set1(-256), x); }  // -inf - round(-inf) is NaN
+// 2^r for r in [0, 1)
+constexpr float exp2_coefficients[] = {0.9999999403953552f,  0.6931529641151428f,   0.24015362560749054f,
+                                       0.05582643672823906f, 0.008989345282316208f, 0.0018775762291625142f};
+struct Split {
+    V whole, fraction;
+};
+// The fraction is x - floor(x), and 0 at an infinity; scale2 takes the floor of `whole` by itself.
+KDFAST_INLINE Split split(V x) { return {x, {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}}; }
 KDFAST_INLINE V scale2(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// x - floor(x), and 0 at an infinity; scale2 takes the floor of n by itself.
-#define KDFAST_FRACTION
-KDFAST_INLINE V fraction(V a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 // x = mantissa * 2^exponent with the mantissa in [0.75, 1.5); 0 has exponent -inf
 KDFAST_INLINE V exponent(V a) { return {_mm512_getexp_ps(_mm512_mul_ps(a.v, _mm512_set1_ps(4.0f / 3.0f)))}; }
 KDFAST_INLINE V mantissa(V a) { return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero)}; }
@@ -75,30 +76,33 @@ KDFAST_INLINE V load_bf16(const std::uint16_t* p) {
 KDFAST_INLINE V load_f16(const std::uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// Rounding to bf16 is to nearest, ties to even, and a NaN stays one.
-KDFAST_INLINE __m256i to_bf16(V a) {
+// Rounding to bf16 is to nearest, ties to even, and a NaN stays one; in the upper half of each lane.
+KDFAST_INLINE __m512i round_to_bf16(V a) {
     const __m512i bits = _mm512_castps_si512(a.v);
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     __m512i r = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    r = _mm512_srli_epi32(_mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1)), 16);
-    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-    return _mm512_cvtepi32_epi16(r);
+    r = _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
+    return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
 }
-KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
-// Neighbours, 2 * width in all, where FlushDenormals lives: the instruction takes a denormal for 0.
-KDFAST_INLINE __m512i to_bf16_pair(Pair a) {
-#if defined(__AVX512BF16__)
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(a.second.v, a.first.v));
-#else
-    return _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(a.first)), to_bf16(a.second), 1);
-#endif
+KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(a), 16)));
 }
-KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
-// The same columns in whatever order costs least.
-KDFAST_INLINE Pair load_bf16_pair_unordered(const std::uint16_t* p) {
+// 2 * width neighbours, columns with an even number apart from the odd ones, which costs least.
+KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) {
     const __m512i both = _mm512_loadu_si512(p);
     return {{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))},
             {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-0x10000)))}};
+}
+KDFAST_INLINE __m512i to_bf16_pair(Pair a) {
+#if defined(__AVX512BF16__)  // takes a denormal for 0, as FlushDenormals does where this is used
+    const __m512i apart = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(a.second.v, a.first.v));
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, apart);
+#else
+    const __m512i odd = _mm512_and_si512(round_to_bf16(a.second), _mm512_set1_epi32(-0x10000));
+    return _mm512_or_si512(_mm512_srli_epi32(round_to_bf16(a.first), 16), odd);
+#endif
 }
 KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) { _mm512_storeu_si512(p, to_bf16_pair(a)); }
 KDFAST_INLINE void stream_bf16_pair(std::uint16_t* p, Pair a) {

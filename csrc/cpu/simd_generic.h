@@ -76,11 +76,23 @@ KDFAST_INLINE float hmax(V a) {
     for (int i = 1; i < width; ++i) r = r > a.v[i] ? r : a.v[i];
     return r;
 }
-// Adding and taking away 1.5 * 2^23 leaves no room for a fraction; right for abs(x) < 2^22, and exp2 has clamped
-// before.
-KDFAST_INLINE V round(V a) { KDFAST_LANES((a.v[i] + 12582912.0f) - 12582912.0f); }
 constexpr bool exp2_overflows = false;
-KDFAST_INLINE V exp2_argument(V x) { KDFAST_LANES(x.v[i] < -127.0f ? -127.0f : x.v[i]); }  // keeps NaN
+// 2^r for r in [-1/2, 1/2]
+constexpr float exp2_coefficients[] = {
+    1, 0.693146977599962f, 0.24022242085401063f, 0.05550733741848172f, 0.009671512640426183f, 0.0013264727642938185f};
+struct Split {
+    V whole, fraction;
+};
+// Adding and taking away 1.5 * 2^23 leaves no room for a fraction; right for abs(x) < 2^22.
+KDFAST_INLINE Split split(V x) {
+    Split r;
+    for (int i = 0; i < width; ++i) {
+        const float y = x.v[i] < -127.0f ? -127.0f : x.v[i];  // keeps NaN
+        r.whole.v[i] = (y + 12582912.0f) - 12582912.0f;
+        r.fraction.v[i] = y - r.whole.v[i];
+    }
+    return r;
+}
 KDFAST_INLINE V scale2(V a, V n) {  // through the exponent field, where n = -127 makes 0
     V r;
     for (int i = 0; i < width; ++i) {
@@ -117,8 +129,8 @@ KDFAST_INLINE void store_bf16(std::uint16_t* p, V a) {
         p[i] = static_cast<std::uint16_t>(a.v[i] != a.v[i] ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
 }
+// 2 * width neighbours in some order, which store_bf16_pair undoes.
 KDFAST_INLINE Pair load_bf16_pair(const std::uint16_t* p) { return {load_bf16(p), load_bf16(p + width)}; }
-KDFAST_INLINE Pair load_bf16_pair_unordered(const std::uint16_t* p) { return load_bf16_pair(p); }
 KDFAST_INLINE void store_bf16_pair(std::uint16_t* p, Pair a) {
     store_bf16(p, a.first);
     store_bf16(p + width, a.second);

@@ -26,10 +26,9 @@ struct Ahead {
     }
 };
 
-// How a loop over columns reads logits and writes the gradient: in the same order all of them, as which one serves may
-// depend on an address, and the bits may not. Through a tile of fp32 anything goes; the other two
+// How a loop over columns reads logits and writes the gradient. Through a tile of fp32 anything goes; the other two
 // spare the common cases the detour: one dtype throughout, read where it lies and written where it belongs, past the
-// cache (`streamed`) where that memory is aligned.
+// cache (`streamed`, to aligned memory). A pair holds the columns of a step in an order of its own.
 struct DirectFloat {
     using Element = float;
     static constexpr Element absent = -infinity;  // a column that no sum sees
