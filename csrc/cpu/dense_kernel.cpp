@@ -3,9 +3,10 @@
 // A row is read twice (three times where the divergence's normaliser is not known after the first pass), and stays in
 // cache in between: memory sees each logit once and each gradient once, written past the cache.
 //
-//   pass 1  maxima and sums of exponentials of the student and of each teacher        -> RowState
+//   pass 1  maxima and sums of exponentials of the student and of each teacher, and forward and reverse KL's value
+//                                                                                       -> RowState
 //   pass 2  the divergence's value and, where unknown so far, sum student(column)
-//   pass 3  the gradient; the same pass as 2 for forward and reverse KL
+//   pass 3  the gradient; a KL too small for pass 1's value has pass 2 in it
 //
 // Order of summation: fp32 lanes within a tile, fp64 across tiles, segments combined by number. Rows go to threads
 // whole; where there are fewer rows than threads, segments do, pass by pass. Both ways sum in the same order, so the
@@ -38,12 +39,12 @@
 #include "cpu/tiles.h"
 #include "cpu/passes.h"
 #include "cpu/sparse.h"
+#include "cpu/call_tiles.h"
+#include "cpu/streams.h"
 // clang-format on
 
 namespace kdfast::cpu::KDFAST_ISA {
 namespace {
-
-constexpr std::int64_t segment = 8 * tile;  // columns under one partial sum: the unit of work when rows are few
 
 // The divergences that most calls use: these are compiled for every way to get softmax(z) and to read and write; the
 // others take the general way of each.
@@ -60,24 +61,13 @@ constexpr double plain_is_enough = 0.125;
 enum class Passes : std::uint8_t { all, sums, values, gradient };
 
 template <class D>
-class Call {
+class Call : CallTiles {
   public:
     Call(const DenseCall& call, D divergence, float weight)
-        : a_(call),
-          divergence_(divergence),
-          weight_(weight),
-          inv_tau_(call.taught() ? 1 / call.temperature : 1),  // no temperature matters without a teacher
-          c_(inv_tau_ * log2e),
-          taught_(call.taught() ? call.columns : call.student.columns) {
+        : CallTiles(call, specialised<D>), divergence_(divergence), weight_(weight) {
         segments_ = (a_.student.columns + segment - 1) / segment;
-        distributions_ = a_.distributions();
         const bool needs_softmax_at_one = a_.labels || a_.z2 || a_.c_hard || a_.c_z;
         tau_ = !needs_softmax_at_one || inv_tau_ == 1 ? Tau::one : inv_tau_ == 0.5f ? Tau::two : Tau::other;
-        const bool one_dtype = a_.teachers.empty() ||
-                               (specialised<D> && a_.teachers.size() == 1 && a_.teachers[0].dtype == a_.student.dtype);
-        direct_ = one_dtype && a_.student.dtype != DType::f16;
-        // A short row is in the nearest cache still; over 16-bit logits, a stream took up to seven times as long.
-        streamed_ = a_.student.columns > tile && (a_.grad.data != a_.student.data || a_.student.dtype == DType::f32);
         // The reverse KL's normaliser needs log q in pass 1, which an ensemble of distributions does not have yet.
         sum_student_known_ = std::is_same_v<D, ForwardKl> || (std::is_same_v<D, ReverseKl> && distributions_ == 1);
     }
@@ -175,13 +165,6 @@ class Call {
     }
 
     bool wants_value_pass(const Row& row) const { return value_pass_ && (wants_dtau_ || !row.value_known); }
-    bool counted(std::int64_t i) const { return !a_.counted || a_.counted[i]; }
-    bool labelled(std::int64_t i) const { return a_.labels && a_.labels[i] != no_label; }
-
-    float teacher_weight(std::int64_t k, std::int64_t i) const {
-        return a_.teacher_weights[k * a_.teacher_weights_stride + i * a_.teacher_weights_per_row];
-    }
-
     void drop_row(std::int64_t i) const {
         for (float* out : {a_.soft, a_.hard, a_.z2, a_.dsoft_dtemperature, a_.logit_sum})
             if (out) out[i] = 0;
@@ -189,59 +172,6 @@ class Call {
         if (a_.stats && from_logits_) std::fill_n(a_.stats + i * a_.stats_per_row(), a_.stats_per_row(), 0.0f);
         if (wants_gradient_)
             std::memset(a_.grad.row(i), 0, static_cast<std::size_t>(a_.grad.columns) * size_of(a_.grad.dtype));
-    }
-
-    const float* student_tile(std::int64_t i, std::int64_t begin, std::int64_t n, Buffers& b) const {
-        return load_tile(a_.student.row(i), a_.student.dtype, begin, n, b.z);
-    }
-
-    // Logits of distribution k: a teacher's own, or the weighted sum of all.
-    const float* teacher_tile(std::int64_t k, std::int64_t i, std::int64_t begin, std::int64_t n, Buffers& b) const {
-        if (!a_.mix_logits) return load_tile(a_.teachers[k].row(i), a_.teachers[k].dtype, begin, n, b.t);
-        const std::int64_t size = padded(n);
-        std::fill_n(b.mix, size, 0.0f);
-        for (std::size_t j = 0; j < a_.teachers.size(); ++j) {
-            const float w = teacher_weight(static_cast<std::int64_t>(j), i);
-            if (w == 0) continue;
-            const float* t = load_tile(a_.teachers[j].row(i), a_.teachers[j].dtype, begin, n, b.t);
-            for (std::int64_t c = 0; c < size; c += width) store(b.mix + c, fma(set1(w), load(t + c), load(b.mix + c)));
-        }
-        return b.mix;
-    }
-
-    // log2 sum_k w_k q_k, from the largest summand on: a q too small for fp32 still has its logarithm.
-    const float* ensemble_tile(std::int64_t i, std::int64_t begin, std::int64_t n, const Row& row, Buffers& b) const {
-        const std::int64_t size = padded(n);
-        const auto each = [&](auto use) {
-            for (std::int64_t k = 0; k < distributions_; ++k) {
-                const float w = teacher_weight(k, i);
-                if (w == 0) continue;
-                const float* t = teacher_tile(k, i, begin, n, b);
-                const V c = set1(c_), from = set1(-row.teachers[k].hi), shift = set1(std::log2(w) - row.teachers[k].lo);
-                for (std::int64_t j = 0; j < size; j += width) use(j, affine(load(t + j), c, from) + shift);
-            }
-        };
-        const auto finite = [](V x) { return select(equal(x, set1(-infinity)), set1(0), x); };
-        std::fill_n(b.mix, size, -infinity);
-        each([&](std::int64_t j, V v) { store(b.mix + j, max(load(b.mix + j), v)); });
-        std::fill_n(b.g, size, 0.0f);
-        each([&](std::int64_t j, V v) { store(b.g + j, load(b.g + j) + exp2(v - finite(load(b.mix + j)))); });
-        for (std::int64_t j = 0; j < size; j += width) store(b.mix + j, finite(load(b.mix + j)) + log2(load(b.g + j)));
-        return b.mix;
-    }
-
-    template <class Visit>
-    static void for_tiles(std::int64_t begin, std::int64_t end, Visit visit) {
-        for (std::int64_t start = begin; start < end; start += tile) visit(start, std::min(tile, end - start));
-    }
-
-    // Calls taught(start, n) for the tiles of a segment that the distillation term sees, rest(start, n) for the others.
-    template <class Taught, class Rest>
-    void for_segment(std::int64_t s, Taught taught, Rest rest) const {
-        const std::int64_t begin = s * segment, end = std::min(begin + segment, a_.student.columns);
-        const std::int64_t middle = std::clamp(taught_, begin, end);
-        for_tiles(begin, middle, taught);
-        for_tiles(middle, end, rest);
     }
 
     // --- Pass 1
@@ -286,21 +216,6 @@ class Call {
         const std::byte* t = a_.teachers[0].row(i);
         sum_both<Io>(columns<Io>(z, start), columns<Io>(t, start), n, student, *teacher, next_z,
                      Ahead::of(t, a_.student.dtype, start + tile));
-    }
-
-    template <class Io>
-    static typename Io::Element* columns(std::byte* row, std::int64_t start) {
-        return reinterpret_cast<typename Io::Element*>(row) + start;
-    }
-    template <class Io>
-    static const typename Io::Element* columns(const std::byte* row, std::int64_t start) {
-        return reinterpret_cast<const typename Io::Element*>(row) + start;
-    }
-
-    // Calls f with what reads and writes the logits' dtype directly.
-    template <class F>
-    void with_io(F f) const {
-        a_.student.dtype == DType::f32 ? f.template operator()<DirectFloat>() : f.template operator()<DirectBf16>();
     }
 
     template <class F>
@@ -437,7 +352,8 @@ class Call {
     template <Tau T, Want W>
     void visit_taught(std::int64_t i, const Row& row, const RowConstants& c, std::int64_t start, std::int64_t n,
                       Buffers& b, Value& sums) const {
-        const float* t = distributions_ == 1 ? teacher_tile(0, i, start, n, b) : ensemble_tile(i, start, n, row, b);
+        const float* t =
+            distributions_ == 1 ? teacher_tile(0, i, start, n, b) : ensemble_tile(i, start, n, row.teachers, b);
         visit<ThroughTile, D, T, W>(divergence_, student_tile(i, start, n, b), t, padded(n), c,
                                     next_row(a_.student, i, start), next_row(a_.teachers[0], i, start), b.g, sums);
     }
@@ -449,6 +365,10 @@ class Call {
             visit<Io, D, T, W>(divergence_, columns<Io>(a_.student.row(i), start),
                                columns<Io>(a_.teachers[0].row(i), start), n, c, next_row(a_.student, i, start),
                                next_row(a_.teachers[0], i, start), g, sums);
+    }
+
+    void value_direct(std::int64_t i, const RowConstants& c, std::int64_t start, std::int64_t n, Value& sums) const {
+        with_io([&]<class Io>() { visit_direct<Io, Tau::one, Want::value>(i, c, start, n, nullptr, sums); });
     }
 
     template <class Io, Tau T>
@@ -469,14 +389,6 @@ class Call {
         auto* aside = reinterpret_cast<typename Io::Element*>(b.g);
         visit_with(c, aside);
         stream_out(out, aside, n);
-    }
-
-    // What the next row will read first, fetched while this one's later passes compute.
-    Ahead next_row(const Rows& rows, std::int64_t i, std::int64_t start) const {
-        const std::int64_t column =
-            a_.student.columns - start;  // later passes run from the end, the first from the beginning
-        if (i + 1 == a_.rows || column == a_.student.columns) return {rows.row(i), 0};
-        return Ahead::of(rows.row(i + 1), rows.dtype, column);
     }
 
     void value_segment(std::int64_t i, Row& row, std::int64_t s) const {
@@ -508,10 +420,6 @@ class Call {
     void gradient_segment(std::int64_t i, Row& row, std::int64_t s) const {
         if (!specialised<D> && !a_.teachers.empty()) return gradient_segment<Tau::other>(i, row, s);
         with_tau([&]<Tau T>() { gradient_segment<T>(i, row, s); });
-    }
-
-    static bool in_tile(std::int64_t label, std::int64_t start, std::int64_t n) {
-        return label >= start && label < start + n;
     }
 
     // The few columns around a label, whose gradient has one more summand: kept aside, as the gradient may take their
@@ -580,7 +488,8 @@ class Call {
                                                   next_row(a_.student, i, start), b.g);
                     return finish_tile(start, n);
                 }
-                if (with_value) {
+                if (with_value && direct_) value_direct(i, c, start, n, sums);  // summed in the order of pass 2
+                if (with_value && !direct_) {
                     visit_taught<T, joint>(i, row, c, start, n, b, sums);
                 } else if (soft) {
                     visit_taught<T, Want::gradient>(i, row, c, start, n, b, sums);
@@ -650,18 +559,11 @@ class Call {
         }
     }
 
-    const DenseCall& a_;
     const D divergence_;
     const float weight_;
-    const float inv_tau_;
-    const float c_;              // log2e / tau
-    const std::int64_t taught_;  // columns under the distillation term, or all
     std::int64_t segments_;
-    std::int64_t distributions_;
     Tau tau_;
     bool sum_student_known_;
-    bool streamed_;  // the gradient is written past the cache
-    bool direct_;    // student and teacher can be read, and the gradient written, without the detour through tiles
     bool from_logits_ = true;
     bool wants_gradient_ = false;
     bool wants_dtau_ = false;
@@ -687,35 +589,6 @@ void forward(const DenseCall& call) { run(call, Passes::all); }
 void backward(const DenseCall& call) { run(call, Passes::gradient); }
 void sums(const DenseCall& call) { run(call, Passes::sums); }
 void values(const DenseCall& call) { run(call, Passes::values); }
-
-void triad(const float* a, const float* b, float* out, std::int64_t count, int threads) {
-    constexpr std::int64_t block = 1 << 16;
-    parallel_for((count + block - 1) / block, threads, [&](std::int64_t index) {
-        const std::int64_t begin = index * block, n = std::min(block, count - begin);
-        Buffers buffers;
-        for (std::int64_t start = begin; start < begin + n; start += tile) {
-            const std::int64_t size = std::min(tile, begin + n - start);
-            std::int64_t i = 0;
-            for (; i + width <= size; i += width) store(buffers.g + i, load(a + start + i) + load(b + start + i));
-            for (; i < size; ++i) buffers.g[i] = a[start + i] + b[start + i];
-            stream_out(out + start, buffers.g, size);
-        }
-        fence();
-    });
-}
-
-void scale(const Rows& data, std::int64_t rows, float factor, int threads) {
-    parallel_for(rows, threads, [&](std::int64_t i) {
-        Buffers b;
-        for (std::int64_t start = 0; start < data.columns; start += tile) {
-            const std::int64_t n = std::min(tile, data.columns - start);
-            const float* x = load_tile(data.row(i), data.dtype, start, n, b.z);
-            for (std::int64_t j = 0; j < n; j += width) store(b.g + j, load(x + j) * set1(factor));
-            store_tile(data.dtype, data.row(i), start, b.g, n, b.t, true);
-        }
-        fence();
-    });
-}
 
 }  // namespace
 }  // namespace kdfast::cpu::KDFAST_ISA
