@@ -104,6 +104,23 @@ def select(logits: Tensor, request: Request, first_token: int) -> Selected:
     )
 
 
+def empty(logits: Tensor, request: Request) -> Selected:
+    """Tensors for a kernel to fill with the targets of logits (..., V)."""
+    leading, device = logits.shape[:-1], logits.device
+
+    def fresh(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return Selected(
+        ids=fresh((*leading, request.most), torch.int32),
+        logprobs=fresh((*leading, request.most)),
+        lse=fresh((len(request.temperatures), *leading)),
+        k_eff=fresh(leading, torch.int32),
+        mass=fresh((*leading, request.most)) if request.sampled else None,
+        neg_entropy=fresh(leading) if request.sampled else None,
+    )
+
+
 def _columns_at(points: Tensor, cumulative: Tensor) -> Tensor:
     """The first column whose cumulative weight (n, V) passes each point (n, m); the last with weight at the end."""
     total = cumulative[:, -1:].contiguous()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kdfast import selection
 from kdfast.loss import _is_dtensor
-from kdfast.ops import _registry, select_cpu
+from kdfast.ops import _registry, select_cpu, select_triton
 from kdfast.ops.dense import KERNEL_DTYPES
 from kdfast.ops.dense_cpu import EXTENSION_MISSING
 from kdfast.problem import Logits, _check_logits, _choice, device_of
@@ -98,14 +98,15 @@ def soft_targets(
         msg = "logits_or_head must be a plain tensor, got a DTensor: pass x.to_local() where whole rows are held"
         raise TypeError(msg)
     request = _request(k, method, temperatures, seed, p)
-    backend = _backend(logits_or_head)
+    backend = _backend(logits_or_head, request)
     leading, v = logits_or_head.shape[:-1], logits_or_head.shape[-1]
-    run = select_cpu.select if backend == "cpu" else selection.select
-    if backend == "cpu" and isinstance(logits_or_head, Tensor) and (logits_or_head.stride(-1) == 1 or v == 1):
+    run = backend.select
+    by_kernel = backend.name != "reference"
+    if by_kernel and isinstance(logits_or_head, Tensor) and (logits_or_head.stride(-1) == 1 or v == 1):
         # as it lies; a leading axis is added to a single token's logits, so that chunks can be joined
         parts = [run(logits_or_head if leading else logits_or_head[None], request, 0)]
     else:
-        parts = [run(x, request, first) for first, x in _chunks(logits_or_head, backend)]
+        parts = [run(x, request, first) for first, x in _chunks(logits_or_head, widened=not by_kernel)]
     return _targets(parts, leading, v, request)
 
 
@@ -183,36 +184,65 @@ def _temperatures(temperatures: object, method: str) -> tuple[float, ...]:
 # --- Who computes it, and in what chunks ------------------------------------------------------------------------------
 
 
-def _declines(x: Logits) -> str | None:
-    """Why the compiled kernel cannot serve these logits."""
-    if EXTENSION_MISSING is not None:
-        return EXTENSION_MISSING
-    if device_of(x).type != "cpu":
+class _Backend(NamedTuple):
+    """One way to select."""
+
+    name: str
+    declines: Callable[[Logits, Request], str | None]  # why it cannot serve a call
+    select: Callable[[Tensor, Request, int], Selected]
+
+
+def _declines_on_cpu(x: Logits, _: Request) -> str | None:
+    return EXTENSION_MISSING or _not_taken(x, "cpu")
+
+
+def _declines_on_triton(x: Logits, request: Request) -> str | None:
+    reason = _registry._triton_unavailable() or _not_taken(x, "cpu" if _registry._interprets() else "cuda")
+    return reason or select_triton.declines(request, x.shape[-1])
+
+
+def _not_taken(x: Logits, device: str) -> str | None:
+    """Why a kernel for tensors of a device cannot take these logits."""
+    if device_of(x).type != device:
         return f"logits on {device_of(x)}"
     dtype = x.dtype if isinstance(x, Tensor) else x.hidden.dtype
     return None if dtype in KERNEL_DTYPES else f"{dtype} logits (it takes float32, bfloat16 and float16)"
 
 
-def _backend(x: Logits) -> str:
+#: Best first.
+_BACKENDS = (
+    _Backend("cpu", _declines_on_cpu, select_cpu.select),
+    _Backend("triton", _declines_on_triton, select_triton.select),
+    _Backend("reference", lambda _x, _request: None, selection.select),
+)
+
+
+def _backend(x: Logits, request: Request) -> _Backend:
     name = os.environ.get("KDFAST_BACKEND") or None
     if name is not None:
         _registry.check_name(name, "KDFAST_BACKEND")
-        reason = _declines(x) if name == "cpu" else None if name == "reference" else "it has no kernel for soft_targets"
-        if reason:
+        row = next((row for row in _BACKENDS if row.name == name), None)
+        reason = row.declines(x, request) if row else "it has no kernel for soft_targets"
+        if row is None or reason:
             msg = f"backend {name!r} cannot serve this call: {reason}"
             raise RuntimeError(msg)
-        return name
-    reason = _declines(x)
-    if reason and x.shape[-1] >= _registry.LARGE_VOCABULARY:
-        _registry._say_once(f"soft_targets runs in plain PyTorch, with fp64 copies of its logits: cpu: {reason}")
-    return "reference" if reason else "cpu"
+        return row
+    declined = [(row.name, row.declines(x, request)) for row in _BACKENDS]
+    chosen = next(row for row, (_, reason) in zip(_BACKENDS, declined, strict=True) if reason is None)
+    if chosen.name == "reference" and x.shape[-1] >= _registry.LARGE_VOCABULARY:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in declined if reason)
+        _registry._say_once(f"soft_targets runs in plain PyTorch, with fp64 copies of its logits: {reasons}")
+    return chosen
 
 
-def _chunks(x: Logits, backend: str) -> Iterator[tuple[int, Tensor]]:
-    """Logits (n, V) of some tokens at a time, with the number of the first; one empty chunk where there are none."""
+def _chunks(x: Logits, *, widened: bool) -> Iterator[tuple[int, Tensor]]:
+    """Logits (n, V) of some tokens at a time, with the number of the first; one empty chunk where there are none.
+
+    Those that are going to be widened to fp64 are counted as such.
+    """
     rows = x if isinstance(x, Tensor) else x.hidden
     rows = rows.reshape(-1, rows.shape[-1])
-    row_bytes = x.shape[-1] * (8 if backend == "reference" else rows.element_size())
+    row_bytes = x.shape[-1] * (8 if widened else rows.element_size())
     if isinstance(x, LMHead) and x.softcap is not None:
         row_bytes *= 3  # with what softcap leaves in between
     step = max(1, CHUNK_BYTES.get(rows.device.type, CHUNK_BYTES["cpu"]) // row_bytes)

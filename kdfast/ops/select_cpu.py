@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.dense_cpu import _contiguous_rows, _view
-from kdfast.selection import Request, Selected
+from kdfast.selection import Request, Selected, empty
 
 
 def select(logits: Tensor, request: Request, first_token: int) -> Selected:
@@ -14,20 +14,7 @@ def select(logits: Tensor, request: Request, first_token: int) -> Selected:
     from kdfast import _core
 
     logits = _contiguous_rows(logits)
-    leading = logits.shape[:-1]
-    sampled = request.sampled
-
-    def fresh(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-
-    out = Selected(
-        ids=fresh((*leading, request.most), torch.int32),
-        logprobs=fresh((*leading, request.most)),
-        lse=fresh((len(request.temperatures), *leading)),
-        k_eff=fresh(leading, torch.int32),
-        mass=fresh((*leading, request.most)) if sampled else None,
-        neg_entropy=fresh(leading) if sampled else None,
-    )
+    out = empty(logits, request)
     _core.select(
         logits=_view(logits),
         method=request.method,

@@ -55,6 +55,13 @@ def dense_tile(device: torch.device, work: str, columns: int) -> Tile:
     return tile if width >= tile.columns else Tile(width, max(1, tile.warps * width // tile.columns))
 
 
+def select_tile(device: torch.device, chunk: int, columns: int) -> Tile:
+    """The tile of whole chunks for rows of this many columns, no wider than the row needs."""
+    tile = TABLE["select"][architecture(device)]["scan"]
+    width = max(chunk, 128, 1 << (columns - 1).bit_length())
+    return tile if width >= tile.columns else Tile(width, max(1, tile.warps * width // tile.columns))
+
+
 def dense_splits(device: torch.device, rows: int, columns: int, tile: Tile) -> int:
     """Programs that share a row: a function of shapes and of the device, so that results do not depend on timing."""
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // max(rows, 1))
