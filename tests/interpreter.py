@@ -28,6 +28,12 @@ def _patch_once(fn):
     return interpreter._LangPatchScope() if done else _patch_lang(fn)
 
 
+def _fma(_, x, y, z):
+    """Rounds once, which older releases do not."""
+    wide = x.data.astype(np.float64) * y.data + z.data
+    return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+
 def _sort(x, dim=None, descending=False):
     """At once, where Triton's own sort takes its steps one element at a time."""
     values = np.sort(x.handle.data, axis=-1)
@@ -38,5 +44,6 @@ def mend():
     """Apply, for the life of the process."""
     interpreter._convert_float = _convert
     interpreter._patch_lang = _patch_once
+    interpreter.InterpreterBuilder.create_fma = _fma
     tl.sort = _sort
     np.seterr(all="ignore")  # -inf - -inf and its like are part of the kernels, and no GPU warns

@@ -92,3 +92,60 @@ def test_values_are_checked_on_request(monkeypatch):
     monkeypatch.setenv("KDFAST_CHECK", "1")
     with pytest.raises(ValueError, match="labels must be in"):
         step(s, t, bad)
+
+
+SELECTIONS = {
+    "topk": {"temperatures": (1.0, 2.0, 3.0)},
+    "topp": {"p": 0.9, "k": (2, 200)},
+    "sample": {"seed": 3, "temperatures": (2.0,)},
+    "pps": {"seed": 3},
+}
+
+
+def entries(targets):
+    return [x for x in (*targets._tensors().values(), *targets.lse.values()) if x is not None]
+
+
+@pytest.mark.parametrize("method", SELECTIONS)
+@pytest.mark.parametrize("rows", [1, 300])
+def test_soft_targets_do_not_synchronise(method, rows):
+    x = torch.randn(rows, 9000).bfloat16()
+    x[0] = 1  # more equals than there is room for
+    kdfast.soft_targets(x, method=method, **SELECTIONS[method])  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kdfast.soft_targets(x, method=method, **SELECTIONS[method])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_soft_targets_inside_a_cuda_graph(method):
+    x = torch.randn(64, 9000)
+
+    def run():
+        return kdfast.soft_targets(x, method=method, **SELECTIONS[method])
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        targets = run()
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(entries(targets), entries(run()), strict=True))
+
+
+def test_soft_targets_beyond_32_bits():
+    x = torch.zeros(17000, 128256, dtype=torch.bfloat16)
+    x[-1].normal_()
+    targets = kdfast.soft_targets(x, temperatures=(1.0, 2.0))
+    want = kdfast.soft_targets(x[-1:], temperatures=(1.0, 2.0))
+    assert torch.equal(targets.ids[:-1], torch.arange(64, dtype=torch.int32).expand(16999, -1))
+    assert all(torch.equal(a, b) for a, b in zip(entries(targets[-1:]), entries(want), strict=True))
+    exact = x[-1].double().log_softmax(-1).sort(descending=True, stable=True)
+    assert torch.equal(targets.ids[-1], exact.indices[:64].int())
+    torch.testing.assert_close(targets.logprobs[-1], exact.values[:64].float(), rtol=1e-6, atol=2e-6)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from formulas import CASES
 from machine import INTERPRETING
 
 import kdfast
-from kdfast import distill_loss
+from kdfast import distill_loss, soft_targets
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="TRITON_INTERPRET=1 is not set")
 
@@ -84,6 +86,61 @@ def test_bytes_per_column(traffic, monkeypatch, name, options, read, written, ro
         loss.backward(torch.ones_like(loss))
     assert (traffic["read"] / (rows * v), traffic["written"] / (rows * v)) == (read, written)
     assert sum(claimed) == read + written
+
+
+def test_soft_targets_read_the_logits_once(traffic, monkeypatch):
+    """And then a part of them: the chunks whose maximum reaches the floor."""
+    from kdfast.kernels.triton import dense_launch, select_launch
+
+    rows, v, k = 3, 5000, 5
+    read, said, launch = {}, [], dense_launch.launch
+
+    def recording(kernel, grid, *args, **options):
+        before = traffic["read"]
+        launch(kernel, grid, *args, **options)
+        read[kernel.__name__] = traffic["read"] - before
+        if kernel.__name__ == "scan_kernel":
+            said.append(select_launch.bytes_per_column(args, options))
+
+    monkeypatch.setattr(dense_launch, "launch", recording)
+    soft_targets(torch.randn(rows, v).bfloat16(), k=k, temperatures=(1.0, 2.0, 3.0))
+    assert read["scan_kernel"] == 2 * rows * v == said[0] * rows * v
+    assert k * 64 * 2 * rows <= read["gather_kernel"] <= 2 * k * 64 * 2 * rows
+    assert list(read) == ["scan_kernel", "floor_kernel", "gather_kernel", "keep_kernel"]
+
+
+def test_which_exponential_serves_which_temperature():
+    from kdfast.kernels.triton.select_launch import plan
+
+    for temperatures, drawn, exponentials in [
+        ((1.0,), False, 1),
+        ((2.0, 1.0), False, 1),
+        ((1.0, 2.0, 0.5, 4.0), False, 2),
+        ((1.0, 3.0, 5.0), False, 3),
+        ((0.5,), False, 1),
+        ((0.5,), True, 2),
+        ((2.0,), True, 1),
+        ((1.0,), True, 1),
+    ]:
+        p = plan(temperatures, drawn=drawn)
+        assert len(p.scales) == exponentials
+        for t, e, factor in zip((*temperatures, 1.0), p.exponential, p.factor, strict=True):
+            assert p.scales[e] * factor == pytest.approx(math.log2(math.e) / t)
+        assert sorted(set(p.slot_of)) == list(range(p.slots))
+        if drawn:
+            assert (p.slot_of[0], p.exponential[0], p.factor[0]) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("columns", [1, 1000, 50257, 128256, 262144, 1 << 24])
+@pytest.mark.parametrize("k", [1, 64, 1024, 2048])
+def test_chunks_fit_in_registers(columns, k):
+    from kdfast.kernels.triton import select_launch
+
+    width = select_launch.chunk_width(columns, min(k, columns))
+    assert -(-columns // width) <= select_launch.MOST_CHUNKS
+    assert width & (width - 1) == 0
+    if columns >= 50257:
+        assert -(-columns // width) >= 1.5 * k
 
 
 def test_a_factor_of_one_moves_nothing(traffic):

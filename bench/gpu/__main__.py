@@ -21,10 +21,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Operators of the suite, a row each: modules with ``cases``, ``Inputs``, ``competitors`` and ``gradient_errors``.
-OPERATORS = ("bench.gpu.dense",)
+OPERATORS = ("bench.gpu.dense", "bench.gpu.soft_targets")
 
 #: Tests whose inputs follow the default device.
-TESTS = ("tests/test_dense.py", "tests/test_modes.py", "tests/test_edges.py", "tests/test_gpu.py")
+TESTS = (
+    "tests/test_dense.py",
+    "tests/test_modes.py",
+    "tests/test_edges.py",
+    "tests/test_soft_targets.py",
+    "tests/test_gpu.py",
+)
 
 VERSIONS = ("torch", "triton", "liger-kernel", "speculators", "fla-core", "trl")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import os
 import re
@@ -46,7 +47,7 @@ class Compiled:
     registers: int  # of a thread
     spills: int  # bytes of a thread
     shared: int  # bytes of a program
-    moved: int  # bytes of a column, read and written; 0 where the kernel sees no columns
+    moved: int  # bytes of a column, read and written; 0 where the kernel sees few of them or none
     text: str  # PTX or AMD assembly
 
     @property
@@ -77,7 +78,32 @@ def _dense_calls() -> dict[str, dict[str, Any]]:
     return calls
 
 
-def _make_call(
+def _select_calls() -> dict[str, dict[str, Any]]:
+    """Arguments of ``soft_targets``, by name."""
+    drawn = {"temperatures": (2.0,), "seed": 1}
+    return {
+        "top-k, T = 1 and 2": {"temperatures": (1.0, 2.0)},
+        "top-k of 1024, fp32, four T": {"k": 1024, "temperatures": (1.0, 2.0, 3.0, 5.0), "dtype": torch.float32},
+        "top-p": {"method": "topp", "p": 0.95, "k": 256},
+        "sample": {"method": "sample", **drawn},
+        "pps": {"method": "pps", **drawn},
+    }
+
+
+def _select(*, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
+    import kdfast
+
+    with mock.patch.dict(os.environ, {"KDFAST_BACKEND": "triton"}):
+        kdfast.soft_targets(torch.zeros(4, VOCAB, dtype=dtype), **options)
+
+
+def _calls() -> dict[str, Callable[[], None]]:
+    """Every call whose launches are compiled."""
+    calls = {name: functools.partial(_distill, **arguments) for name, arguments in _dense_calls().items()}
+    return calls | {name: functools.partial(_select, **arguments) for name, arguments in _select_calls().items()}
+
+
+def _distill(
     *,
     dtype: torch.dtype = torch.bfloat16,
     teachers: int = 1,
@@ -151,10 +177,11 @@ def compile_calls(target: str, names: list[str] | None = None) -> list[Compiled]
     if os.environ.get("TRITON_INTERPRET") == "1":
         msg = "TRITON_INTERPRET=1 runs kernels on the CPU: unset it to compile them"
         raise RuntimeError(msg)
-    from kdfast.kernels.triton.dense_launch import bytes_per_column
+    from kdfast.kernels.triton import dense_launch, select_launch
 
+    moved = {"dense_kernel": dense_launch.bytes_per_column, "scan_kernel": select_launch.bytes_per_column}
     out: list[Compiled] = []
-    calls = _dense_calls()
+    calls = _calls()
     for name in names or calls:
         seen: set[str] = set()
 
@@ -181,13 +208,13 @@ def compile_calls(target: str, names: list[str] | None = None) -> list[Compiled]
                     registers,
                     spills,
                     compiled.metadata.shared,
-                    bytes_per_column(args, options) if kernel.__name__ == "dense_kernel" else 0,
+                    moved[kernel.__name__](args, options) if kernel.__name__ in moved else 0,
                     text,
                 )
             )
 
         with _compiling(target, report):
-            _make_call(**calls[name])
+            calls[name]()
     return out
 
 

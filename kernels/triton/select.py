@@ -255,6 +255,7 @@ def gather_kernel(
                 high = middle - 1
         equals = k - _reach(row, reached, n, columns, (low + 1).to(tl.uint32), GROUP, CHUNK)
         floor = low.to(tl.uint32)
+        tl.debug_barrier()  # keys are written over
         count = _gather(row, reached, n, columns, floor, equals, keys, GROUP, CHUNK, ROOM, True)
     tl.store(counts + i * COUNTS + 1, tl.minimum(count, ROOM))
 

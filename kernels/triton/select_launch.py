@@ -21,10 +21,17 @@ MOST_COLUMNS = 1 << 24
 MOST_K = 2048
 
 _CHUNK, _LEAST_CHUNK = 64, 8
-_GROUP = 2048  # columns of chunks that are read again at a time
+_GROUP = 1024  # columns of chunks that are read again at a time
 _POINTS = 1024  # columns in which points are looked for at a time
 #: Leading bits of the order of fp32 numbers that tell logits of a dtype apart; for fp32 enough to leave few in doubt.
 _BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 24}
+
+
+def bytes_per_column(args: tuple[Any, ...], _: dict[str, Any]) -> int:
+    """What the scan reads for each column, in bytes; what it writes for a chunk is left out."""
+    logits: Rows = args[0]
+    size: int = logits.data.element_size()
+    return size
 
 
 class Plan(NamedTuple):

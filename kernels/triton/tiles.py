@@ -58,8 +58,8 @@ def dense_tile(device: torch.device, work: str, columns: int) -> Tile:
 def select_tile(device: torch.device, chunk: int, columns: int) -> Tile:
     """The tile of whole chunks for rows of this many columns, no wider than the row needs."""
     tile = TABLE["select"][architecture(device)]["scan"]
-    width = max(chunk, 128, 1 << (columns - 1).bit_length())
-    return tile if width >= tile.columns else Tile(width, max(1, tile.warps * width // tile.columns))
+    width = max(chunk, min(tile.columns, max(128, 1 << (columns - 1).bit_length())))
+    return Tile(width, max(1, min(tile.warps, tile.warps * width // tile.columns)))
 
 
 def dense_splits(device: torch.device, rows: int, columns: int, tile: Tile) -> int:
