@@ -99,8 +99,10 @@ def _select(*, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
 
 def _calls() -> dict[str, Callable[[], None]]:
     """Every call whose launches are compiled."""
-    calls = {name: functools.partial(_distill, **arguments) for name, arguments in _dense_calls().items()}
-    return calls | {name: functools.partial(_select, **arguments) for name, arguments in _select_calls().items()}
+    calls: dict[str, Callable[[], None]] = {}
+    calls |= {name: functools.partial(_distill, **arguments) for name, arguments in _dense_calls().items()}
+    calls |= {name: functools.partial(_select, **arguments) for name, arguments in _select_calls().items()}
+    return calls
 
 
 def _distill(
