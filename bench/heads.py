@@ -6,6 +6,7 @@ are not installed are named with the reason. A name says what a peer leaves out.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +29,10 @@ PRODUCTS = "bare products"
 class HeadInputs:
     """Hidden states (tokens, hidden), weights (vocab, hidden) and labels (tokens,); logits of unit variance."""
 
-    def __init__(self, tokens: int, vocab: int, hidden: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        generator = torch.Generator(device).manual_seed(20)
+    def __init__(
+        self, tokens: int, vocab: int, hidden: int, dtype: torch.dtype, device: torch.device | str, seed: int = 20
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
 
         def draw(rows: int, std: float) -> Tensor:
             return torch.empty(rows, hidden, dtype=dtype, device=device).normal_(0, std, generator=generator)
@@ -42,6 +45,14 @@ class HeadInputs:
     def leaves(self) -> tuple[Tensor, Tensor]:
         """What gets a gradient."""
         return self.hidden, self.weight
+
+    def double(self) -> HeadInputs:
+        """The same in fp64."""
+        out = copy.copy(self)
+        for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
+            tensor = getattr(self, name)
+            setattr(out, name, tensor.detach().double().requires_grad_(tensor.requires_grad))
+        return out
 
     def release(self) -> None:
         """Steps return their gradients and leave nothing behind."""
@@ -117,7 +128,7 @@ def distillation(
         "kdfast": lambda: kdfast_distillation(x, divergence, backend),
         "eager, stored logits": lambda: eager_distillation(x, divergence),
     }
-    compiled = _compiled(lambda: eager_distillation(x, divergence)) if compiles else "not asked for"
+    compiled = _compiled(lambda: eager_distillation(x, divergence)) if compiles else "not compiled here"
     losses["torch.compile, stored logits"] = compiled
     losses["TRL, chunked (no CE)"] = _trl(x, beta)
     losses["Liger, chunked (no tau^2)"] = _liger_chunked(x, beta, compiled=compiles)
@@ -220,7 +231,7 @@ def cross_entropy(x: HeadInputs, *, backend: str | None = None, compiles: bool =
     losses: dict[str, Callable[[], Tensor] | str] = {
         "kdfast": lambda: kdfast_cross_entropy(x, backend),
         "eager, stored logits": lambda: eager_cross_entropy(x),
-        "torch.compile, stored logits": _compiled(lambda: eager_cross_entropy(x)) if compiles else "not asked for",
+        "torch.compile, stored logits": _compiled(lambda: eager_cross_entropy(x)) if compiles else "not compiled here",
         "torch's linear_cross_entropy, kdfast's chunks": _torch_linear(x, batch_chunk_size=_chunk(x, heads=1)),
     }
     if triton:
@@ -229,7 +240,7 @@ def cross_entropy(x: HeadInputs, *, backend: str | None = None, compiles: bool =
         losses["cut-cross-entropy, no filter"] = _cut(x, impl="cce", filter_eps=None)
         losses["Liger, fused linear cross-entropy"] = _liger_linear(x)
     else:
-        losses["cut-cross-entropy, torch_compile"] = _cut(x, impl="torch_compile") if compiles else "not asked for"
+        losses["cut-cross-entropy, torch_compile"] = _cut(x, impl="torch_compile") if compiles else "not compiled here"
     steps = _steps(x, losses)
     return {"kdfast": steps.pop("kdfast"), PRODUCTS: _bare_products(x, heads=1), **steps}
 

@@ -22,10 +22,14 @@ _COLUMNS = (1024, 2048, 4096, 8192, 16384)
 _WARPS = (4, 8, 16, 32)
 
 
-def autotune(clock: Clock, table_file: Path, *, tokens: int = 4096, vocab: int = 128256) -> list[str]:
-    """Time every tile and number of warps for each kind of work; write the fastest; return what was seen."""
+def autotune(clock: Clock, table_file: Path, *, rehearse: bool = False) -> list[str]:
+    """Time every tile and number of warps for each kind of work; write the fastest; return what was seen.
+
+    A rehearsal has few columns and fewer tiles to choose from.
+    """
     from kdfast.kernels.triton import tiles
 
+    tokens, vocab, choices = (2, 600, _COLUMNS[:2]) if rehearse else (4096, 128256, _COLUMNS)
     x = Inputs(DenseCase("forward_kl", tokens, vocab, "bf16"), clock.device)
     arch, said = tiles.architecture(clock.device), []
     table = json.loads(table_file.read_text())
@@ -36,13 +40,13 @@ def autotune(clock: Clock, table_file: Path, *, tokens: int = 4096, vocab: int =
             kdfast.distill_loss(x.student, x.teacher, x.labels, temperature=2.0, backend="triton", **options).backward()  # type: ignore[arg-type]
 
         found: dict[tuple[int, int], float] = {}
-        for columns in _COLUMNS:
+        for columns in choices:
             for warps in _WARPS:
                 if not 4 <= columns // (32 * warps) <= 64:
                     continue
                 with mock.patch.object(tiles, "dense_tile", return_value=tiles.Tile(columns, warps)):
                     step()
-                    found[columns, warps] = statistics.median(clock.time(step) for _ in range(5))
+                    found[columns, warps] = statistics.median(clock.time(step) for _ in range(1 if rehearse else 5))
                 said.append(f"{work}: {columns} columns, {warps} warps: {found[columns, warps]:.3f} ms")
         best = min(found, key=found.__getitem__)
         said.append(f"{work}: best {best[0]} columns, {best[1]} warps")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from kdfast.benchmark.cases import ALPHA, TEMPERATURE
+from bench.heads import missing, speculators_loss
+from kdfast.benchmark.cases import ALPHA, DTYPES, TEMPERATURE
 from kdfast.benchmark.competitors import eager_loss
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -125,13 +123,9 @@ def _eager(case: DenseCase) -> Callable[..., Tensor]:
     return loss
 
 
-def _missing(module: str) -> str | None:
-    return None if importlib.util.find_spec(module) else f"{module} is not installed"
-
-
 def _liger(case: DenseCase) -> Callable[..., Tensor] | str:
     """Its KL and JSD take log-probabilities, so the log_softmax that a user needs is part of the time."""
-    if reason := _missing("liger_kernel"):
+    if reason := missing("liger_kernel"):
         return reason
     if case.upstream == "per token" or case.divergence == "reverse_kl":
         return "has no such loss"
@@ -152,19 +146,12 @@ def _liger(case: DenseCase) -> Callable[..., Tensor] | str:
 
 def _speculators(case: DenseCase) -> Callable[..., Tensor] | str:
     """T = 1 and no cross-entropy: less work than the others do."""
-    if reason := _missing("speculators"):
-        return reason
-    try:
-        from speculators.losses import fused
-    except ImportError as error:
-        return f"speculators: {error}"
-    names = {"forward_kl": "fused_kl_div_loss", "reverse_kl": "fused_reverse_kl_loss", "jsd": "fused_jsd_loss"}
-    function = getattr(fused, names[case.divergence], None)
-    if function is None:
-        return f"speculators has no {names[case.divergence]}"
+    function = speculators_loss(case.divergence)
+    if isinstance(function, str):
+        return function
 
     def loss(s: Tensor, t: Tensor, _: Tensor) -> Tensor:
-        tokens = function(s[None], t[None])[0]
+        tokens = function(s, t)
         return tokens if case.upstream == "per token" else tokens.mean()
 
     return loss
@@ -183,7 +170,9 @@ def competitors(case: DenseCase, x: Inputs) -> dict[str, Callable[[], object] | 
 
 
 def gradient_errors(case: DenseCase, device: torch.device) -> dict[str, float]:
-    """Largest error of the gradient over its largest element, against fp64, on fresh inputs of few tokens."""
+    """See :mod:`bench.gpu`; on fresh inputs of few tokens, with an upstream gradient of 1."""
+    if case.upstream != 1.0:
+        return {}
     small = DenseCase(case.divergence, 4, case.vocab, case.dtype)
     x = Inputs(small, device)
     with torch.no_grad():

@@ -21,7 +21,8 @@ class Timing:
     milliseconds: float | None  # median; None where it did not run
     spread: float | None  # (longest - shortest) / median
     peak_bytes: int | None  # beyond what was allocated before a step
-    note: str  # why it did not run, or what is special about it
+    note: str  # why it did not run
+    failed: bool = False  # it should have run
 
 
 class Clock:
@@ -71,11 +72,16 @@ class Clock:
 
 
 def measure(
-    clock: Clock, steps: dict[str, Callable[[], object] | str], rounds: int, release: Callable[[], None]
+    clock: Clock,
+    steps: dict[str, Callable[[], object] | str],
+    rounds: int,
+    release: Callable[[], None],
+    deadline: float = float("inf"),
 ) -> dict[str, Timing]:
     """Every step, interleaved; a string in the place of a step says why there is none.
 
-    ``release`` gives back what a step leaves behind, so that the next one's memory is its own.
+    ``release`` gives back what a step leaves behind, so that the next one's memory is its own. After ``deadline``, in
+    seconds of ``time.monotonic``, no further round begins.
 
     A step that fails, for want of memory say, is recorded with its error and leaves the others alone.
     """
@@ -97,7 +103,9 @@ def measure(
             out[name] = _failed(error)
         release()
         _free(clock)
-    for _ in range(rounds):
+    for index in range(rounds):
+        if index > 0 and time.monotonic() > deadline:
+            break
         for name, step in list(running.items()):
             release()
             try:
@@ -112,9 +120,14 @@ def measure(
     return {name: out[name] for name in steps}
 
 
+def said(error: Exception) -> str:
+    """An error in a line that fits a table."""
+    line = (str(error).splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {line}".replace("|", "/")
+
+
 def _failed(error: Exception) -> Timing:
-    said = (str(error).splitlines() or [""])[0][:200]
-    return Timing(None, None, None, f"{type(error).__name__}: {said}".replace("|", "/"))
+    return Timing(None, None, None, said(error), failed=True)
 
 
 def _free(clock: Clock) -> None:
