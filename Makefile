@@ -8,9 +8,9 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 # Tests see the installed wheel, never the source tree: the script, unlike `python -m pytest`, keeps the working directory off
 # sys.path.
 PYTEST = $(BIN)/pytest
-INTERPRETED = dense modes edges operators head triton distributed soft_targets
+INTERPRETED = dense modes edges operators head triton distributed soft_targets gpu_suite
 
-.PHONY: demo test lint bench nightly sanitize clean
+.PHONY: demo test lint bench tables nightly sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
@@ -30,6 +30,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/kdfast bench $(BENCH)
+
+# The tables of README and docs, from bench/results.
+tables: $(VENV)/.test
+	$(BIN)/python -m bench.tables
 
 sanitize:
 	cmake --preset asan-ubsan

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.benchmark.machine import Machine
-from kdfast.benchmark.measure import ROUND_SECONDS
+from kdfast.benchmark.measure import MOST_STEPS, ROUND_SECONDS
 from kdfast.benchmark.process import peak_extra_bytes
 
 #: Competitors of a section by name; the text of who cannot run says why. Made from the sizes of the command line.
@@ -76,7 +76,7 @@ def take_turns(competitors: Competitors, rounds: int, sizes: dict[str, int]) -> 
 def _round(call: Callable[[], object]) -> float:
     """Median ms of a call, repeated for a while where it is short, so that one interruption does not make the round."""
     times: list[float] = []
-    while sum(times) < ROUND_SECONDS * 1e3:
+    while sum(times) < ROUND_SECONDS * 1e3 and len(times) < MOST_STEPS:
         start = time.perf_counter()
         result = call()
         times.append((time.perf_counter() - start) * 1e3)
