@@ -7,9 +7,10 @@ are not installed are named with the reason. A name says what a peer leaves out.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from kdfast.benchmark.cases import ALPHA, TEMPERATURE
 from kdfast.benchmark.competitors import eager_loss
 from kdfast.ops import head
 
+P, R = ParamSpec("P"), TypeVar("R")
 Steps = dict[str, Callable[[], object] | str]
 
 #: The matrix products of a step and nothing else: the floor.
@@ -58,9 +60,22 @@ class HeadInputs:
         """Steps return their gradients and leave nothing behind."""
 
 
-def missing(module: str) -> str | None:
-    """Why a peer's module cannot be used."""
-    return None if importlib.util.find_spec(module) else f"{module} is not installed"
+def peer(module: str) -> Callable[[Callable[P, R]], Callable[P, R | str]]:
+    """Makes a function that imports a peer's module return why it cannot, where that is so."""
+
+    def decorate(build: Callable[P, R]) -> Callable[P, R | str]:
+        @functools.wraps(build)
+        def built(*args: P.args, **options: P.kwargs) -> R | str:
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed"
+            try:
+                return build(*args, **options)
+            except Exception as error:  # whatever a peer raises on a machine or torch that it does not know
+                return f"{module}: {(str(error).splitlines() or [''])[0][:200]}"
+
+        return built
+
+    return decorate
 
 
 def _steps(x: HeadInputs, losses: dict[str, Callable[[], Tensor] | str]) -> Steps:
@@ -140,13 +155,10 @@ def distillation(
     return {"kdfast": steps.pop("kdfast"), PRODUCTS: _bare_products(x, heads=2), **steps}
 
 
-def _trl(x: HeadInputs, beta: float) -> Callable[[], Tensor] | str:
-    if reason := missing("trl"):
-        return reason
-    try:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-    except ImportError as error:
-        return f"trl: {error}"
+@peer("trl")
+def _trl(x: HeadInputs, beta: float) -> Callable[[], Tensor]:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
     heads = (x.hidden, x.weight, None, x.teacher_hidden, x.teacher_weight, None)
     options = (beta, TEMPERATURE, 1.0, None, 1.0, None)  # scales and softcaps of both
 
@@ -157,9 +169,8 @@ def _trl(x: HeadInputs, beta: float) -> Callable[[], Tensor] | str:
     return loss
 
 
-def _liger_chunked(x: HeadInputs, beta: float, *, compiled: bool) -> Callable[[], Tensor] | str:
-    if reason := missing("liger_kernel"):
-        return reason
+@peer("liger_kernel")
+def _liger_chunked(x: HeadInputs, beta: float, *, compiled: bool) -> Callable[[], Tensor]:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     weights = {"weight_hard_loss": 1 - ALPHA, "weight_soft_loss": ALPHA}
@@ -167,22 +178,17 @@ def _liger_chunked(x: HeadInputs, beta: float, *, compiled: bool) -> Callable[[]
     return lambda: loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
 
 
-def _liger_fused(x: HeadInputs, beta: float) -> Callable[[], Tensor] | str:
-    if reason := missing("liger_kernel"):
-        return reason
+@peer("liger_kernel")
+def _liger_fused(x: HeadInputs, beta: float) -> Callable[[], Tensor]:
     from liger_kernel.transformers.functional import liger_fused_linear_jsd
 
     heads = (x.hidden, x.weight, x.teacher_hidden, x.teacher_weight)
     return lambda: liger_fused_linear_jsd(*heads, jsd_beta=beta, temperature=TEMPERATURE)
 
 
-def _fla(x: HeadInputs) -> Callable[[], Tensor] | str:
-    if reason := missing("fla"):
-        return reason
-    try:
-        from fla.modules.fused_kl_div import fused_kl_div_loss
-    except ImportError as error:
-        return f"fla: {error}"
+@peer("fla")
+def _fla(x: HeadInputs) -> Callable[[], Tensor]:
+    from fla.modules.fused_kl_div import fused_kl_div_loss
 
     def loss() -> Tensor:
         value = fused_kl_div_loss(x.hidden, x.teacher_hidden, x.weight, x.teacher_weight)
@@ -191,18 +197,13 @@ def _fla(x: HeadInputs) -> Callable[[], Tensor] | str:
     return loss
 
 
-def speculators_loss(divergence: str) -> Callable[[Tensor, Tensor], Tensor] | str:
+@peer("speculators")
+def speculators_loss(divergence: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Per-token losses, (N,), of logits (N, V)."""
-    if reason := missing("speculators"):
-        return reason
-    try:
-        from speculators.losses import fused
-    except ImportError as error:
-        return f"speculators: {error}"
+    from speculators.losses import fused
+
     names = {"forward_kl": "fused_kl_div_loss", "reverse_kl": "fused_reverse_kl_div_loss", "jsd": "fused_js_div_loss"}
-    function = getattr(fused, names[divergence], None)
-    if function is None:
-        return f"speculators has no {names[divergence]}"
+    function = getattr(fused, names[divergence])
     return lambda s, t: function(s[None], t[None])[0]
 
 
@@ -253,19 +254,15 @@ def _torch_linear(x: HeadInputs, batch_chunk_size: int | None = None) -> Callabl
     return lambda: F.linear_cross_entropy(x.hidden, x.weight, x.labels, options=options)
 
 
-def _cut(x: HeadInputs, **options: Any) -> Callable[[], Tensor] | str:
-    if reason := missing("cut_cross_entropy"):
-        return reason
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        return f"cut_cross_entropy: {error}"
+@peer("cut_cross_entropy")
+def _cut(x: HeadInputs, **options: Any) -> Callable[[], Tensor]:
+    from cut_cross_entropy import linear_cross_entropy
+
     return lambda: linear_cross_entropy(x.hidden, x.weight, x.labels, **options)
 
 
-def _liger_linear(x: HeadInputs) -> Callable[[], Tensor] | str:
-    if reason := missing("liger_kernel"):
-        return reason
+@peer("liger_kernel")
+def _liger_linear(x: HeadInputs) -> Callable[[], Tensor]:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def loss() -> Tensor:

@@ -146,15 +146,18 @@ def _cases(*, rehearse: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _measure_case(module: ModuleType, case: Any, clock: Clock, rounds: int, deadline: float) -> dict[str, Any]:
-    """What is recorded of a case; an error of its own check is recorded too."""
+    """What is recorded of a case, whatever goes wrong in it."""
     import torch
 
-    from bench.gpu.timing import measure, said
+    from bench.gpu.timing import failed, measure, said
 
     torch.compiler.reset()  # or the shapes that came before would count against the limit of compilations
-    inputs = module.Inputs(case, clock.device)
-    timings = measure(clock, module.competitors(case, inputs), rounds, inputs.release, deadline)
-    del inputs
+    try:
+        inputs = module.Inputs(case, clock.device)
+        timings = measure(clock, module.competitors(case, inputs), rounds, inputs.release, deadline)
+        del inputs
+    except Exception as error:  # such as no memory for the inputs
+        timings = {"kdfast": failed(error)}
     errors, note = {}, ""
     try:
         errors = module.gradient_errors(case, clock.device)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from bench.heads import missing, speculators_loss
+from bench.heads import peer, speculators_loss
 from kdfast.benchmark.cases import ALPHA, DTYPES, TEMPERATURE
 from kdfast.benchmark.competitors import eager_loss
 
@@ -123,10 +123,9 @@ def _eager(case: DenseCase) -> Callable[..., Tensor]:
     return loss
 
 
+@peer("liger_kernel")
 def _liger(case: DenseCase) -> Callable[..., Tensor] | str:
     """Its KL and JSD take log-probabilities, so the log_softmax that a user needs is part of the time."""
-    if reason := missing("liger_kernel"):
-        return reason
     if case.upstream == "per token" or case.divergence == "reverse_kl":
         return "has no such loss"
     from liger_kernel.transformers.functional import liger_cross_entropy, liger_jsd, liger_kl_div

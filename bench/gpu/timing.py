@@ -100,7 +100,7 @@ def measure(
             peaks[name] = clock.peak(step)
             running[name], times[name] = step, []
         except Exception as error:
-            out[name] = _failed(error)
+            out[name] = failed(error)
         release()
         _free(clock)
     for index in range(rounds):
@@ -111,7 +111,7 @@ def measure(
             try:
                 times[name].append(clock.time(step))
             except Exception as error:
-                out[name] = _failed(error)
+                out[name] = failed(error)
                 del running[name]
                 _free(clock)
     for name in running:
@@ -126,7 +126,8 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {line}".replace("|", "/")
 
 
-def _failed(error: Exception) -> Timing:
+def failed(error: Exception) -> Timing:
+    """What is recorded in the place of times."""
     return Timing(None, None, None, said(error), failed=True)
 
 
