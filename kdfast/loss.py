@@ -14,6 +14,7 @@ from kdfast.divergence import DivergenceLike
 from kdfast.ops import _registry
 from kdfast.problem import Logits, Reduction, Teacher, build_problem
 from kdfast.reference import DistillTerms
+from kdfast.targets import LMHead
 
 if TYPE_CHECKING:  # what follows tells a type checker which of two types a call returns
     from typing_extensions import Unpack
@@ -95,8 +96,8 @@ def distill_loss(
     and computed with in fp32; gradients come back in the dtype of their logits.
 
     Args:
-        student: (..., V) floating point logits, or a :class:`kdfast.LMHead` that describes them. DTensors are served
-            where they lie, see :func:`kdfast.distributed.distill_dtensors`.
+        student: (..., V) floating point logits, or a :class:`kdfast.LMHead` that describes them. DTensors, and heads of
+            them, are served where they lie, see :func:`kdfast.distributed.distill_dtensors`.
         teacher: (..., V) logits, an LMHead, :class:`kdfast.SparseTargets`, or a sequence of logits and LMHeads (an
             ensemble); None for plain cross-entropy.
         labels: (...) int64, already aligned with the logits: kdfast never shifts them.
@@ -146,7 +147,7 @@ def distill_loss(
         >>> round(loss.item(), 3), tuple(student.grad.shape)
         (0.401, (2, 5))
     """
-    if type(student) is not Tensor and _is_dtensor(student):
+    if type(student) is not Tensor and _is_dtensor(student.hidden if isinstance(student, LMHead) else student):
         return _of_dtensors(**locals())
     problem = build_problem(
         student,
@@ -180,7 +181,7 @@ def _is_dtensor(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def _of_dtensors(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> Tensor | DistillTerms:
+def _of_dtensors(student: Logits, teacher: Any, labels: Tensor | None, **options: Any) -> Tensor | DistillTerms:
     from kdfast import distributed
 
     return distributed.distill_dtensors(student, teacher, labels, **options)

@@ -100,13 +100,14 @@ def _check_head(name: str, head: LMHead) -> None:
     if not head.hidden.is_floating_point():
         msg = f"{name}: LMHead.hidden must be floating point, got {head.hidden.dtype}"
         raise TypeError(msg)
-    for part, x in (("weight", head.weight), ("bias", head.bias)):
+    for part, x in (("hidden", head.hidden), ("weight", head.weight), ("bias", head.bias)):
         if x is None:
             continue
         if type(x) is not Tensor and hasattr(x, "full_tensor"):
             msg = (
-                f"{name}: LMHead.{part} is a DTensor: call the loss inside the forward of the module that FSDP wraps, "
-                f"where its parameters are whole, or pass {part}.full_tensor()"
+                f"{name}: LMHead.{part} is a DTensor, and not all tensors of the call are: call the loss inside the "
+                "forward of the module that FSDP wraps, where its parameters are whole; or make hidden a DTensor too, "
+                "replicated over the ranks that share the vocabulary"
             )
             raise TypeError(msg)
         if x.device != head.hidden.device:

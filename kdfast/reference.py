@@ -151,7 +151,7 @@ def _check_values(problem: Problem, z: Tensor) -> None:
         msg = f"temperature must be > 0, got {tau.item()}"
         raise ValueError(msg)
     if problem.sparse is not None:
-        _check_ids(problem.sparse)
+        check_ids(problem.sparse.ids, problem.sparse.vocab_size)
     if problem.labels is not None:
         y = problem.labels if problem.counted is None else problem.labels[problem.counted]
         bad = y[(y != NO_LABEL) & ((y < 0) | (y >= z.shape[-1]))]
@@ -160,11 +160,11 @@ def _check_values(problem: Problem, z: Tensor) -> None:
             raise ValueError(msg)
 
 
-def _check_ids(target: SparseTargets) -> None:
-    ids = target.ids
-    if ids.numel() and (int(ids.max()) >= target.vocab_size or int(ids.min()) < -1):
-        worst = int(ids.max()) if int(ids.max()) >= target.vocab_size else int(ids.min())
-        msg = f"teacher: ids must be in [0, {target.vocab_size}), or -1 beyond k_eff, got {worst}"
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for ids of targets, (..., K), out of range or twice in a token."""
+    if ids.numel() and (int(ids.max()) >= vocab_size or int(ids.min()) < -1):
+        worst = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
+        msg = f"teacher: ids must be in [0, {vocab_size}), or -1 beyond k_eff, got {worst}"
         raise ValueError(msg)
     ordered = ids.sort(-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
@@ -246,9 +246,42 @@ def sparse_divergence(problem: Problem, target: SparseTargets, log_p: Tensor, ta
     ids = torch.where(usable, target.ids, 0).long()
     log_p_k = torch.where(usable, log_p.gather(-1, ids), -INF)
     rule, (_, values, per_row) = tail_rule(problem, target), kept_entries(problem, target)
+    complete, beside = usable.sum(-1, keepdim=True) == v, None
+    if rule in WITH_TAIL:
+        # the student's columns are all here, and a sum over those beside the kept ones loses nothing
+        kept = torch.zeros(log_p.shape, dtype=torch.int32, device=ids.device).scatter_add(-1, ids, usable.int()) > 0
+        beside = torch.logsumexp(torch.where(kept & ~complete, -INF, log_p), -1, keepdim=True)
+    return kept_divergence(problem.terms, rule, values, per_row, usable, complete, log_p_k, beside, tau)
+
+
+def kept_divergence(
+    terms: tuple[Term, ...],
+    rule: str,
+    values: Tensor,
+    per_row: Tensor | None,
+    usable: Tensor,
+    complete: Tensor,
+    log_p_k: Tensor,
+    beside: Tensor | None,
+    tau: Tensor,
+) -> Tensor:
+    """The same from what it depends on, (...).
+
+    Args:
+        terms: of the mixture.
+        rule: one of ``TAIL_RULES``.
+        values: (..., K), of :func:`kept_entries`.
+        per_row: (...) or None, of :func:`kept_entries`.
+        usable: (..., K) bool, the entries that name a column.
+        complete: (..., 1) bool, whether they name all.
+        log_p_k: (..., K), log p of the kept columns, -inf where there is none.
+        beside: (..., 1), log of the sum of p over the other columns; read by the rules in ``WITH_TAIL`` only.
+        tau: the temperature, 0-d.
+    """
+    values = values.to(log_p_k.dtype)
     if rule == "drawn":
         assert per_row is not None
-        mass, weight = torch.where(usable, values, 0.0), sum(t.weight for t in problem.terms)
+        mass, weight = torch.where(usable, values, 0.0), sum(t.weight for t in terms)
         return weight * (per_row - torch.where(mass > 0, mass * log_p_k, 0.0).sum(-1))
     log_q_k = torch.where(usable, values / tau, -INF)
     if rule == "renorm":
@@ -257,14 +290,11 @@ def sparse_divergence(problem: Problem, target: SparseTargets, log_p: Tensor, ta
         log_q_k = log_q_k - per_row[..., None]
     if rule == "zero":
         d = torch.where(usable, log_q_k - log_p_k, 0.0)
-        return sum(t.weight for t in problem.terms) * torch.where(usable, log_q_k.exp() * d, 0.0).sum(-1)
-    complete = usable.sum(-1, keepdim=True) == v
+        return sum(t.weight for t in terms) * torch.where(usable, log_q_k.exp() * d, 0.0).sum(-1)
+    assert beside is not None
     q_tail = torch.where(complete | (rule == "renorm"), -INF, _log_rest(log_q_k))
-    # the student's columns are all here, and a sum over those beside the kept ones loses nothing
-    kept = torch.zeros(log_p.shape, dtype=torch.int32, device=ids.device).scatter_add(-1, ids, usable.int()) > 0
-    beside = torch.logsumexp(torch.where(kept & ~complete, -INF, log_p), -1, keepdim=True)
-    p_tail = torch.where(complete, -INF, beside.clamp(min=math.log(torch.finfo(log_p.dtype).tiny)))
-    return sum_terms(problem.terms, torch.cat([log_q_k, q_tail], -1), torch.cat([log_p_k, p_tail], -1))
+    p_tail = torch.where(complete, -INF, beside.clamp(min=math.log(torch.finfo(log_p_k.dtype).tiny)))
+    return sum_terms(terms, torch.cat([log_q_k, q_tail], -1), torch.cat([log_p_k, p_tail], -1))
 
 
 #: The divergences that each rule for the tail serves.
@@ -274,6 +304,8 @@ TAIL_RULES = {
     "zero": ("forward_kl",),
     "drawn": ("forward_kl",),
 }
+#: The rules under which the columns that were not kept are an outcome.
+WITH_TAIL = ("bucket", "renorm")
 
 
 def tail_rule(problem: Problem, target: SparseTargets) -> str:

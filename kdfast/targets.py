@@ -133,7 +133,8 @@ class SparseTargets:
         """The temperatures at which these targets are exact."""
         return tuple(sorted({1.0, *(self.lse or {})}))
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> SparseTargets:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> SparseTargets:
+        """The targets with ``fn`` applied to each of their tensors."""
         changed: dict[str, Any] = {k: None if v is None else fn(v) for k, v in self._tensors().items()}
         changed["lse"] = None if self.lse is None else {t: fn(v) for t, v in self.lse.items()}
         return replace(self, **changed)
@@ -143,7 +144,7 @@ class SparseTargets:
 
     def to(self, device: torch.device | str) -> SparseTargets:
         """The same targets on another device."""
-        return self._map(lambda t: t.to(device))
+        return self.map(lambda t: t.to(device))
 
     def __getitem__(self, index: Any) -> SparseTargets:
         """Targets of some tokens: ``index`` runs over the leading axes, never over K."""
@@ -151,7 +152,7 @@ class SparseTargets:
         if len(index) > self.ids.dim() - 1 or any(i is Ellipsis for i in index):
             msg = f"SparseTargets: at most {self.ids.dim() - 1} indices, none of them '...', got {len(index)}"
             raise IndexError(msg)
-        return self._map(lambda t: t[index])
+        return self.map(lambda t: t[index])
 
     @classmethod
     def stack(cls, targets: Sequence[SparseTargets]) -> SparseTargets:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from formulas import CASES
-from machine import DEVICE, INTERPRETING, KERNEL, VARIANTS
+from machine import DEVICE, KERNEL, VARIANTS
+from ranks import compare, cuts_of, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -22,7 +20,6 @@ pytestmark = [
 ]
 
 N, V = 6, 600
-TOLERANCE = {torch.float32: (2e-5, 4e-7), torch.bfloat16: (1e-2, 1e-6), torch.float16: (2e-3, 1e-6)}
 
 
 def scenes():
@@ -63,14 +60,6 @@ def loss_and_gradients(function, student, teachers, *, learned=None, upstream=1.
     return loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, upstream))
 
 
-def compare(name, got, want, dtype):
-    rtol, atol = TOLERANCE[dtype]
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(
-            a.double(), b.double(), rtol=rtol, atol=max(atol, 1e-6 if b.dim() == 0 else 0), msg=lambda m: f"{name}: {m}"
-        )
-
-
 def check_vocabulary(rank, world):
     generator = torch.Generator().manual_seed(5)
     for name, scene in scenes().items():
@@ -90,9 +79,7 @@ def check_vocabulary(rank, world):
             **options,
         )
         for start_given in (False, True):
-            cuts = [V * k // world for k in range(world + 1)]
-            if start_given:
-                cuts[1:world] = [21 + k for k in range(world - 1)]  # shards of one column, all of them padding
+            cuts = cuts_of(V, world, uneven=start_given)  # uneven ones have shards of padding alone
             mine = slice(cuts[rank], cuts[rank + 1])
             got = loss_and_gradients(
                 distributed.distill_loss,
@@ -216,22 +203,9 @@ def check_errors(rank, world):
         grad.sum().backward()
 
 
-def worker(rank, world, store, interpreting):
-    if interpreting:
-        import interpreter
-
-        interpreter.mend()
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=datetime.timedelta(minutes=5)
-    )
-    try:
-        for check in (check_vocabulary, check_tokens, check_both, check_dtensors, check_errors):
-            check(rank, world)
-    finally:
-        dist.destroy_process_group()
+CHECKS = (check_vocabulary, check_tokens, check_both, check_dtensors, check_errors)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_agree_with_one(world, tmp_path):
-    mp.spawn(worker, args=(world, str(tmp_path / "store"), INTERPRETING), nprocs=world)
+    run(CHECKS, world, tmp_path)

@@ -62,7 +62,7 @@ class Heads(NamedTuple):
         return x.shape[-1] if weight is None else weight.shape[0]
 
 
-_N_HEADS = len(Heads._fields)
+N_HEADS = len(Heads._fields)
 
 
 def chunk_rows(tokens: int, bytes_per_token: int, budget: int) -> int:
@@ -71,15 +71,28 @@ def chunk_rows(tokens: int, bytes_per_token: int, budget: int) -> int:
     return -(-tokens // max(1, chunks))
 
 
+def token_rows(x: Tensor, tokens: slice) -> Tensor:
+    """Rows of (..., n) for tokens counted in one line: a view where memory allows one."""
+    try:
+        return x.view(-1, x.shape[-1])[tokens]
+    except RuntimeError:  # such as logits[:, :-1]: its rows do not lie in one line
+        return x[torch.unravel_index(torch.arange(tokens.start, tokens.stop, device=x.device), x.shape[:-1])]
+
+
 def _knows_counts(counted: Tensor) -> bool:
     """Whether the number of tokens that count can be had without waiting for a device."""
     return counted.device.type == "cpu"
 
 
-class _Chunks:
-    """One call: its tokens in one line, less those that leave, and the logits of a range of them."""
+class Chunks:
+    """One call: its tokens in one line, less those that leave, and the logits of a range of them.
 
-    def __init__(self, student: Tensor, inputs: Inputs, heads: Heads, *, keeps_logits: bool) -> None:
+    ``columns`` of each participant, where a chunk's size must not go by those that are here.
+    """
+
+    def __init__(
+        self, student: Tensor, inputs: Inputs, heads: Heads, *, keeps_logits: bool, columns: int | None = None
+    ) -> None:
         self.heads, self.inputs, self.leading = heads, inputs, student.shape[:-1]
         self.participants = [x.detach() for x in (student, *inputs.teachers)]
         counted = None if inputs.counted is None else inputs.counted.reshape(-1)
@@ -101,7 +114,9 @@ class _Chunks:
         }
         made = [(k, x) for k, x in enumerate(self.participants) if heads.weights[k] is not None]
         copies = [2 if k == 0 and keeps_logits and heads.softcaps[0] else 1 for k, _ in made]
-        per_token = sum(n * heads.columns(k, x) * x.element_size() for n, (k, x) in zip(copies, made, strict=True))
+        per_token = sum(
+            n * (columns or heads.columns(k, x)) * x.element_size() for n, (k, x) in zip(copies, made, strict=True)
+        )
         budget = heads.memory_budget or CHUNK_BYTES.get(student.device.type, CHUNK_BYTES["cuda"])
         self.rows = chunk_rows(self.count, per_token, budget)
         self.buffers = {
@@ -128,10 +143,7 @@ class _Chunks:
         x = self.participants[k]
         if self.index is not None:
             return x[torch.unravel_index(self.index[tokens], self.leading)]
-        try:
-            x = x.view(-1, x.shape[-1])[tokens]
-        except RuntimeError:  # such as logits[:, :-1]: its rows do not lie in one line
-            x = x[torch.unravel_index(torch.arange(tokens.start, tokens.stop, device=x.device), self.leading)]
+        x = token_rows(x, tokens)
         if self.counted is not None and self.heads.weights[k] is not None:
             # a NaN in a token that does not count would reach the weight's gradient as 0 * NaN
             x = x.masked_fill(~self.counted[tokens, None], 0.0)
@@ -175,7 +187,8 @@ class _Chunks:
         return dense.token_outputs(flat, self.inputs, wants_z, wants_dtau)
 
 
-def _finished(chunks: _Chunks, out: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def finished(chunks: Chunks, out: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The terms of all tokens, (...), from those of the tokens that stayed."""
     return tuple(x if x.dim() == 2 else chunks.spread(x) for x in out.values())
 
 
@@ -184,37 +197,37 @@ def _parts(out: dict[str, Tensor], tokens: slice) -> dict[str, Tensor]:
 
 
 def _head_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + _N_HEADS])
-    chunks = _Chunks(student, inputs, heads, keeps_logits=False)
-    out = chunks.token_outputs(*args[N_INPUTS + _N_HEADS :])
+    inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
+    chunks = Chunks(student, inputs, heads, keeps_logits=False)
+    out = chunks.token_outputs(*args[N_INPUTS + N_HEADS :])
     run = dense.launcher(inputs.backend).run
     for tokens in chunks:
         z = chunks.logits(0, tokens)
         run(z, chunks.inputs_of(tokens), **_parts(out, tokens))
-    return _finished(chunks, out)
+    return finished(chunks, out)
 
 
 def _head_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + _N_HEADS])
-    wants_z, wants_dtau, *coefficients, wanted = args[N_INPUTS + _N_HEADS :]
-    chunks = _Chunks(student, inputs, heads, keeps_logits=True)
+    inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
+    wants_z, wants_dtau, *coefficients, wanted = args[N_INPUTS + N_HEADS :]
+    chunks = Chunks(student, inputs, heads, keeps_logits=True)
     out = chunks.token_outputs(wants_z, wants_dtau)
     c = [None if x is None else chunks.compact(x).float() for x in coefficients]
     run = dense.launcher(inputs.backend).run
-    gradients = _Gradients(chunks, wanted)
+    gradients = Gradients(chunks, wanted)
     for tokens in chunks:
         z = chunks.logits(0, tokens)
         g = gradients.of_logits(z, tokens)
         c_soft, c_hard, c_z = (None if x is None else x[tokens] for x in c)
         run(z, chunks.inputs_of(tokens), **_parts(out, tokens), grad=g, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
         gradients.add(z, g, tokens)
-    return *_finished(chunks, out), *gradients.finished()
+    return *finished(chunks, out), *gradients.finished()
 
 
-class _Gradients:
+class Gradients:
     """The gradients of the student's tensor, weight and bias, as chunks add to them; None where not wanted."""
 
-    def __init__(self, chunks: _Chunks, wanted: list[bool]) -> None:
+    def __init__(self, chunks: Chunks, wanted: list[bool]) -> None:
         x, self.weight, bias = chunks.participants[0], chunks.heads.weights[0], chunks.heads.biases[0]
         self.chunks, self.scale, self.softcap = chunks, chunks.heads.scales[0], chunks.heads.softcaps[0]
         size = (chunks.count, x.shape[-1])
@@ -274,12 +287,12 @@ for _device in ("CPU", "CUDA"):
 
 
 def _fake_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    wants = args[N_INPUTS + _N_HEADS :][:2]
+    wants = args[N_INPUTS + N_HEADS :][:2]
     return tuple(dense.token_outputs(student, Inputs(*args[:N_INPUTS]), *wants).values())
 
 
 def _fake_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    heads, wanted = Heads(*args[N_INPUTS : N_INPUTS + _N_HEADS]), args[-1]
+    heads, wanted = Heads(*args[N_INPUTS : N_INPUTS + N_HEADS]), args[-1]
     there = (student, heads.weights[0], heads.biases[0])
     grads = [student.new_empty(0 if x is None or not yes else x.shape) for x, yes in zip(there, wanted, strict=True)]
     return *_fake_forward(student, *args), *grads

@@ -7,7 +7,7 @@ rounded, run through the chunks again in backward.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ from kdfast.targets import LMHead
 _N_PER_TOKEN = len(PerToken._fields)
 
 
+class Operators(Protocol):
+    """What runs a call: the operators of :mod:`kdfast.ops.head`, or what takes their place over ranks."""
+
+    def forward(self, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Terms of each token."""
+
+    def fused(self, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Terms of each token, and finished gradients."""
+
+
 class HeadSpec(NamedTuple):
     """What of a call with heads is not a tensor; the student stands first."""
 
@@ -29,6 +39,12 @@ class HeadSpec(NamedTuple):
     softcaps: tuple[float, ...]
     scales: tuple[float, ...]
     memory_budget: int  # 0: the default of the device
+    over_ranks: Operators | None = None  # None: this rank has all columns
+
+    @property
+    def operators(self) -> Operators:
+        """What runs the call."""
+        return head if self.over_ranks is None else self.over_ranks
 
 
 class Tensors(NamedTuple):
@@ -89,7 +105,7 @@ class _Fused(torch.autograd.Function):
         tensors, coefficients = Tensors.of(flat), (c_soft, c_hard, c_z)
         wanted = _to_student(tensors, ctx.needs_input_grad[5 + _N_PER_TOKEN :])
         arguments = _arguments(tensors, spec, temperature, per_token)
-        *tokens, dtau, d_student, d_weight, d_bias = head.fused(*arguments, *coefficients, wanted)
+        *tokens, dtau, d_student, d_weight, d_bias = spec.operators.fused(*arguments, *coefficients, wanted)
         ctx.save_for_backward(*coefficients, *tokens, dtau, d_student, d_weight, d_bias, *tensors.flat())
         ctx.spec, ctx.wanted = spec, wanted
         ctx.dtype = temperature.dtype
@@ -128,7 +144,8 @@ class _Tokens(torch.autograd.Function):
         *flat: Any,
     ) -> tuple[Tensor, ...]:
         per_token = PerToken(*flat[:_N_PER_TOKEN])
-        *tokens, dtau = head.forward(*_arguments(Tensors.of(flat[_N_PER_TOKEN:]), spec, temperature, per_token))
+        arguments = _arguments(Tensors.of(flat[_N_PER_TOKEN:]), spec, temperature, per_token)
+        *tokens, dtau = spec.operators.forward(*arguments)
         ctx.save_for_backward(temperature, dtau, *flat)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
@@ -152,7 +169,7 @@ class _Tokens(torch.autograd.Function):
         if any(wanted):
             arguments = _arguments(tensors, spec, temperature, per_token)
             with torch.no_grad():
-                grads = head.fused(*arguments, *coefficients, wanted)[-3:]
+                grads = spec.operators.fused(*arguments, *coefficients, wanted)[-3:]
             to_tensors = _flat_gradients(tensors, wanted, tuple(only_once(g, *sources) for g in grads))
         to_temperature = None
         if ctx.needs_input_grad[1] and spec.dense.wants_dtau and coefficients[0] is not None:
@@ -192,12 +209,12 @@ def _parts(x: Logits) -> tuple[Tensor, Tensor | None, Tensor | None, float, floa
     return *tensors, x.softcap or 0.0, x.scale
 
 
-def distill_loss(problem: Problem, backend: str) -> DistillTerms:
+def distill_loss(problem: Problem, backend: str, over_ranks: Operators | None = None) -> DistillTerms:
     """The loss in chunks of tokens, through the kernels of a backend."""
     parts = [_parts(x) for x in (problem.student, *problem.teachers)]
     inputs, weights, biases, softcaps, scales = zip(*parts, strict=True)
     tensors = Tensors(inputs, weights, biases)
-    spec = HeadSpec(dense_autograd.spec_of(problem, backend), softcaps, scales, problem.memory_budget or 0)
+    spec = HeadSpec(dense_autograd.spec_of(problem, backend), softcaps, scales, problem.memory_budget or 0, over_ranks)
     per_token = PerToken.of(problem)
     w = reference.token_weights(problem)
     mine = [x for x in (inputs[0], weights[0], biases[0]) if x is not None]

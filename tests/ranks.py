@@ -1,0 +1,49 @@
+"""Checks that run on several gloo processes, and what they are compared with."""
+
+from __future__ import annotations
+
+import datetime
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from machine import INTERPRETING
+
+TOLERANCE = {torch.float32: (2e-5, 4e-7), torch.bfloat16: (1e-2, 1e-6), torch.float16: (2e-3, 1e-6)}
+
+
+def compare(name, got, want, dtype):
+    rtol, atol = TOLERANCE[dtype]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=rtol, atol=max(atol, 1e-6 if b.dim() == 0 else 0), msg=lambda m: f"{name}: {m}"
+        )
+
+
+def worker(rank, world, store, checks, interpreting):
+    if interpreting:
+        import interpreter
+
+        interpreter.mend()
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=datetime.timedelta(minutes=5)
+    )
+    try:
+        for check in checks:
+            check(rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(checks, world, tmp_path):
+    """Every check, ``(rank, world)``, on every one of ``world`` processes."""
+    mp.spawn(worker, args=(world, str(tmp_path / "store"), checks, INTERPRETING), nprocs=world)
+
+
+def cuts_of(columns, world, *, uneven):
+    """Where shards begin, and the end: equally wide, or of one column and all but the last of them narrow."""
+    cuts = [columns * k // world for k in range(world + 1)]
+    if uneven:
+        cuts[1:world] = [21 + k for k in range(world - 1)]
+    return cuts
