@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdfast import reference
 from kdfast.divergence import Term
-from kdfast.ops import _registry, shard_autograd
+from kdfast.ops import _registry, head_autograd, shard_autograd
 from kdfast.ops.shard import Shard
 from kdfast.problem import Logits, Problem, Teacher, build_problem, device_of
 from kdfast.reference import DistillTerms
@@ -113,10 +113,11 @@ def _shard(problem: Problem, group: dist.ProcessGroup, start: int | None) -> Sha
     width = problem.vocab_size
     if start is None:
         return Shard(group, dist.get_rank(group) * width, width)
-    widest = torch.tensor(width, device=device_of(problem.student))
-    if any(isinstance(x, LMHead) for x in (problem.student, *problem.teachers)):
+    if head_autograd.has_head(problem):
+        widest = torch.tensor(width, device=device_of(problem.student))
         dist.all_reduce(widest, dist.ReduceOp.MAX, group=group)
-    return Shard(group, start, int(widest))
+        width = int(widest)
+    return Shard(group, start, width)
 
 
 def distill_dtensors(student: Any, teacher: Any, labels: Tensor | None, **options: Any) -> Tensor | DistillTerms:

@@ -25,8 +25,12 @@ from kdfast.problem import Problem
 from kdfast.reference import DistillTerms
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def distill_loss(problem: Problem, backend: str, shard: Shard) -> DistillTerms:
-    """The loss over the columns of all ranks; labels and sparse targets are of the whole vocabulary."""
+    """The loss over the columns of all ranks; labels and sparse targets are of the whole vocabulary.
+
+    A compiler goes around it: between the kernels there are collectives, and checks that read values.
+    """
     if head_autograd.has_head(problem):
         return head_autograd.distill_loss(problem, backend, HeadsOverRanks(shard))
     teachers: tuple[Tensor, ...] = problem.teachers  # type: ignore[assignment]
