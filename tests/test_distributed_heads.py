@@ -305,6 +305,8 @@ def check_sparse_rows(rank, world):
     rows[1, 2] = False
     torch.testing.assert_close(grad[rows].double(), want_grad[rows][:, mine], rtol=2e-5, atol=4e-7)
     assert grad[1, 2].isnan().all()
+    one = distributed.distill_loss(leaf[0, 0].detach(), stack[0, 0], y[0, 0], **options)  # a token without an axis
+    assert one == loss[0, 0]
 
 
 # --- DTensors ---------------------------------------------------------------------------------------------------------

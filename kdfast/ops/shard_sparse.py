@@ -75,7 +75,8 @@ class Kept(NamedTuple):
 
     def of_tokens(self, tokens: slice) -> Kept:
         """Those of a range of tokens, counted in one line."""
-        return Kept(*(x.flatten(0, -2)[tokens] for x in self))
+        count, k = self.here.shape[:-1].numel(), self.here.shape[-1]
+        return Kept(*(x.reshape(count, k)[tokens] for x in self))
 
 
 class SparseStatistics(NamedTuple):
