@@ -151,7 +151,11 @@ class Call : CallTiles {
             });
         };
         if (from_logits_) each_segment([&](std::int64_t i, Row& row, std::int64_t s) { sum_segment(i, row, s); });
-        for (std::int64_t i = 0; i < a_.rows; ++i) counted(i) ? begin_row(i, rows[i]) : drop_row(i);
+        const auto each_row = [&](auto task) {  // here, not around parallel(): a thread starts with its maker's flags
+            const FlushDenormals flush;
+            for (std::int64_t i = 0; i < a_.rows; ++i) task(i, rows[i]);
+        };
+        each_row([&](std::int64_t i, Row& row) { counted(i) ? begin_row(i, row) : drop_row(i); });
         if (value_pass_) {
             each_segment([&](std::int64_t i, Row& row, std::int64_t s) {
                 if (wants_value_pass(row)) value_segment(i, row, s);
@@ -160,8 +164,9 @@ class Call : CallTiles {
         }
         if (wants_gradient_)
             each_segment([&](std::int64_t i, Row& row, std::int64_t s) { gradient_segment(i, row, s); });
-        for (std::int64_t i = 0; i < a_.rows; ++i)
-            if (counted(i)) finish_row(i, rows[i]);
+        each_row([&](std::int64_t i, const Row& row) {
+            if (counted(i)) finish_row(i, row);
+        });
     }
 
     bool wants_value_pass(const Row& row) const { return value_pass_ && (wants_dtau_ || !row.value_known); }

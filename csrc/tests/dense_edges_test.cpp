@@ -1,0 +1,210 @@
+// The dense loss where values are not finite, large, close to each other, missing or wrong.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "core/error.h"
+#include "dense_case.h"
+
+using namespace kdfast;
+using namespace kdfast::test;
+
+TEST(bad_arguments_throw_before_anything_is_written) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        const auto refused = [&](Case& c) {
+            cpu::DenseCall a = c.call();
+            std::vector<float> soft(5, 7), hard(5, 7), z2(5, 7),
+                stats(static_cast<std::size_t>(5 * a.stats_per_row()), 7);
+            Matrix grad(c.grad_dtype, 5, 20, guarded);
+            grad.fill(7);
+            const std::vector<std::uint32_t> before = grad.all_bits();
+            a.soft = soft.data(), a.hard = hard.data(), a.z2 = z2.data(), a.stats = stats.data(), a.grad = grad.rows();
+            CHECK_THROWS(ArgumentError, kernels.forward(a));
+            for (const std::vector<float>& out : {soft, hard, z2, stats})
+                CHECK(std::all_of(out.begin(), out.end(), [](float x) { return x == 7; }));
+            CHECK(grad.all_bits() == before);
+            CHECK(grad.guards_hold());
+        };
+        for (int threads : {1, 8}) {
+            for (std::int64_t label :
+                 {std::int64_t{-1}, std::int64_t{20}, std::int64_t{-100}, INT64_MAX, INT64_MIN + 1}) {
+                const Scope scope(text("label ", label));
+                Case c(random, 5, 20, DType::f32);
+                c.threads = threads;
+                c.labels[4] = label;
+                refused(c);
+            }
+            for (float temperature : {0.0f, -1.0f, nan32, -static_cast<float>(infinity)}) {
+                const Scope scope(text("temperature ", temperature));
+                Case c(random, 5, 20, DType::f32);
+                c.threads = threads;
+                c.temperature = temperature;
+                refused(c);
+            }
+        }
+        // The label of a dropped row is not looked at.
+        Case c(random, 2, 20, DType::f32);
+        c.labels[1] = -100;
+        c.counted = std::make_unique<bool[]>(2);
+        c.counted[0] = true;
+        c.check(c.run(kernels));
+    });
+}
+
+TEST(dropped_rows_are_zero_whatever_they_hold) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (int threads : {1, 16})
+            for (const Term& term : every_term) {
+                Case c(random, 5, 9000, dtypes[integer(random, 0, 2)]);
+                c.terms = {term};
+                c.threads = threads;
+                c.counted = std::make_unique<bool[]>(5);
+                for (std::int64_t i : {0, 2, 3}) c.counted[i] = true;
+                for (std::int64_t i : {1, 4})
+                    for (std::int64_t column = 0; column < c.columns; ++column) {
+                        c.student.set(i, column, not_a_number);
+                        c.teachers[0].set(i, column, not_a_number);
+                    }
+                const Outputs out = c.run(kernels, true);
+                c.check(out);
+                for (std::size_t i : {1u, 4u}) {
+                    for (const std::vector<float>& v : {out.soft, out.hard, out.z2, out.dtau}) CHECK_EQUAL(v[i], 0.0f);
+                    const auto begin = out.grad.begin() + static_cast<std::ptrdiff_t>(i) * c.columns;
+                    CHECK(std::all_of(begin, begin + c.columns, [](std::uint32_t bits) { return bits == 0; }));
+                }
+            }
+    });
+}
+
+TEST(nan_stays_in_its_row) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (const Term& term : every_term)
+            for (bool in_teacher : {false, true})
+                for (std::int64_t column : {0, 17, 1500}) {
+                    const Scope scope(text(cpu::divergence_names[static_cast<std::size_t>(term.kind)],
+                                           in_teacher ? " teacher" : " student"));
+                    Case c(random, 3, 1501, DType::f32);
+                    c.terms = {term};
+                    std::fill(c.c_soft.begin(), c.c_soft.end(), 1.0f);
+                    (in_teacher ? c.teachers[0] : c.student).set(1, column, not_a_number);
+                    const Outputs out = c.run(kernels);
+                    c.check_row(out, 0);
+                    c.check_row(out, 2);
+                    CHECK(std::isnan(out.soft[1]));
+                    if (!in_teacher) CHECK(std::isnan(out.hard[1]));
+                    // sign(NaN) = 0, as in autograd
+                    const bool silent = in_teacher && term.kind == Divergence::tvd;
+                    const double grad = decoded(DType::f32, out.grad[static_cast<std::size_t>(1501 + column)]);
+                    CHECK(std::isnan(grad) || silent);
+                }
+    });
+}
+
+TEST(minus_infinity_is_a_column_without_mass) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (const Term& term : every_term)
+            for (DType dtype : dtypes) {
+                const Scope scope(text(cpu::divergence_names[static_cast<std::size_t>(term.kind)], " ",
+                                       dtype_names[static_cast<std::size_t>(dtype)]));
+                Case c(random, 3, 2600, dtype);
+                c.terms = {term};
+                c.smoothing = 0.1f;
+                // Row 0: the first tile and a tail are masked on both sides; row 1: only the teacher's; row 2: only the
+                // student's.
+                for (std::int64_t column = 0; column < c.columns; ++column) {
+                    const bool masked = column < 1024 || column >= 2500;
+                    if (!masked) continue;
+                    for (std::int64_t row : {0, 2}) c.student.set(row, column, -infinity);
+                    for (std::int64_t row : {0, 1}) c.teachers[0].set(row, column, -infinity);
+                }
+                for (std::int64_t& label : c.labels) label = 1100;
+                const Outputs out = c.run(kernels);
+                // Where a divergence is infinite its gradient is finite, and held to that alone.
+                for (std::int64_t row = 0; row < 3; ++row) {
+                    if (std::isfinite(c.oracle(row).soft())) {
+                        c.check_row(out, row);
+                    } else {
+                        CHECK_EQUAL(static_cast<double>(out.soft[static_cast<std::size_t>(row)]), infinity);
+                    }
+                }
+                if (term.kind == Divergence::forward_kl)
+                    for (std::size_t n = 0; n < out.grad.size(); ++n) CHECK(std::isfinite(decoded(dtype, out.grad[n])));
+                CHECK(c.run_twice(kernels).same(out));
+            }
+    });
+}
+
+TEST(large_logits_do_not_overflow) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (DType dtype : dtypes)
+            for (double shift : {1e4, -1e4}) {
+                Case c(random, 2, 1200, dtype);
+                for (std::int64_t i = 0; i < 2; ++i)
+                    for (std::int64_t column = 0; column < c.columns; ++column) {
+                        c.student.set(i, column, c.student.get(i, column) + shift);
+                        c.teachers[0].set(i, column, c.teachers[0].get(i, column) + shift);
+                    }
+                const Outputs out = c.run(kernels);
+                for (std::int64_t i = 0; i < 2; ++i) {
+                    const OracleRow o = c.oracle(i);
+                    // A logit of 1e4 is itself good to 5e-4 in fp32.
+                    const auto n = static_cast<std::size_t>(i);
+                    CHECK_NEAR(static_cast<double>(out.soft[n]), o.soft(), 4e-3 * (1 + o.soft()));
+                    CHECK_NEAR(static_cast<double>(out.hard[n]), o.hard(), 4e-3 * (1 + o.hard()));
+                    CHECK_NEAR(static_cast<double>(out.z2[n]), o.z2(), 1e-6 * o.z2());
+                }
+                for (std::uint32_t bits : out.grad) CHECK(std::isfinite(decoded(dtype, bits)));
+            }
+    });
+}
+
+TEST(no_divergence_at_the_teacher_itself) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (const Term& term : every_term) {
+            const Scope scope(text(cpu::divergence_names[static_cast<std::size_t>(term.kind)]));
+            Case c(random, 2, 3000, DType::bf16);
+            c.terms = {term};
+            c.teachers[0] = Matrix(DType::f32, 2, 3000, guarded);
+            for (std::int64_t i = 0; i < 2; ++i)
+                for (std::int64_t column = 0; column < 3000; ++column)
+                    c.teachers[0].set(i, column, c.student.get(i, column));
+            const Outputs out = c.run(kernels);
+            for (float soft : out.soft) CHECK_NEAR(static_cast<double>(soft), 0, 1e-7);
+        }
+    });
+}
+
+TEST(small_divergences_keep_their_digits) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (const Term& term : every_term) {
+            const Scope scope(text(cpu::divergence_names[static_cast<std::size_t>(term.kind)]));
+            Case c(random, 2, 3000, DType::f32);
+            c.teachers[0] = Matrix(DType::f32, 2, 3000, guarded);
+            c.terms = {term};
+            std::normal_distribution<double> normal;
+            for (std::int64_t i = 0; i < 2; ++i)
+                for (std::int64_t column = 0; column < c.columns; ++column)
+                    c.teachers[0].set(i, column, c.student.get(i, column) + 0.01 * normal(random));
+            const Outputs out = c.run(kernels);
+            for (std::int64_t i = 0; i < 2; ++i) {
+                const double truth = c.oracle(i).soft();  // about 1e-5, or 4e-3 for the total variation
+                // which is a difference of probabilities, each with its roundings
+                const double rounding = term.kind == Divergence::tvd ? 5e-7 : 0;
+                CHECK_NEAR(static_cast<double>(out.soft[static_cast<std::size_t>(i)]), truth, 2e-3 * truth + rounding);
+            }
+        }
+    });
+}
+
+TEST(no_rows) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (int threads : {1, 4}) {
+            Case c(random, 0, 33, DType::f32);
+            c.threads = threads;
+            CHECK(c.run(kernels).grad.empty());
+        }
+    });
+}
