@@ -525,7 +525,8 @@ class Call : CallTiles {
             if (c.c_soft != 0) x += c.c_soft * kept.gradient[k];
             if (smoothed != 0 && kept.z[k] > -infinity) x -= smoothed / row.state.present;
             if (hard && kept.ids[k] == a_.labels[i]) x -= a_.c_hard[i] - smoothed;
-            store_tile(a_.grad.dtype, a_.grad.row(i), kept.ids[k], &x, 1, b.z, false);
+            b.g[0] = x;  // whole vectors are read from there
+            store_tile(a_.grad.dtype, a_.grad.row(i), kept.ids[k], b.g, 1, b.z, false);
         }
     }
 
