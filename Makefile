@@ -8,7 +8,7 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 # Tests see the installed wheel, never the source tree: the script, unlike `python -m pytest`, keeps the working directory off
 # sys.path.
 PYTEST = $(BIN)/pytest
-INTERPRETED = dense modes edges operators head triton distributed distributed_heads soft_targets gpu_suite
+INTERPRETED = dense modes edges operators head sparse triton distributed distributed_heads soft_targets gpu_suite
 
 .PHONY: demo test lint bench tables nightly sanitize clean
 

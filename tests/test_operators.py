@@ -33,7 +33,9 @@ def arguments(teachers: int = 1, *, labels: bool = True, kept: tuple = ()) -> tu
     student, _, y = batch(2, 3)
     others = [torch.randn(2, 3, 37) for _ in range(teachers)]
     weights = torch.full((teachers,), 1 / teachers) if teachers > 1 else None
-    names = ["forward_kl", "tvd"] if teachers else ["forward_kl", "jsd"] if kept else []
+    names = ["forward_kl", "tvd"] if teachers else []
+    if kept:
+        names = ["forward_kl"] if kept[-1] == "drawn" else ["forward_kl", "jsd"]
     return (
         student,
         others,
@@ -69,26 +71,29 @@ def test_opcheck(teachers, labels):
     opcheck(ops.scale_.default, (torch.rand(3, 5), torch.tensor(2.0), KERNEL))
 
 
-@pytest.mark.skipif(KERNEL == "triton", reason="no Triton kernel for sparse targets yet; the registry declines them")
-def test_opcheck_of_a_sparse_teacher():
+@pytest.mark.parametrize("rule", ["bucket", "drawn"])
+def test_opcheck_of_a_sparse_teacher(rule):
     ids = torch.rand(2, 3, 37).argsort(-1)[..., :5].int()
-    args = arguments(0, kept=(ids, torch.randn(2, 3, 5) - 5, torch.rand(2, 3), 37, "bucket"))
+    values = torch.randn(2, 3, 5) - 5 if rule == "bucket" else torch.rand(2, 3, 5)
+    args = arguments(0, kept=(ids, values, torch.rand(2, 3), 37, rule))
     c = [torch.rand(2, 3) for _ in range(3)]
     stats = ops.dense_forward(*args, True, False)[-1]
     opcheck(ops.dense_forward.default, (*args, True, False))
     opcheck(ops.dense_backward.default, (*args, stats, *c))
+    opcheck(ops.dense_backward_.default, (args[0].clone(), *args[1:], stats, *c))
     opcheck(ops.dense_fused.default, (*args, True, False, *c))
+    opcheck(ops.dense_fused_.default, (args[0].clone(), *args[1:], True, False, *c))
 
 
-@pytest.mark.skipif(KERNEL != "triton", reason="of the Triton backend")
-def test_triton_refuses_a_sparse_teacher():
-    ids = torch.zeros(2, 3, 1, dtype=torch.int32)
-    args = arguments(0, kept=(ids, torch.zeros(2, 3, 1), None, 37, "bucket"))
-    with pytest.raises(NotImplementedError, match="sparse"):
+@pytest.mark.skipif(KERNEL != "triton", reason="of the Triton backend, one of whose programs holds a row's entries")
+def test_triton_refuses_more_entries_than_it_holds():
+    ids, values = torch.arange(4097, dtype=torch.int32).expand(2, 3, -1), torch.zeros(2, 3, 4097)
+    args = arguments(0, kept=(ids, values, None, 5000, "bucket"))
+    with pytest.raises(ValueError, match="at most 4096 kept columns"):
         ops.dense_forward(*args, True, False)
-    targets = kdfast.SparseTargets(ids, torch.zeros(2, 3, 1), vocab_size=37)
-    with pytest.raises(RuntimeError, match="no Triton kernel for sparse targets"):
-        kdfast.distill_loss(args[0], targets, backend="triton")
+    targets = kdfast.SparseTargets(ids, values, vocab_size=5000)
+    with pytest.raises(RuntimeError, match="4097 entries"):
+        kdfast.distill_loss(torch.zeros(2, 3, 5000), targets, backend="triton")
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)

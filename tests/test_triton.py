@@ -55,6 +55,13 @@ def claims(monkeypatch):
     return said
 
 
+def kept_of(t, k=5):
+    """The k largest columns of each row as sparse targets, exact at T = 1 and 2."""
+    values, ids = t.float().log_softmax(-1).topk(k)
+    lse = {2.0: (t.float().log_softmax(-1) / 2).logsumexp(-1)}
+    return kdfast.SparseTargets(ids.int(), values, vocab_size=t.shape[-1], lse=lse)
+
+
 @pytest.mark.parametrize("rows", [6, 2], ids=["whole rows", "split rows"])
 @pytest.mark.parametrize(
     ("name", "options", "read", "written"),
@@ -68,6 +75,10 @@ def claims(monkeypatch):
         ("jsd", {"reduction": "none"}, 12, 2),
         ("jsd", {"inference": True}, 8, 0),
         ("hard", {}, 4, 2),
+        ("sparse", {}, 4, 2),
+        ("sparse", {"divergence": "jsd", "tail": "renorm"}, 4, 2),
+        ("sparse", {"reduction": "none"}, 4, 2),
+        ("sparse", {"inference": True}, 2, 0),
     ],
 )
 def test_bytes_per_column(traffic, monkeypatch, name, options, read, written, rows):
@@ -76,8 +87,8 @@ def test_bytes_per_column(traffic, monkeypatch, name, options, read, written, ro
     dtype = options.pop("dtype", torch.bfloat16)
     inference = options.pop("inference", False)
     s, t, y = torch.randn(rows, v).to(dtype), torch.randn(rows, v).to(dtype), torch.randint(v, (rows,))
-    teacher = None if name == "hard" else t
-    if name != "hard":
+    teacher = None if name == "hard" else kept_of(t) if name == "sparse" else t
+    if name not in ("hard", "sparse"):
         options["divergence"] = CASES[name].argument
     s.requires_grad_(not inference)
     claimed = claims(monkeypatch)
@@ -172,6 +183,28 @@ def test_split_rows_agree_with_whole_ones(monkeypatch, name):
         torch.testing.assert_close(grad, out[0][1], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renorm", "zero"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_split_rows_of_kept_columns_agree_with_whole_ones(monkeypatch, tail, overwrite):
+    """Kept columns in every split, on the borders of tiles, and many in one."""
+    from kdfast.kernels.triton import tiles
+
+    s, t, y = torch.randn(3, 2900), torch.randn(3, 2900), torch.tensor([511, -100, 2899])
+    t[:, [0, 511, 512, 1023, 1024, 2899, *range(1200, 1300)]] += 4
+    targets = kept_of(t, 110)
+    out = []
+    for processors in (1, 2, 100):
+        monkeypatch.setattr(tiles, "processors", lambda _, n=processors: n)
+        for reduction in ("sum", "none"):
+            z = s.clone().requires_grad_()
+            options = {"temperature": 2.0, "label_smoothing": 0.1, "z_loss": 1e-3, "overwrite_logits": overwrite}
+            loss = distill_loss(z, targets, y, tail=tail, reduction=reduction, backend="triton", **options).sum()
+            out.append((loss.detach(), *torch.autograd.grad(loss, z)))
+    for loss, grad in out[1:]:
+        torch.testing.assert_close(loss, out[0][0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(grad, out[0][1], rtol=1e-5, atol=1e-8)
+
+
 def test_layouts_without_a_copy():
     """Views whose rows lie on two strides are read where they are."""
     from kdfast.kernels.triton.dense_launch import _rows
@@ -202,6 +235,32 @@ def test_bad_values_are_nan_where_nobody_may_ask(monkeypatch):
     assert s.grad.isnan().all(-1).tolist() == [False, True, True, False]
     assert s.grad.isnan().any(-1).tolist() == [False, True, True, False]
     assert distill_loss(s, t, temperature=torch.tensor(-1.0), backend="triton").isnan()
+
+
+@pytest.mark.parametrize("rows", [8, 3], ids=["whole rows", "split rows"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("rule", ["bucket", "renorm", "zero", "drawn"])
+def test_bad_ids_are_nan_where_nobody_may_ask(monkeypatch, rule, reduction, rows):
+    from kdfast.kernels.triton import dense_launch
+
+    s, t = torch.randn(rows, 1100, requires_grad=True), torch.randn(rows, 1100)
+    targets = kept_of(t)
+    ids = targets.ids.clone()
+    ids[1, 3], ids[2, 3] = ids[1, 1], {"bucket": 1100, "renorm": -2, "zero": -(2**31), "drawn": 2**31 - 1}[rule]
+    values = {"tail": rule} if rule != "drawn" else {}
+    bad = kdfast.SparseTargets(ids, targets.logprobs, vocab_size=1100)
+    if rule == "drawn":
+        more = {"method": "sample", "mass": targets.logprobs.exp(), "neg_entropy": torch.zeros(rows)}
+        bad = kdfast.SparseTargets(ids, None, vocab_size=1100, **more)
+    with pytest.raises(ValueError, match="teacher: ids"):
+        distill_loss(s, bad, backend="triton", **values)
+    monkeypatch.setattr(dense_launch, "_check_values", lambda *_, **__: None)
+    loss = distill_loss(s, bad, backend="triton", reduction=reduction, **values)
+    loss.sum().backward()
+    expected = [False, True, True, *[False] * (rows - 3)]
+    assert loss.isnan().tolist() == (expected if reduction == "none" else True)
+    assert s.grad.isnan().all(-1).tolist() == expected
+    assert s.grad.isnan().any(-1).tolist() == expected
 
 
 def test_the_backend_says_that_it_interprets():

@@ -38,6 +38,7 @@ OPERATORS = (
 #: Tests whose inputs follow the default device.
 TESTS = (
     "tests/test_dense.py",
+    "tests/test_sparse.py",
     "tests/test_modes.py",
     "tests/test_edges.py",
     "tests/test_head.py",

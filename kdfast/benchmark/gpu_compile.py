@@ -75,6 +75,17 @@ def _dense_calls() -> dict[str, dict[str, Any]]:
     calls["ensemble of 3"] = {"divergence": "jsd", "teachers": 3}
     calls["ensemble of 3 logits"] = {"divergence": "forward_kl", "teachers": 3, "ensemble": "logit"}
     calls["forward_kl, few rows"] = {"divergence": "forward_kl", "processors": 132}
+    sparse = {"divergence": "forward_kl", "kept": 64}
+    mixture = {"divergence": {"forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2}}
+    calls["sparse, k = 64"] = sparse
+    calls["sparse, k = 64, fp32, smoothing"] = sparse | {"dtype": torch.float32, "label_smoothing": 0.1}
+    calls["sparse, k = 64, per token"] = sparse | {"reduction": "none"}
+    calls["sparse, k = 64, few rows"] = sparse | {"processors": 132}
+    calls["sparse, k = 64, zero"] = sparse | {"tail": "zero"}
+    calls["sparse jsd, k = 64, renorm"] = sparse | {"divergence": "jsd", "tail": "renorm"}
+    calls["sparse mixture, k = 1024"] = mixture | {"kept": 1024}
+    calls["sparse mixture, k = 4096"] = mixture | {"kept": 4096}
+    calls["sparse mixture, k = 4096, few rows"] = mixture | {"kept": 4096, "processors": 132}
     return calls
 
 
@@ -109,6 +120,7 @@ def _distill(
     *,
     dtype: torch.dtype = torch.bfloat16,
     teachers: int = 1,
+    kept: int = 0,
     learned: bool = False,
     processors: int = 1,
     **options: Any,
@@ -124,6 +136,10 @@ def _distill(
         options["temperature"] = torch.tensor(2.0, requires_grad=True)
     labels = torch.zeros(rows, dtype=torch.int64)
     teacher = None if teachers == 0 else teacher[0] if teachers == 1 else teacher
+    if kept:
+        ids = torch.arange(kept, dtype=torch.int32).expand(rows, kept)
+        lse = {options["temperature"]: torch.zeros(rows)}
+        teacher = kdfast.SparseTargets(ids, torch.zeros(rows, kept), vocab_size=VOCAB, lse=lse)
     with mock.patch.object(tiles, "processors", return_value=processors):
         loss = kdfast.distill_loss(student, teacher, labels, backend="triton", **options)
         loss.sum().backward()

@@ -85,9 +85,12 @@ N_INPUTS = len(Inputs._fields)
 
 
 def stats_size(inputs: Inputs) -> int:
-    """Numbers saved per token, in the kernel's layout: 6 of the student, 2 of each softmax of a teacher."""
+    """Numbers saved per token, in the kernel's layout: 6 of the student, 2 of each softmax of a teacher.
+
+    The Triton kernel also saves 2 of kept columns, which the other one finds again: pass 1 alone sums up their tail.
+    """
     softmaxes = 1 if inputs.mix_logits and inputs.teachers else len(inputs.teachers)
-    return 6 + 2 * softmaxes
+    return 6 + 2 * (softmaxes + (inputs.kept_ids is not None and inputs.backend == "triton"))
 
 
 # --- Implementations: memory is taken here, and filled by a backend's launcher ---------------------------------------

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.triton import divergences
+from kdfast.kernels.triton.dense_hard import less_target, of_softmax
+from kdfast.kernels.triton.dense_kept import RENORM, finish_kept, kept_gradient
 from kdfast.kernels.triton.dense_rows import (
     ELSEWHERE,
     INF,
@@ -31,7 +33,6 @@ from kdfast.kernels.triton.dense_rows import (
     NO_LABEL,
     STATE,
     SUMS,
-    TAU_OTHER,
     TAU_TWO,
     VALUES,
     exponent_scale,
@@ -81,15 +82,6 @@ def _log2_q(
 
 
 @triton.jit
-def _mixture(part: tl.constexpr, given, p, q, u, v, d, KINDS: tl.constexpr):
-    """The weighted sum over the divergences of their `part`: value, student or teacher."""
-    total = tl.zeros(p.shape, tl.float32)
-    for k in tl.static_range(len(KINDS)):
-        total += given.weights[k] * part(KINDS[k], given.parameters[k], p, q, u, v, d)
-    return total
-
-
-@triton.jit
 def _finish_values(wanted, i, c, value, student, student_u, p_u, teacher, teacher_v, q_v):
     if wanted.soft is not None:
         tl.store(wanted.soft + i, value)
@@ -97,17 +89,6 @@ def _finish_values(wanted, i, c, value, student, student_u, p_u, teacher, teache
         # -(1 / tau) (dD/dx . x + dD/dy . y), x and y the logits over tau, which are u and v up to a shift and a factor
         moved = (student_u - student * p_u) + (teacher_v - teacher * q_v)
         tl.store(wanted.dtau + i, -(c * LN2) * LN2 * moved)
-
-
-@triton.jit
-def _one_tile(z, p, c_one, one_at, one_log2, one_from_p, TAU: tl.constexpr, TRUNCATED: tl.constexpr):
-    """c_one softmax(z); from p where that is possible, and c_one is in one_from_p then."""
-    if TRUNCATED or TAU == TAU_OTHER:
-        return c_one * tl.exp2((z - one_at) * LOG2E - one_log2)
-    elif TAU == TAU_TWO:
-        return p * (p * one_from_p)
-    else:
-        return p * one_from_p
 
 
 @triton.jit
@@ -127,6 +108,8 @@ def _passes(
     TAU: tl.constexpr,
     KINDS: tl.constexpr,
     DISTRIBUTIONS: tl.constexpr,
+    KEPT: tl.constexpr,
+    RULE: tl.constexpr,
     MIX: tl.constexpr,
     TRUNCATED: tl.constexpr,
     SMOOTH: tl.constexpr,
@@ -138,17 +121,17 @@ def _passes(
     JOINT_VALUE: tl.constexpr,
 ):
     c = exponent_scale(given)
-    if DISTRIBUTIONS == 0:  # no temperature matters then
+    if DISTRIBUTIONS == 0 and KEPT == 0:  # no temperature matters then
         c = scalar(LOG2E)
     stats = wanted.stats
     if stats is not None:
-        stats += i * (STATE + 2 * DISTRIBUTIONS)
+        stats += i * (STATE + 2 * (DISTRIBUTIONS + (KEPT > 0)))
     t_at, t_log2 = scalar(0.0), scalar(0.0)
 
     if PASS_SUMS:
         z_top, at_tau, at_one, cross, smooth, present, t_top, t_sum = sum_taught(
             student, teachers, given, i, split, c, BLOCK, SPLITS, TAU, MIX, CROSS, SMOOTH,
-            DISTRIBUTIONS == 1,
+            DISTRIBUTIONS == 1, KEPT * (RULE <= RENORM),
         )  # fmt: skip
         rest_top, rest_sum, rest_smooth, rest_present = scalar(float("-inf")), scalar(0.0), scalar(0.0), scalar(0.0)
         if TRUNCATED:
@@ -182,12 +165,18 @@ def _passes(
             if stats is not None and DISTRIBUTIONS == 1:
                 tl.store(stats + STATE, t_at)
                 tl.store(stats + STATE + 1, t_log2)
+            if KEPT > 0:
+                sum_student, pull, shift = finish_kept(
+                    student, given, wanted, stats, i, c, z_at, z_log2, cross, KEPT, RULE, KINDS,
+                )  # fmt: skip
     else:
         z_at, z_log2 = tl.load(stats), tl.load(stats + 1)
         one_at, one_log2 = tl.load(stats + 2), tl.load(stats + 3)
         sum_student, present = tl.load(stats + 4), tl.load(stats + 5)
         if DISTRIBUTIONS == 1:
             t_at, t_log2 = tl.load(stats + STATE), tl.load(stats + STATE + 1)
+        if KEPT > 0:
+            pull, shift = tl.load(stats + STATE), tl.load(stats + STATE + 1)
 
     if PASS_VALUE or PASS_GRADIENT:
         row = row_of(student, i)
@@ -207,11 +196,11 @@ def _passes(
             u = (load(row, offsets, mask) - z_at) * c - z_log2
             v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
             p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
-            value += _mixture(divergences.value, given, p, q, u, v, d, KINDS)
-            of_student = _mixture(divergences.student, given, p, q, u, v, d, KINDS)
+            value += divergences.sum_terms(divergences.value, given, p, q, u, v, d, KINDS)
+            of_student = divergences.sum_terms(divergences.student, given, p, q, u, v, d, KINDS)
             s_sum += of_student
             if wanted.dtau is not None:
-                of_teacher = _mixture(divergences.teacher, given, p, q, u, v, d, KINDS)
+                of_teacher = divergences.sum_terms(divergences.teacher, given, p, q, u, v, d, KINDS)
                 s_u += divergences.times(of_student, u)
                 p_u += divergences.times(p, u)
                 t_sum_ += of_teacher
@@ -260,7 +249,15 @@ def _passes(
             one_from_p = c_one * tl.exp2(2.0 * z_log2 - one_log2)
         g_row = row_of(grad, i)
         value = tl.zeros([BLOCK], tl.float32)
-        if DISTRIBUTIONS > 0:
+        if KEPT > 0:
+            ids, here, of_kept = kept_gradient(
+                student, given, factors, i, first * BLOCK, last * BLOCK, c, c_soft, z_at, z_log2, sum_student, pull,
+                shift, label, c_hard, c_one, one_at, one_log2, one_from_p, smoothed, present, KEPT, RULE, KINDS, TAU,
+                TRUNCATED, SMOOTH,
+            )  # fmt: skip
+            pull = tl.where(c_soft == 0.0, 0.0, pull)
+            tl.debug_barrier()  # their logits have been read
+        if DISTRIBUTIONS > 0 or KEPT > 0:
             for step in range(last - first):
                 j = first + step
                 if not PASS_VALUE:  # which ended at the beginning
@@ -269,16 +266,20 @@ def _passes(
                 mask = offsets < given.columns
                 z = load(row, offsets, mask)
                 u = (z - z_at) * c - z_log2
-                v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
-                p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
-                if JOINT_VALUE:
-                    value += _mixture(divergences.value, given, p, q, u, v, d, KINDS)
-                # A distillation term without weight is left out, not multiplied by 0: its gradient may be infinite.
-                pull = _mixture(divergences.student, given, p, q, u, v, d, KINDS) - p * sum_student
-                g = tl.where(c_soft == 0.0, 0.0, c_soft * pull)
+                if KEPT > 0:
+                    p = tl.exp2(u)
+                    g = c_soft * (pull * p)
+                else:
+                    v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
+                    p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
+                    if JOINT_VALUE:
+                        value += divergences.sum_terms(divergences.value, given, p, q, u, v, d, KINDS)
+                    # A distillation term without weight is left out, not multiplied by 0: its gradient may be infinite.
+                    g = divergences.sum_terms(divergences.student, given, p, q, u, v, d, KINDS) - p * sum_student
+                    g = tl.where(c_soft == 0.0, 0.0, c_soft * g)
                 if factors.hard is not None or factors.z is not None:
-                    g += _one_tile(z, p, c_one, one_at, one_log2, one_from_p, TAU, TRUNCATED)
-                g = _hard_part(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
+                    g += of_softmax(z, p, c_one, one_at, one_log2, one_from_p, TAU, TRUNCATED)
+                g = less_target(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
                 tl.store(g_row + offsets, g.to(grad.data.dtype.element_ty), mask=mask)
             begin = given.columns
         else:
@@ -290,8 +291,11 @@ def _passes(
                 mask = offsets < given.vocab
                 z = load(row, offsets, mask)
                 g = c_one * tl.exp2((z - one_at) * LOG2E - one_log2)
-                g = _hard_part(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
+                g = less_target(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
                 tl.store(g_row + offsets, g.to(grad.data.dtype.element_ty), mask=mask)
+        if KEPT > 0:
+            tl.debug_barrier()  # what they have as columns like any other is in memory
+            tl.store(g_row + ids, of_kept.to(grad.data.dtype.element_ty), mask=here)
         if JOINT_VALUE:
             total = tl.sum(value, 0)
             if values is not None:
@@ -301,15 +305,7 @@ def _passes(
 
 
 @triton.jit
-def _hard_part(g, z, offsets, label, c_hard, smoothed, present, SMOOTH: tl.constexpr):
-    """Takes the hard target away: the label's column, and its smoothed share of every column that is there."""
-    if SMOOTH:
-        g -= tl.where(z > -INF, smoothed / present, 0.0)
-    return g - tl.where(offsets == label, c_hard - smoothed, 0.0)
-
-
-@triton.jit
-def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr, DISTRIBUTIONS: tl.constexpr,
+def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PAIRS: tl.constexpr,
           PASS_GRADIENT: tl.constexpr):  # fmt: skip
     """A row that does not count: zeros wherever something is wanted."""
     if split == 0:
@@ -324,8 +320,8 @@ def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constex
         if wanted.logit_sum is not None:
             tl.store(wanted.logit_sum + i, 0.0)
         if wanted.stats is not None:
-            for k in tl.static_range(STATE + 2 * DISTRIBUTIONS):
-                tl.store(wanted.stats + i * (STATE + 2 * DISTRIBUTIONS) + k, 0.0)
+            for k in tl.static_range(STATE + 2 * PAIRS):
+                tl.store(wanted.stats + i * (STATE + 2 * PAIRS) + k, 0.0)
     if PASS_GRADIENT:
         row = row_of(grad, i)
         first, last = tiles_of(given.vocab, split, BLOCK, SPLITS)
@@ -350,6 +346,8 @@ def dense_kernel(
     TAU: tl.constexpr,
     KINDS: tl.constexpr,
     DISTRIBUTIONS: tl.constexpr,
+    KEPT: tl.constexpr,
+    RULE: tl.constexpr,
     MIX: tl.constexpr,
     TRUNCATED: tl.constexpr,
     SMOOTH: tl.constexpr,
@@ -373,10 +371,11 @@ def dense_kernel(
     if counts:
         _passes(
             student, teachers, grad, given, wanted, factors, sums, values, i, split, BLOCK, SPLITS, TAU, KINDS,
-            DISTRIBUTIONS, MIX, TRUNCATED, SMOOTH, CROSS, KNOWN, PASS_SUMS, PASS_VALUE, PASS_GRADIENT, JOINT_VALUE,
+            DISTRIBUTIONS, KEPT, RULE, MIX, TRUNCATED, SMOOTH, CROSS, KNOWN, PASS_SUMS, PASS_VALUE, PASS_GRADIENT,
+            JOINT_VALUE,
         )  # fmt: skip
     else:
-        _drop(grad, given, wanted, i, split, BLOCK, SPLITS, DISTRIBUTIONS, PASS_GRADIENT)
+        _drop(grad, given, wanted, i, split, BLOCK, SPLITS, DISTRIBUTIONS + (KEPT > 0), PASS_GRADIENT)
 
 
 # --- Between the passes of a split row --------------------------------------------------------------------------------
@@ -399,17 +398,22 @@ def combine_sums_kernel(
     SPLITS: tl.constexpr,
     KINDS: tl.constexpr,
     DISTRIBUTIONS: tl.constexpr,
+    KEPT: tl.constexpr,
+    RULE: tl.constexpr,
     TRUNCATED: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):
-    """Partial sums of a row -> its state, cross-entropy and squared logsumexp; grid (rows,)."""
+    """Partial sums of a row -> its state, cross-entropy and squared logsumexp, and the value of kept columns.
+
+    Grid (rows,).
+    """
     i = tl.program_id(0).to(tl.int64)
     counts = True
     if given.counted is not None:
         counts = tl.load(given.counted + i) != 0
     if counts:
         c = exponent_scale(given)
-        if DISTRIBUTIONS == 0:
+        if DISTRIBUTIONS == 0 and KEPT == 0:
             c = scalar(LOG2E)
         s = tl.arange(0, SPLITS)
         there = s < splits
@@ -426,7 +430,7 @@ def combine_sums_kernel(
         r_present = tl.load(at + 9, mask=there, other=0.0)
         moved = tl.load(at + 8, mask=there, other=0.0) + r_present * (or_zero(tops) - or_zero(rest_top))
         rest_smooth, rest_present = tl.sum(tl.where(r_present > 0.0, moved, 0.0), 0), tl.sum(r_present, 0)
-        stats = wanted.stats + i * (STATE + 2 * DISTRIBUTIONS)
+        stats = wanted.stats + i * (STATE + 2 * (DISTRIBUTIONS + (KEPT > 0)))
         t_at, t_log2 = scalar(0.0), scalar(0.0)
         for k in tl.static_range(DISTRIBUTIONS):
             tops = tl.load(at + SUMS + 2 * k, mask=there, other=float("-inf"))
@@ -434,10 +438,12 @@ def combine_sums_kernel(
             t_at, t_log2 = or_zero(top), tl.log2(total)
             tl.store(stats + STATE + 2 * k, t_at)
             tl.store(stats + STATE + 2 * k + 1, t_log2)
-        finish_sums(
+        z_at, z_log2, _, _, _, _ = finish_sums(
             student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
             rest_smooth, rest_present, t_at, t_log2, KINDS, TRUNCATED, SMOOTH,
         )  # fmt: skip
+        if KEPT > 0:
+            finish_kept(student, given, wanted, stats, i, c, z_at, z_log2, cross, KEPT, RULE, KINDS)
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""Launches the dense kernels: tensors in, tensors filled. Allocates O(rows), never asks the device for a value."""
+"""Launches the dense kernels: tensors in, tensors filled.
+
+Allocates O(rows), with kept columns O(rows x kept); never asks the device for a value.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ import torch
 from torch import Tensor
 
 from kdfast.kernels.triton import dense, dense_rows, tiles
-from kdfast.kernels.triton.dense_rows import Factors, Given, Rows, Wanted
+from kdfast.kernels.triton.dense_kept import RULES
+from kdfast.kernels.triton.dense_rows import Factors, Given, Kept, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
+from kdfast.reference import check_ids
 
 LOG2E = dense_rows.LOG2E.value
+NO_FACTORS = Factors(None, None, None)
 
 
 def _rows(x: Tensor) -> Rows | None:
@@ -46,11 +52,15 @@ def _check_values(student: Tensor, inputs: Any, tau: float | None, *, elsewhere:
     if tau is not None and not tau > 0:
         msg = f"temperature must be > 0, got {tau}"
         raise ValueError(msg)
-    if inputs.labels is None or not (student.device.type == "cpu" or os.environ.get("KDFAST_CHECK") == "1"):
+    if not (student.device.type == "cpu" or os.environ.get("KDFAST_CHECK") == "1"):
         return
     if student.device.type != "cpu" and not inputs.temperature > 0:
         msg = f"temperature must be > 0, got {inputs.temperature.item()}"
         raise ValueError(msg)
+    if inputs.kept_ids is not None:
+        check_ids(inputs.kept_ids if inputs.counted is None else inputs.kept_ids[inputs.counted], inputs.kept_columns)
+    if inputs.labels is None:
+        return
     y = inputs.labels if inputs.counted is None else inputs.labels[inputs.counted]
     known = (y == dense_rows.NO_LABEL.value) | ((y == dense_rows.ELSEWHERE.value) if elsewhere else False)
     bad = y[~known & ((y < 0) | (y >= student.shape[-1]))]
@@ -83,10 +93,39 @@ def bytes_per_column(args: tuple[Any, ...], options: dict[str, Any]) -> int:
     return passes * read + written
 
 
+def padded(kept: int) -> int:
+    """Entries of the vector that holds a row's kept columns."""
+    return max(16, 1 << max(kept - 1, 0).bit_length())
+
+
+def _kept(inputs: Any, *, summing: bool) -> Kept | None:
+    """The kept columns; their order, which only pass 1 needs, is made by the device."""
+    if inputs.kept_ids is None:
+        return None
+    ids = inputs.kept_ids.contiguous()
+    return Kept(
+        ids,
+        ids.sort(-1).values if summing else None,
+        inputs.kept_values.contiguous(),
+        _flat(inputs.kept_per_row),
+        ids.shape[-1],
+        inputs.kept_columns,
+    )
+
+
 class _Call:
     """The launches of one call, which share their inputs and constants."""
 
-    def __init__(self, student: Tensor, inputs: Any, tau: float | None, *, grad: Rows | None, factors: Factors) -> None:
+    def __init__(
+        self,
+        student: Tensor,
+        inputs: Any,
+        tau: float | None,
+        *,
+        grad: Rows | None = None,
+        factors: Factors = NO_FACTORS,
+        summing: bool = True,
+    ) -> None:
         vocab, n = student.shape[-1], len(inputs.teachers)
         weights = _flat(inputs.teacher_weights)
         self.device, self.rows = student.device, student.numel() // vocab
@@ -102,7 +141,7 @@ class _Call:
             temperature=inputs.temperature
             if tau is None
             else torch.full((), tau, dtype=torch.float32, device=self.device),
-            columns=inputs.columns if n else vocab,
+            columns=inputs.columns if inputs.taught else vocab,
             vocab=vocab,
             weights=tuple(inputs.weights),
             parameters=tuple(inputs.parameters),
@@ -112,20 +151,26 @@ class _Call:
             teacher_weights=weights,
             weight_teacher_stride=0 if weights is None else weights.stride(0),
             weight_row_stride=0 if weights is None or weights.dim() == 1 else 1,
+            kept=_kept(inputs, summing=summing),
         )
         light = inputs.names in ([], ["forward_kl"])
-        work = "many" if self.distributions > 1 or len(inputs.names) > 1 else "light" if light else "other"
+        self.kept = 0 if self.given.kept is None else padded(self.given.kept.size)
+        many = self.distributions > 1 or len(inputs.names) > 1
+        work = "kept" if self.kept else "many" if many else "light" if light else "other"
         self.tile = tiles.dense_tile(self.device, work, vocab)
         self.splits = tiles.dense_splits(self.device, self.rows, vocab, self.tile)
         needs_one = inputs.labels is not None or factors.hard is not None or factors.z is not None
-        one = dense_rows.TAU_ONE if not n or tau == 1 else dense_rows.TAU_TWO if tau == 2 else dense_rows.TAU_OTHER
+        known = tau if inputs.taught else 1
+        one = dense_rows.TAU_ONE if known == 1 else dense_rows.TAU_TWO if known == 2 else dense_rows.TAU_OTHER
         self.tau = one, needs_one
         self.mix = bool(inputs.mix_logits)
         self.cross = self.known and "reverse_kl" in inputs.names
         self.constants = {
             "KINDS": tuple(KINDS[name] for name in inputs.names),
             "DISTRIBUTIONS": self.distributions,
-            "TRUNCATED": n > 0 and inputs.columns < vocab,
+            "KEPT": self.kept,
+            "RULE": RULES.get(inputs.tail_rule, 0),
+            "TRUNCATED": inputs.taught and inputs.columns < vocab,
             "SMOOTH": inputs.label_smoothing > 0 and inputs.labels is not None,
         }
 
@@ -154,7 +199,7 @@ class _Call:
             self.grad if gradient else None,
             self.given,
             wanted,
-            self.factors if gradient else Factors(None, None, None),
+            self.factors if gradient else NO_FACTORS,
             sums,
             values,
             BLOCK=self.tile.columns,
@@ -180,7 +225,8 @@ class _Call:
         if self.splits == 1 and self.distributions <= 1:
             return self.passes(wanted, summing=True, value=value, gradient=gradient, joint=joint)
         if wanted.stats is None:
-            wanted = wanted._replace(stats=self._empty(dense_rows.STATE.value + 2 * self.distributions))
+            pairs = self.distributions + (self.kept > 0)
+            wanted = wanted._replace(stats=self._empty(dense_rows.STATE.value + 2 * pairs))
         self.sums(wanted)
         values = self._empty(self.splits, dense_rows.VALUES.value)
         if value:
@@ -206,7 +252,7 @@ class _Call:
             self.splits,
             SPLITS=1 << (self.splits - 1).bit_length(),
             **self.constants,
-            num_warps=1,
+            num_warps=min(8, max(1, self.kept // 128)),
         )
 
     def _combine_values(self, wanted: Wanted, values: Tensor) -> None:
@@ -247,20 +293,22 @@ def run(
         hard: (...) fp32, filled with the cross-entropy.
         z2: (...) fp32, filled with logsumexp^2.
         dsoft_dtemperature: (...) fp32, filled with the derivative of ``soft``.
-        stats: (..., 6 + 2 distributions) fp32, filled by a forward call and read by a backward one.
+        stats: (..., 6 + 2 distributions, or 8 with kept columns) fp32, filled by a forward call and read by a backward
+            one.
         grad: like student, or the student itself; filled with the gradient.
         c_soft: (...) fp32, factor of the distillation term's gradient.
         c_hard: (...) fp32, factor of the cross-entropy's gradient.
         c_z: (...) fp32, factor of the gradient of logsumexp^2.
 
     Raises:
-        NotImplementedError: sparse targets.
-        ValueError: a temperature that is not above 0 or a label out of range, where the values are on the CPU, or
-            anywhere with KDFAST_CHECK=1 in the environment.
+        ValueError: more kept columns than MOST_KEPT; and a temperature that is not above 0, a label or a kept column
+            out of range, or one kept twice, where the values are on the CPU, or anywhere with KDFAST_CHECK=1 in the
+            environment.
     """
-    if inputs.kept_ids is not None:
-        msg = "kdfast: no Triton kernel for sparse targets yet"
-        raise NotImplementedError(msg)
+    kept = 0 if inputs.kept_ids is None else inputs.kept_ids.shape[-1]
+    if kept > tiles.MOST_KEPT:
+        msg = f"kdfast: the Triton kernel takes at most {tiles.MOST_KEPT} kept columns a token, got {kept}"
+        raise ValueError(msg)
     tau = inputs.temperature.item() if inputs.temperature.device.type == "cpu" else None
     _check_values(student, inputs, tau, elsewhere=hard is None)
     if student.numel() == 0:
@@ -269,9 +317,10 @@ def run(
     if grad is not None and target is None:  # the logits' own memory, in a layout that takes more than two strides
         target = _rows(torch.empty(grad.shape, dtype=grad.dtype, device=grad.device))
     factors = Factors(_flat(c_soft), _flat(c_hard), _flat(c_z))
-    call = _Call(student, inputs, tau, grad=target, factors=factors)
+    backward = stats is not None and grad is not None
+    call = _Call(student, inputs, tau, grad=target, factors=factors, summing=not backward)
     with _on(student.device):
-        if stats is not None and grad is not None:
+        if backward:
             call.passes(Wanted(None, None, None, None, stats, None), gradient=True)
         else:
             call.forward(Wanted(soft, hard, z2, dsoft_dtemperature, stats, None))
@@ -282,9 +331,8 @@ def run(
 def _part(student: Tensor, inputs: Any) -> _Call:
     """A call for the passes one by one."""
     tau = inputs.temperature.item() if inputs.temperature.device.type == "cpu" else None
+    call = _Call(student, inputs, tau)
     # The softmax at 1 may be wanted of them all, whether this rank holds the label or not.
-    factors = Factors(None, None, None)
-    call = _Call(student, inputs, tau, grad=None, factors=factors)
     call.tau = call.tau[0], True
     return call
 

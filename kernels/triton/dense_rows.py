@@ -18,9 +18,11 @@ TAU_TWO = tl.constexpr(1)
 TAU_OTHER = tl.constexpr(2)
 
 # Floats of a row, each followed by (max t, log2 sum or sum) of each distribution where it says so.
-STATE = tl.constexpr(6)  # max z, log2 sum at tau; max z, log2 sum at 1; sum student; columns present; distributions
-# max z, sum at tau, at 1, cross; sum z - max, columns present; and of the columns beyond the taught ones max z, sum at
-# 1, sum z - max, columns present; distributions
+# max z, log2 sum at tau; max z, log2 sum at 1; sum student; columns present; distributions, or (pull, log2 of what q is
+# divided by) of kept columns
+STATE = tl.constexpr(6)
+# max z, sum at tau, at 1, cross, or at tau beside the kept columns; sum z - max, columns present; and of the columns
+# beyond the taught ones max z, sum at 1, sum z - max, columns present; distributions
 SUMS = tl.constexpr(10)
 VALUES = tl.constexpr(7)  # value; student, student u, p u; teacher, teacher v, q v
 
@@ -32,6 +34,17 @@ class Rows(NamedTuple):
     inner: int
     outer_stride: int
     inner_stride: int
+
+
+class Kept(NamedTuple):
+    """A teacher's kept columns; tensors are contiguous."""
+
+    ids: Any  # (rows, size) int32; negative: none
+    ordered: Any  # the same, each row ascending; None where only the gradient is left to do
+    content: Any  # (rows, size) fp32: log q at temperature 1, nats, or a drawn weight
+    per_row: Any  # (rows,) fp32: log-normaliser at tau, None: 0; of drawn ones, negative entropy
+    size: int
+    columns: int  # that the teacher had
 
 
 class Given(NamedTuple):
@@ -48,6 +61,7 @@ class Given(NamedTuple):
     teacher_weights: Any  # of teacher k in row i: at k * weight_teacher_stride + i * weight_row_stride
     weight_teacher_stride: int
     weight_row_stride: int
+    kept: Any  # Kept, in place of teachers
 
 
 class Wanted(NamedTuple):

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.triton import divergences
+from kdfast.kernels.triton.dense_kept import first_kept, less_kept
 from kdfast.kernels.triton.dense_rows import (
     INF,
     LOG2E,
@@ -38,11 +39,13 @@ def sum_taught(
     CROSS: tl.constexpr,
     SMOOTH: tl.constexpr,
     WITH_TEACHER: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Sums over the taught columns: (max z, at tau, at 1, cross, sum z - max, present, max t, sum t).
 
-    Cross is sum 2^((z - max) c) (z - t), the reverse KL before normalisation. Sums are kept by lane, and brought under
-    a tile's new maximum as a whole, so that a tile costs one reduction for each maximum.
+    Cross is sum 2^((z - max) c) (z - t), the reverse KL before normalisation; with TAIL, which is the padded number of
+    kept columns, it is the sum at tau over the others. Sums are kept by lane, and brought under a tile's new maximum as
+    a whole, so that a tile costs one reduction for each maximum.
     """
     row = row_of(student, i)
     z_top, t_top, smooth, present = scalar(float("-inf")), scalar(float("-inf")), scalar(0.0), scalar(0.0)
@@ -51,6 +54,8 @@ def sum_taught(
     cross = tl.zeros([BLOCK], tl.float32)
     t_sum = tl.zeros([BLOCK], tl.float32)
     first, last = tiles_of(given.columns, split, BLOCK, SPLITS)
+    if TAIL > 0:
+        kept_at, kept = first_kept(given, i, first * BLOCK, TAIL)
     for j in range(first, last):
         offsets = j * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < given.columns
@@ -64,6 +69,9 @@ def sum_taught(
             at_one = at_one * (shrink * shrink) + e * e
         if TAU == TAU_OTHER:
             at_one = at_one * tl.exp2((z_top - at) * LOG2E) + tl.exp2((z - at) * LOG2E)
+        if TAIL > 0:
+            beside, kept_at, kept = less_kept(e, given, i, offsets, (j + 1) * BLOCK, kept_at, kept)
+            cross = cross * shrink + beside
         if SMOOTH:
             there = z > -INF
             smooth += tl.where(present > 0.0, present * (z_top - at), 0.0) + tl.sum(tl.where(there, z - at, 0.0), 0)

@@ -162,3 +162,12 @@ def sum_of_student(KIND: tl.constexpr, reverse_kl):
         return -1.0
     else:
         return reverse_kl
+
+
+@triton.jit
+def sum_terms(part: tl.constexpr, given, p, q, u, v, d, KINDS: tl.constexpr):
+    """The weighted sum over the divergences of their `part`: value, student or teacher."""
+    total = tl.zeros(p.shape, tl.float32)
+    for k in tl.static_range(len(KINDS)):
+        total += given.weights[k] * part(KINDS[k], given.parameters[k], p, q, u, v, d)
+    return total
