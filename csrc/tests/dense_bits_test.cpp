@@ -7,6 +7,20 @@
 using namespace kdfast;
 using namespace kdfast::test;
 
+namespace {
+
+// A teacher whose logits are the student's, some noise and a shift.
+Matrix near(Random& random, const Case& c, DType dtype, double noise, double shift) {
+    std::normal_distribution<double> normal;
+    Matrix t(dtype, c.rows, c.columns, guarded);
+    for (std::int64_t i = 0; i < c.rows; ++i)
+        for (std::int64_t column = 0; column < c.columns; ++column)
+            t.set(i, column, c.student.get(i, column) + noise * normal(random) + shift);
+    return t;
+}
+
+}  // namespace
+
 // Sizes about the widths of vectors, tiles and segments. Few rows for many threads: segments are then what is shared
 // out.
 TEST(sizes_strides_and_threads_give_the_same_bits) {
@@ -61,5 +75,45 @@ TEST(rows_with_two_leading_axes) {  // such as logits[:, :-1]
         kernels.forward(flat);
         kernels.forward(shifted);
         for (std::size_t i = 0; i < 9; ++i) CHECK_EQUAL(some[i], all[i / 3 * 4 + i % 3]);
+    });
+}
+
+// Vectors are streamed to aligned memory only, and a small KL is summed on other ways than a large one.
+TEST(a_gradient_has_the_same_bits_at_any_address) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (Divergence kind : {Divergence::forward_kl, Divergence::reverse_kl, Divergence::jsd})
+            for (DType dtype : {DType::f32, DType::bf16})
+                for (std::int64_t columns : {1001, 2050, 9001})
+                    for (double distance : {0.05, 2.0})
+                        for (float smoothing : {0.0f, 0.1f}) {
+                            const Scope scope(text(columns, " columns, distance ", distance, ", ", smoothing));
+                            Case c(random, 2, columns, dtype);
+                            c.terms = {{kind, 1, 0.5f}};
+                            c.smoothing = smoothing;
+                            c.temperature = 2;
+                            c.teachers[0] = near(random, c, dtype, distance, 0);
+                            const Outputs out = c.run(kernels);
+                            c.check(out);
+                            for (Layout layout : {Layout{1, 0, 9}, Layout{2, 0, 3}, Layout{16, 16, 16}, exact}) {
+                                c.layout = layout;
+                                CHECK(c.run(kernels).same(out));
+                                CHECK(c.run_twice(kernels).same(out));
+                            }
+                        }
+    });
+}
+
+// Pass 1 has the value of a KL that is not small, however far apart the logits of the two lie.
+TEST(a_kl_about_an_eighth_of_a_nat) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (Divergence kind : {Divergence::forward_kl, Divergence::reverse_kl})
+            for (double shift : {0.0, 300.0, -40.0})
+                for (double distance : {0.3, 0.45, 0.5, 0.55, 0.8, 1.5}) {
+                    Case c(random, 3, 3000, DType::f32);
+                    c.terms = {{kind, 1, 0}};
+                    c.teachers[0] = near(random, c, DType::f32, distance, shift);
+                    c.check(c.run(kernels));
+                    c.check(c.run_twice(kernels));
+                }
     });
 }

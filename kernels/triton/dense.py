@@ -11,7 +11,7 @@ forwards and backwards in turn, so that each begins with what the last one left 
 
 Bytes per column of 16-bit logits: pass 1 reads 4, pass 2 reads 4, pass 3 reads 4 and writes 2. Forward and reverse KL
 with their gradient move 10, the others 14; 6 reach the memory where the row stays in the L2 cache. Without a teacher,
-or with one of kept columns (``dense_kept.py``), there are passes 1 and 3 only, over the student: 6, and 4 to the memory.
+or with one of kept columns (``dense_kept.py``), passes 1 and 3 go over the student alone: 6, and 4 to the memory.
 
 One program takes a row and all its passes, so that a call is one launch. Where rows are few, a row is split among
 programs, pass by pass: each leaves its partial sums, which a small kernel combines in their order, so that the result
