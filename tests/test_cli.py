@@ -65,11 +65,10 @@ def test_wrong_use_is_told_and_exits_2(kdfast, arguments, message, tmp_path, mon
 
 
 @pytest.mark.parametrize("package", ["typer", "rich", "tokenizers"])
-def test_missing_package_names_the_extra(package):
+def test_missing_package_names_the_extra(package, tmp_path):
     code = f"import sys; sys.modules[{package!r}] = None; {MAIN}"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "demo", "--quick"], capture_output=True, text=True, check=False, timeout=120
-    )
+    command = [sys.executable, "-c", code, "demo", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
     assert done.returncode == 2
     assert f'"{package}", which is not installed: pip install "kdfast[demo]"' in done.stderr
     assert "Traceback" not in done.stderr

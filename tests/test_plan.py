@@ -43,13 +43,13 @@ def test_wrong_arguments(bad):
         plan(**{"tokens": 1, "vocab": 2, "hidden": 3} | bad)
 
 
-def test_command():
+def test_command(tmp_path):
     line = "from kdfast.cli import main; main()"
     sizes = ["--vocab", str(V), "--hidden", str(H), "--tokens", str(N)]
 
     def run(*more):
         command = [sys.executable, "-c", line, "plan", *sizes, *more]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     done = run()
     assert done.returncode == 0

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from kdfast import reference
-from kdfast.kernels.triton.tiles import MOST_KEPT
 from kdfast.ops import dense_autograd, dense_cpu, head_autograd
 from kdfast.problem import Problem, build_problem
 from kdfast.reference import DistillTerms
@@ -75,6 +74,8 @@ def _declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
 
 
 def _declines_on_triton(problem: Problem) -> str | None:
+    from kdfast.kernels.triton.tiles import MOST_KEPT
+
     if problem.sparse is not None and problem.sparse.shape[-1] > MOST_KEPT:
         return f"{problem.sparse.shape[-1]} entries a token of sparse targets (it takes {MOST_KEPT})"
     return _declines(problem, ("cpu",) if _interprets() else ("cuda",))
