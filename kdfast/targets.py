@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
@@ -22,11 +23,12 @@ class LMHead:
         hidden: (..., H) floating point, the input of the output projection.
         weight: (V, H), same dtype as ``hidden``.
         bias: (V,) or None.
-        softcap: bound of the logits, > 0 (Gemma); None leaves them as they are.
-        scale: factor of the logits, applied before ``softcap`` (Granite, Cohere).
+        softcap: bound of the logits, > 0 and finite (Gemma); None leaves them as they are.
+        scale: factor of the logits, finite, applied before ``softcap`` (Granite, Cohere).
 
     Raises:
-        ValueError: shapes that do not fit, or ``softcap`` not above 0.
+        TypeError: ``hidden``, ``weight`` or ``bias`` that is no tensor, ``softcap`` or ``scale`` that is no number.
+        ValueError: shapes that do not fit, or a number out of its range.
     """
 
     hidden: Tensor
@@ -36,6 +38,20 @@ class LMHead:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
+            if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+                msg = f"LMHead: {name} must be a tensor, got {type(value).__name__}"
+                raise TypeError(msg)
+        for name, number in (("scale", self.scale), ("softcap", self.softcap)):
+            if isinstance(number, Tensor):
+                msg = f"LMHead: {name} must be a number, got a tensor: multiply hidden by a factor that is learned"
+                raise TypeError(msg)
+            if not isinstance(number, int | float) and not (name == "softcap" and number is None):
+                msg = f"LMHead: {name} must be a number, got {type(number).__name__}"
+                raise TypeError(msg)
+        if not abs(self.scale) < math.inf:
+            msg = f"LMHead: scale must be finite, got {self.scale!r}"
+            raise ValueError(msg)
         if self.weight.dim() != 2 or self.hidden.dim() < 1 or self.hidden.shape[-1] != self.weight.shape[1]:
             msg = (
                 f"LMHead: hidden must be (..., H) and weight (V, H), got {tuple(self.hidden.shape)} and "
@@ -45,8 +61,8 @@ class LMHead:
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             msg = f"LMHead: bias must be ({self.weight.shape[0]},), got {tuple(self.bias.shape)}"
             raise ValueError(msg)
-        if self.softcap is not None and not self.softcap > 0:
-            msg = f"LMHead: softcap must be > 0 or None, got {self.softcap!r}"
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            msg = f"LMHead: softcap must be > 0 and finite, or None, got {self.softcap!r}"
             raise ValueError(msg)
 
     @property
@@ -116,6 +132,15 @@ class SparseTargets:
         for name, value in per_token.items():
             if value is not None and value.shape != self.ids.shape[:-1]:
                 msg = f"SparseTargets: {name} must be {tuple(self.ids.shape[:-1])}, got {tuple(value.shape)}"
+                raise ValueError(msg)
+        for name, value in (per_token | {"logprobs": self.logprobs, "mass": self.mass}).items():
+            if value is None:
+                continue
+            if value.device != self.ids.device:
+                msg = f"SparseTargets: {name} is on {value.device}, ids on {self.ids.device}: move all with .to(device)"
+                raise ValueError(msg)
+            if name != "k_eff" and not value.is_floating_point():
+                msg = f"SparseTargets: {name} must be floating point, got {value.dtype}"
                 raise ValueError(msg)
 
     @property

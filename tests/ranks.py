@@ -32,6 +32,7 @@ def worker(rank, world, store, checks, interpreting):
     try:
         for check in checks:
             check(rank, world)
+        dist.barrier()  # gloo's threads abort a process whose peer has gone already
     finally:
         dist.destroy_process_group()
 

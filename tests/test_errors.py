@@ -337,3 +337,45 @@ def test_ids_beyond_the_vocabulary():
 def test_the_module_rejects_what_every_call_would():
     with pytest.raises(ValueError, match="divergence"):
         DistillLoss(divergence="kl")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"scale": torch.tensor(2.0, requires_grad=True)}, TypeError, "scale must be a number.*hidden"),
+        ({"softcap": torch.tensor(2.0)}, TypeError, "softcap must be a number"),
+        ({"scale": "3"}, TypeError, "scale must be a number, got str"),
+        ({"scale": math.nan}, ValueError, "scale must be finite"),
+        ({"softcap": math.inf}, ValueError, "softcap must be > 0 and finite"),
+        ({"weight": [[1.0]]}, TypeError, "weight must be a tensor, got list"),
+    ],
+)
+def test_a_head_that_cannot_be_meant(options, error, match):
+    with pytest.raises(error, match=match):
+        LMHead(**{"hidden": torch.zeros(2, 4), "weight": torch.zeros(8, 4)} | options)
+
+
+def test_targets_on_two_devices_or_of_whole_numbers():
+    with pytest.raises(ValueError, match=r"logprobs is on meta, ids on cpu: .*\.to\(device\)"):
+        SparseTargets(IDS, LOGPROBS.to("meta"), vocab_size=8)
+    with pytest.raises(ValueError, match=r"lse\[2\] must be floating point"):
+        SparseTargets(IDS, LOGPROBS, vocab_size=8, lse={2.0: torch.zeros(2, 3, dtype=torch.int64)})
+
+
+def test_a_backend_of_the_environment_that_serves_nothing(monkeypatch):
+    monkeypatch.setenv("KDFAST_BACKEND", "tpu")
+    assert "KDFAST_BACKEND='tpu' names none of" in str(backends())
+    with pytest.raises(RuntimeError, match="names none of"):
+        _ = backends().chosen
+    monkeypatch.setenv("KDFAST_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot serve this call: no CUDA kernels"):
+        _ = backends().chosen
+
+
+@kernel
+def test_targets_of_another_precision_are_read_as_fp32():
+    student = torch.randn(2, 3, 8)
+    exact = distill_loss(student, SPARSE, backend="cpu")
+    for dtype in (torch.float64, torch.bfloat16):
+        targets = SparseTargets(SPARSE.ids, LOGPROBS.to(dtype), vocab_size=8)  # -2 in any of them
+        assert torch.equal(distill_loss(student, targets, backend="cpu"), exact)

@@ -461,3 +461,20 @@ def test_labels_out_of_range():
     y[N // 2] = V
     with pytest.raises(ValueError, match=rf"labels must be in \[0, {V}\)"):
         distill_loss(LMHead(*(x.requires_grad_() for x in parts())), labels=y, backend=KERNEL)
+
+
+def test_a_token_without_an_axis():
+    hidden, weight, t = torch.randn(6).requires_grad_(), torch.randn(9, 6).requires_grad_(), torch.randn(9)
+    for student, teacher in (
+        (LMHead(hidden, weight), t),
+        (hidden @ weight.T, LMHead(hidden.detach(), weight.detach())),
+    ):
+        loss = distill_loss(student, teacher, torch.tensor(3), temperature=2.0)
+        want = distill_loss(
+            hidden @ weight.T, teacher if teacher is t else teacher.logits(), torch.tensor(3), temperature=2.0
+        )
+        torch.testing.assert_close(loss, want)
+        for a, b in zip(
+            torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

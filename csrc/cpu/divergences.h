@@ -14,23 +14,20 @@ namespace kdfast::cpu::KDFAST_ISA {
 constexpr float ln2 = 0.693147180559945f;
 constexpr float log2e = 1.44269504088896f;
 
-// 2^-lo for a small lo, ready for exp2: the coefficients that its size makes visible in fp32 are scaled.
+// 2^-lo, ready for exp2: its coefficients, scaled.
 struct Correction {
-    V c0, c1, c2;
-    explicit Correction(float lo) : c0(scaled(0, lo)), c1(scaled(1, lo)), c2(scaled(2, lo)) {}
-    static V scaled(int k, float lo) { return set1(exp2_coefficients[k] * (1 - ln2 * lo)); }
+    V c[6];
+    explicit Correction(float lo) {
+        const float factor = std::exp2(-lo);
+        for (int k = 0; k < 6; ++k) c[k] = set1(exp2_coefficients[k] * factor);
+    }
 };
 
-// 2^x times a correction, relative error 1.7e-7; 0 below 2^-126. x is at most 128, or anything where exp2_overflows.
+// 2^x times a correction, relative error 2e-7; 0 below 2^-126. x is at most 128, or anything where exp2_overflows.
 KDFAST_INLINE V exp2(V x, const Correction& scale) {
     const Split parts = split(x);
-    const V r = parts.fraction;
-    V y = set1(exp2_coefficients[5]);
-    y = fma(y, r, set1(exp2_coefficients[4]));
-    y = fma(y, r, set1(exp2_coefficients[3]));
-    y = fma(y, r, scale.c2);
-    y = fma(y, r, scale.c1);
-    y = fma(y, r, scale.c0);
+    V y = scale.c[5];
+    for (int k = 4; k >= 0; --k) y = fma(y, parts.fraction, scale.c[k]);
     return scale2(y, parts.whole);
 }
 

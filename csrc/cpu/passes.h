@@ -69,10 +69,12 @@ struct SegmentSums {
 
 struct TileSums {
     float at_tau = 0, at_one = 0, cross = 0;
-    bool overflowed() const { return !(at_tau < 1e30f && at_one < 1e30f); }
+    // Above what a tile can sum to under a reference that is its maximum: a larger logit came late. An exponent that is
+    // large loses the digits that its size takes, so that much more than this must not go unnoticed.
+    bool overflowed() const { return !(at_tau < 16 * tile && at_one < 16 * tile); }
 };
 
-// Enough for a sum to overflow, which is how a maximum that comes late is noticed.
+// Enough for a sum to show that a maximum came late.
 KDFAST_INLINE V at_most_128(V x) { return exp2_overflows ? x : min(set1(128), x); }
 
 // Two vectors at a time of one distribution's sums: at tau, and of the student at 1.
@@ -128,9 +130,8 @@ PairSums sum_pair(const typename Io::Element* z, const typename Io::Element* t, 
     const auto add = [&](V x, V y, V& p_tau, V& p_one, V& q_tau) KDFAST_INLINE_LAMBDA {
         const V u = p.exponent_of(x), v = q.exponent_of(y);
         const V e_z = p.add(x, u, p_tau, p_one), e_t = q.add(y, v, q_tau, q_tau);
-        // Where both are -inf the distance is NaN and the exponential 0: any number will do.
-        if constexpr (X == Cross::student) cross = fma(e_z, max(u - v, set1(-1e30f)), cross);
-        if constexpr (X == Cross::teacher) cross = fma(e_t, max(v - u, set1(-1e30f)), cross);
+        if constexpr (X == Cross::student) cross = add_times(cross, e_z, u - v);
+        if constexpr (X == Cross::teacher) cross = add_times(cross, e_t, v - u);
     };
     Tail<Io> z_tail, t_tail;
     for (std::int64_t i = 0; i < n; i += step) {

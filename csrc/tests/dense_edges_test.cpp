@@ -208,3 +208,81 @@ TEST(no_rows) {
         }
     });
 }
+
+// A masked column as -1e4 for one and as -inf, or as the lowest number, for the other.
+TEST(a_student_that_underflows_where_the_teacher_has_nothing) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (Divergence kind : {Divergence::forward_kl, Divergence::reverse_kl})
+            for (double lowest : {-infinity, -3e38})
+                for (DType dtype : {DType::f32, DType::bf16}) {
+                    Case c(random, 2, 1500, dtype);
+                    c.terms = {{kind, 1, 0}};
+                    c.teachers[0] = Matrix(dtype, 2, 1500, guarded);
+                    for (std::int64_t i = 0; i < 2; ++i)
+                        for (std::int64_t column = 0; column < c.columns; ++column) {
+                            const bool masked = column >= 1400;
+                            if (masked) c.student.set(i, column, -1e4);
+                            c.teachers[0].set(i, column, masked ? lowest : 2 * c.student.get(i, column) + 1);
+                        }
+                    const Outputs out = c.run(kernels);
+                    for (std::uint32_t bits : out.grad) CHECK(std::isfinite(decoded(dtype, bits)));
+                    for (float soft : out.soft) CHECK(std::isfinite(soft));
+                    CHECK(c.run_twice(kernels).same(out));
+                }
+    });
+}
+
+// Exponents are relative to a maximum that the first columns had; those of a peak that comes late are not large.
+TEST(a_peak_late_in_the_row) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (std::int64_t peak : {0, 130, 700, 2000})
+            for (double height : {15.0, 30.0, 60.0, 300.0}) {
+                const Scope scope(text("peak at ", peak, ", ", height, " high"));
+                Case c(random, 1, 2100, DType::f32);
+                c.teachers[0] = Matrix(DType::f32, 1, 2100, guarded);
+                for (std::int64_t column = 0; column < c.columns; ++column)
+                    c.teachers[0].set(0, column, c.student.get(0, column));
+                c.student.set(0, peak, c.student.get(0, peak) + height);
+                c.teachers[0].set(0, peak, c.teachers[0].get(0, peak) + height);
+                c.labels = {peak};
+                c.c_soft = {1};
+                c.c_hard = {1};
+                c.c_z = {0};
+                const Outputs out = c.run(kernels);
+                const OracleRow o = c.oracle(0);
+                CHECK_NEAR(static_cast<double>(out.hard[0]), o.hard(), 4e-7 + 2e-3 * o.hard());
+                CHECK_NEAR(static_cast<double>(out.soft[0]), 0, 1e-9);
+                const OracleRow::Gradient truth = o.gradient();
+                for (std::size_t n = 0; n < out.grad.size(); ++n)
+                    CHECK_NEAR(decoded(DType::f32, out.grad[n]), truth.value[n],
+                               4e-7 + 2e-3 * std::abs(truth.value[n]));
+            }
+    });
+}
+
+// A shift of all logits changes nothing that fp32 can hold: the normaliser's own rounding is made good.
+TEST(a_shift_of_all_logits) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (double shift : {1024.0, -16384.0, 32768.0})
+            for (std::int64_t columns : {1, 2, 1000}) {
+                const Scope scope(text("shift ", shift, ", ", columns, " columns"));
+                Case c(random, 2, columns, DType::f32);
+                c.teachers[0] = Matrix(DType::f32, 2, columns, guarded);
+                for (std::int64_t i = 0; i < 2; ++i)
+                    for (std::int64_t column = 0; column < columns; ++column) {
+                        c.student.set(i, column, shift + static_cast<double>(integer(random, -512, 512)) / 256);
+                        c.teachers[0].set(i, column, static_cast<double>(integer(random, -512, 512)) / 256);
+                    }
+                c.c_z = {0, 0};
+                const Outputs out = c.run(kernels);
+                for (std::int64_t i = 0; i < 2; ++i) {
+                    const OracleRow::Gradient truth = c.oracle(i).gradient();
+                    for (std::int64_t column = 0; column < columns; ++column) {
+                        const auto n = static_cast<std::size_t>(i * columns + column);
+                        CHECK_NEAR(decoded(DType::f32, out.grad[n]), truth.value[static_cast<std::size_t>(column)],
+                                   2e-6);
+                    }
+                }
+            }
+    });
+}

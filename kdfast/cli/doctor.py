@@ -53,6 +53,8 @@ def doctor(
     for row in answer.rows:
         table.add_row("->" if row.chosen else "", row.name, "yes" if row.available else "no", row.reason)
     console.print(table)
+    if not any(row.chosen for row in answer.rows):
+        console.print(answer.refusal())
 
 
 def _version(package: str) -> str:

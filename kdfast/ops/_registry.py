@@ -182,15 +182,31 @@ class Backends:
 
     @property
     def chosen(self) -> str:
-        """Name of the backend that would run."""
-        return next(row.name for row in self.rows if row.chosen)
+        """Name of the backend that would run.
+
+        Raises:
+            RuntimeError: KDFAST_BACKEND names one that cannot serve the call.
+        """
+        for row in self.rows:
+            if row.chosen:
+                return row.name
+        raise RuntimeError(self.refusal())
+
+    def refusal(self) -> str:
+        """Why none is chosen, where none is."""
+        forced = os.environ.get("KDFAST_BACKEND")
+        why = next((row.reason for row in self.rows if row.name == forced), None)
+        if why is None:
+            return f"KDFAST_BACKEND={forced!r} names none of {', '.join(row.name for row in self.rows)}"
+        return f"KDFAST_BACKEND={forced!r} cannot serve this call: {why}"
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
         mark = {True: "->", False: "  "}
-        return "\n".join(
+        lines = [
             f"{mark[r.chosen]} {r.name:<{width}}  {'yes' if r.available else 'no ':<3}  {r.reason}" for r in self.rows
-        )
+        ]
+        return "\n".join(lines if any(r.chosen for r in self.rows) else [*lines, self.refusal()])
 
 
 def backends(problem: Problem | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backends:

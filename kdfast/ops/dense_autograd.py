@@ -37,7 +37,10 @@ class PerToken(NamedTuple):
         weights = problem.teacher_weights
         if weights is not None:
             weights = weights.detach().float()
-        kept = (None, None, None) if problem.sparse is None else reference.kept_entries(problem, problem.sparse)
+        kept: tuple[Tensor | None, ...] = (None, None, None)
+        if problem.sparse is not None:
+            ids, values, per_row = reference.kept_entries(problem, problem.sparse)
+            kept = ids, values.float(), None if per_row is None else per_row.float()
         return cls(problem.labels, problem.counted, weights, *kept)
 
 

@@ -136,7 +136,7 @@ class Chunks:
         """(count, ...) back to all tokens, 0 where they left."""
         if self.index is not None:
             x = x.new_zeros(self.leading.numel(), *x.shape[1:]).index_copy_(0, self.index, x)
-        return x.reshape(*self.leading, *x.shape[1:])
+        return x.reshape((*self.leading, *x.shape[1:]))
 
     def given(self, k: int, tokens: slice) -> Tensor:
         """Participant k's tensor for these tokens, (n, columns or H): a view where memory allows one."""
