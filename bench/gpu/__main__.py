@@ -210,6 +210,7 @@ def main() -> int:
     environment = dict(os.environ)
     if given.rehearse:
         os.environ["TRITON_INTERPRET"] = environment["TRITON_INTERPRET"] = "1"
+        os.environ["KDFAST_BACKEND"] = "triton"  # as it would be by default where the tensors are on a GPU
     else:
         environment["KDFAST_TEST_DEVICE"] = "cuda"
     with tempfile.TemporaryDirectory() as folder:
