@@ -7,29 +7,36 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 # Tests see the installed wheel, never the source tree: the script, unlike `python -m pytest`, keeps the working directory off
 # sys.path.
-PYTEST = $(BIN)/pytest
-INTERPRETED = dense modes edges operators head sparse triton distributed distributed_heads soft_targets gpu_suite
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest
+# Processes that share the tests. Torch computes with several threads in each, which sleep where they would spin.
+WORKERS ?= 2
+INTERPRETED = dense modes edges operators head sparse packed triton distributed distributed_heads soft_targets gpu_suite
 
-.PHONY: demo test lint bench tables nightly sanitize clean
+.PHONY: demo test lint bench docs tables nightly sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
 
 # The Triton kernels go through the same tests in a process of their own: its interpreter is chosen before it is imported.
-test: $(VENV)/.test
-	$(PYTEST) tests $(PYTEST_ARGS)
+test: $(VENV)/.test build/peers
+	$(PYTEST) -n $(WORKERS) tests $(PYTEST_ARGS)
+	PYTHONPATH=build/peers $(PYTEST) tests/test_peers.py
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(PYTEST) -n auto $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,$(INTERPRETED)))
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,$(INTERPRETED)))
 endif
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check kdfast kernels tests bench
-	$(BIN)/ruff format --check kdfast kernels tests bench
+	$(BIN)/ruff check kdfast kernels tests bench examples csrc docs/generate.py
+	$(BIN)/ruff format --check kdfast kernels tests bench examples csrc docs/generate.py
 	cd / && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml -p kdfast
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
 
 bench: $(VENV)/.test
 	$(BIN)/kdfast bench $(BENCH)
+
+# docs/methods, from the docstrings.
+docs: $(VENV)/.test
+	$(BIN)/python docs/generate.py
 
 # The tables of README and docs, from bench/results.
 tables: $(VENV)/.test
@@ -45,13 +52,32 @@ nightly: test sanitize
 	cmake --preset tsan && cmake --build --preset tsan && ctest --preset tsan --output-on-failure
 	$(BIN)/kdfast bench --isa avx2 --rounds 3 --json build/bench.json --markdown build/bench.md
 	$(BIN)/kdfast demo --seeds 3 --out build/demo
+	$(MAKE) $(VENV)/.examples && for example in digits fashion_mnist sentences language_model; do \
+	  $(BIN)/python -m examples.$$example --out build/examples/$$example || exit 1; done
+	mkdir -p build/suite && $(BIN)/python -m examples.suite --results build/suite --page build/suite/methods-results.md
+	KDFAST_TEST_CRASH_STATES=200 $(PYTEST) tests/test_cache_reliability.py -k power_cut
+	cmake --preset fuzz && cmake --build --preset fuzz
+	mkdir -p build/fuzzed && build/fuzz/kdfast_fuzz -max_total_time=600 build/fuzzed csrc/fuzz/corpus
+	$(MAKE) $(VENV)/.ray && $(PYTEST) tests/test_cache_ray.py
 
-# One stamp per set of extras; all share one environment.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.%: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet ".[$*]"
+# Other libraries, for tests/test_peers.py; without what they depend on, of which some would break
+# others, and seen by that test alone.
+build/peers: $(VENV)/.test tests/peers.txt
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ -r tests/peers.txt
+
+# Built once for all sets of extras.
+$(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	touch $@
+
+# One stamp per set of extras; all share one environment.
+$(VENV)/.%: $(VENV)/.wheel
+	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[$*]"
 	touch $@
 
 clean:

@@ -4,7 +4,8 @@ A page says where a table goes: everything between ``<!-- bench:begin NAME -->``
 here, by that name in ``REGIONS``, once for each machine that has its file in ``bench/results/MACHINE/``:
 
 * ``bench.json``: ``kdfast bench --json``
-* ``head.json``, ``sparse.json``, ``soft_targets.json``: ``--json`` of these scripts
+* ``head.json``, ``sparse.json``, ``soft_targets.json``, ``cache.json``, ``cache_sizes.json``: ``--json`` of these
+  scripts
 * ``gpu.json``: ``results.json`` of ``python -m bench.gpu``
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import soft_targets, sparse
+from bench import cache, cache_sizes, soft_targets, sparse
 from bench.gpu.tables import summary
 from bench.turns import Turns, read, table
 from kdfast.benchmark.cases import DTYPES
@@ -146,6 +147,26 @@ def _ratios(rows: dict[str, tuple[str, str]], corner: str) -> Callable[[Path], s
     return text
 
 
+def _cache(file: Path) -> str:
+    """Speeds of the stores, a section a column."""
+    found = {name: section for name, section in read(file).items() if name in cache.SPEEDS}
+    names = dict.fromkeys(name for section in found.values() for name in section.rounds_ms)
+    rows = []
+    for name in names:
+        row = []
+        for title, section in found.items():
+            measured = name in section.rounds_ms
+            row.append(f"{cache.SPEEDS[title].of(section.sizes, section.ms(name)):.3g}" if measured else "")
+        rows.append([name, *row])
+    missing = {f"\nNot measured: {name}: {why}\n": None for s in found.values() for name, why in s.missing.items()}
+    header = ["", *(f"{name}, {cache.SPEEDS[name].unit}" for name in found)]
+    return _on(found.values()) + table(header, rows) + "".join(missing)
+
+
+def _cache_sizes(file: Path) -> str:
+    return cache_sizes.listing(cache_sizes.read(file))
+
+
 def _gpu(file: Path) -> str:
     return summary(json.loads(file.read_text()))
 
@@ -160,6 +181,8 @@ REGIONS = {
         _ratios({loss: (loss, sparse.CROSS_ENTROPY) for loss in sparse.LOSSES}, "time over the cross-entropy alone"),
     ),
     "soft-targets": Region("soft_targets.json", _ratios(soft_targets.RATIOS, "")),
+    "cache": Region("cache.json", _cache),
+    "cache-sizes": Region("cache_sizes.json", _cache_sizes),
     "gpu": Region("gpu.json", _gpu, "No run on a GPU is recorded yet.\n"),
 }
 

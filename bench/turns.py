@@ -102,7 +102,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def listing(turns: Turns, base: str) -> str:
-    """Time, its ratio to that of ``base`` and peak memory of everyone, and who is missing."""
+    """Time, its ratio to that of ``base``, or of the first where that is not there, and peak memory; who is missing."""
+    base = base if base in turns.rounds_ms else next(iter(turns.rounds_ms))
     rows = []
     for name in turns.rounds_ms:
         peak = turns.peak_bytes[name]

@@ -18,6 +18,7 @@ from kdfast import reference
 from kdfast.divergence import Term
 from kdfast.ops import _registry, head_autograd, shard_autograd
 from kdfast.ops.shard import Shard
+from kdfast.packed import PackedTargets
 from kdfast.problem import Logits, Problem, Teacher, build_problem, device_of
 from kdfast.reference import DistillTerms
 from kdfast.targets import LMHead, SparseTargets
@@ -76,6 +77,8 @@ def distill_loss(
     if options.pop("vocab", "strict") != "strict":
         msg = "vocab='truncate' is not served by kdfast.distributed: cut both vocabularies before they are sharded"
         raise ValueError(msg)
+    if isinstance(teacher, PackedTargets):
+        teacher = teacher.unpack()
     # Sparse targets have all columns, this rank's student a part of them: their sizes are compared over ranks.
     wider = vocab_group is not None and isinstance(teacher, SparseTargets)
     vocab: Literal["strict", "truncate"] = "truncate" if wider else "strict"
@@ -165,6 +168,11 @@ def distill_dtensors(student: Any, teacher: Any, labels: Tensor | None, **option
     def participant(name: str, x: Any) -> Any:
         if isinstance(x, LMHead):
             return rows.head(name, x)
+        if isinstance(x, PackedTargets):
+            msg = (
+                f"{name}: packed targets are not served beside DTensors: pass their unpack(), placed as the tokens are"
+            )
+            raise TypeError(msg)
         if isinstance(x, SparseTargets):
             return x.map(lambda t: per_token(name, t))
         return rows.local(name, x, where) if isinstance(x, Tensor) else x

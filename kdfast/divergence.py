@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -101,11 +102,12 @@ class Divergence:
                 if value is None:
                     msg = f'divergence {self.name!r} needs {key}: pass kdfast.Divergence("{self.name}", {key}=0.5)'
                     raise ValueError(msg)
-            if not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
-                limit = _LIMITS.get((self.name, value)) if isinstance(value, (int, float)) else None
+            number = float(value) if isinstance(value, (int, float, numbers.Real)) else None
+            if number is None or not 0.0 < number < 1.0:
+                limit = None if number is None else _LIMITS.get((self.name, number))
                 msg = f"divergence {self.name!r}: {key} must lie strictly between 0 and 1, got {value!r}"
                 raise ValueError(f"{msg}: {limit}" if limit else msg)
-            object.__setattr__(self, key, float(value))
+            object.__setattr__(self, key, number)
         if self.normalize and self.name != "jsd":
             msg = f"divergence {self.name!r} got normalize=True, which only jsd takes"
             raise ValueError(msg)
@@ -146,7 +148,7 @@ def divergence_terms(divergence: DivergenceLike) -> tuple[Term, ...]:
         raise TypeError(msg)
     terms = []
     for key, weight in divergence.items():
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+        if not isinstance(weight, (int, float, numbers.Real)) or not math.isfinite(weight) or weight < 0:
             msg = f"divergence: the weight of {key!r} must be a finite number >= 0, got {weight!r}"
             raise ValueError(msg)
         (term,) = divergence_terms(key)

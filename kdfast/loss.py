@@ -98,7 +98,8 @@ def distill_loss(
     Args:
         student: (..., V) floating point logits, or a :class:`kdfast.LMHead` that describes them. DTensors, and heads of
             them, are served where they lie, see :func:`kdfast.distributed.distill_dtensors`.
-        teacher: (..., V) logits, an LMHead, :class:`kdfast.SparseTargets`, or a sequence of logits and LMHeads (an
+        teacher: (..., V) logits, an LMHead, :class:`kdfast.SparseTargets`, :class:`kdfast.PackedTargets` (Triton
+            unpacks them in registers, the other backends before they begin), or a sequence of logits and LMHeads (an
             ensemble); None for plain cross-entropy.
         labels: (...) int64, already aligned with the logits: kdfast never shifts them.
         divergence: a name, a :class:`kdfast.Divergence`, or a mapping of either to its weight in a mixture.

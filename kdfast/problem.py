@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kdfast.divergence import DivergenceLike, Term, divergence_terms
+from kdfast.packed import PackedTargets
 from kdfast.targets import LMHead, SparseTargets
 
 Logits: TypeAlias = Tensor | LMHead
-Teacher: TypeAlias = Logits | SparseTargets | Sequence[Logits]
+Teacher: TypeAlias = Logits | SparseTargets | PackedTargets | Sequence[Logits]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 #: Stands in the place of a label that is not to be read, because its token is unlabelled (alpha = 1 there).
@@ -28,6 +30,7 @@ class Problem:
     student: Logits  # (..., V)
     teachers: tuple[Logits, ...]  # each (..., >= columns)
     sparse: SparseTargets | None
+    packed: PackedTargets | None  # in place of sparse: who does not take it asks for unpacked()
     teacher_weights: Tensor | None  # (n,) or (n, ...), sums to 1 over its first axis; None: one teacher, or equal
     labels: Tensor | None  # (...) int64; NO_LABEL where the token is unlabelled
     terms: tuple[Term, ...]
@@ -62,7 +65,16 @@ class Problem:
     @property
     def has_teacher(self) -> bool:
         """Whether there is a distillation term."""
-        return bool(self.teachers) or self.sparse is not None
+        return bool(self.teachers) or self.kept is not None
+
+    @property
+    def kept(self) -> SparseTargets | PackedTargets | None:
+        """The sparse teacher, packed or not."""
+        return self.sparse if self.packed is None else self.packed
+
+    def unpacked(self) -> Problem:
+        """The same call, with a packed teacher unpacked."""
+        return self if self.packed is None else replace(self, sparse=self.packed.unpack(), packed=None)
 
     @property
     def has_z_loss(self) -> bool:
@@ -121,9 +133,11 @@ def _check_head(name: str, head: LMHead) -> None:
             raise TypeError(msg)
 
 
-def device_of(x: Logits | SparseTargets) -> torch.device:
+def device_of(x: Logits | SparseTargets | PackedTargets) -> torch.device:
     """Where a tensor, a head or targets live."""
-    return x.device if isinstance(x, Tensor) else x.hidden.device if isinstance(x, LMHead) else x.ids.device
+    if isinstance(x, LMHead):
+        return x.hidden.device
+    return x.ids.device if isinstance(x, SparseTargets) else x.device
 
 
 def _check_per_token(name: str, value: object, leading: torch.Size, device: torch.device) -> None:
@@ -140,22 +154,26 @@ def _check_per_token(name: str, value: object, leading: torch.Size, device: torc
         raise ValueError(msg)
 
 
-def _scalar(name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Check a number in [low, high] (or above low), or a 0-d tensor, whose value is left unread."""
+def _scalar(
+    name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False
+) -> Tensor | float:
+    """A number in [low, high] (or above low), NumPy's made Python's, or a 0-d tensor, whose value is left unread."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             msg = f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}"
             raise ValueError(msg)
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         msg = f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
         raise TypeError(msg)
+    number = value if isinstance(value, (int, float)) else float(value)
     # comparisons alone: a compiler may have made the number a symbol, which math.isfinite does not take
-    inside = (low < value if open_low else low <= value) and value <= high and -math.inf < value < math.inf
+    inside = (low < number if open_low else low <= number) and number <= high and -math.inf < number < math.inf
     if not inside:
         bound = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else " and finite")
         msg = f"{name} must be {bound}, got {value!r}"
         raise ValueError(msg)
+    return number
 
 
 def _check_writable(student: Tensor) -> None:
@@ -170,18 +188,18 @@ def _check_writable(student: Tensor) -> None:
         raise ValueError(msg)
 
 
-def _split_teacher(teacher: Teacher | None) -> tuple[tuple[Logits, ...], SparseTargets | None]:
+def _split_teacher(teacher: Teacher | None) -> tuple[tuple[Logits, ...], SparseTargets | PackedTargets | None]:
     if teacher is None:
         return (), None
-    if isinstance(teacher, SparseTargets):
+    if isinstance(teacher, SparseTargets | PackedTargets):
         return (), teacher
     if isinstance(teacher, (Tensor, LMHead)):
         _check_logits("teacher", teacher)
         return (teacher,), None
     if not isinstance(teacher, Sequence) or not teacher:
         msg = (
-            "teacher must be logits (..., V), a kdfast.LMHead, kdfast.SparseTargets or a non-empty sequence of logits "
-            f"or LMHeads, got {type(teacher).__name__}"
+            "teacher must be logits (..., V), a kdfast.LMHead, kdfast.SparseTargets, kdfast.PackedTargets or a "
+            f"non-empty sequence of logits or LMHeads, got {type(teacher).__name__}"
         )
         raise TypeError(msg)
     for k, t in enumerate(teacher):
@@ -230,8 +248,7 @@ def _alpha(alpha: object, *, labelled: bool, taught: bool, leading: torch.Size, 
     if isinstance(alpha, Tensor) and alpha.dim() > 0:
         _check_per_token("alpha", alpha, leading, device)
         return alpha
-    _scalar("alpha", alpha, 0.0, 1.0)
-    return alpha  # type: ignore[return-value]  # _scalar let a float or a tensor through
+    return _scalar("alpha", alpha, 0.0, 1.0)
 
 
 def build_problem(
@@ -284,20 +301,22 @@ def build_problem(
             raise ValueError(msg)
     sizes = {name: t.shape[-1] for name, t in everyone.items()}
     columns = _columns(student, sizes if sparse is None else {"teacher": sparse.vocab_size}, vocab)
-    _scalar("temperature", temperature, open_low=True)
-    _scalar("z_loss", z_loss)
-    _scalar("label_smoothing", label_smoothing, 0.0, 1.0)
+    temperature = _scalar("temperature", temperature, open_low=True)
+    z_loss = _scalar("z_loss", z_loss)
     if isinstance(label_smoothing, Tensor):
         msg = "label_smoothing must be a float, got a tensor"
         raise TypeError(msg)
+    label_smoothing = float(_scalar("label_smoothing", label_smoothing, 0.0, 1.0))
     if num_items is not None:
-        _scalar("num_items", num_items, open_low=True)
+        num_items = _scalar("num_items", num_items, open_low=True)
         if reduction != "mean":
             msg = f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}'
             raise ValueError(msg)
-    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget <= 0):
-        msg = f"memory_budget must be a positive number of bytes or None, got {memory_budget!r}"
-        raise ValueError(msg)
+    if memory_budget is not None:
+        if not isinstance(memory_budget, (int, numbers.Integral)) or memory_budget <= 0:
+            msg = f"memory_budget must be a positive number of bytes or None, got {memory_budget!r}"
+            raise ValueError(msg)
+        memory_budget = int(memory_budget)
     if overwrite_logits and isinstance(student, LMHead):
         msg = "overwrite_logits: an LMHead has no stored logits to overwrite: leave it False"
         raise ValueError(msg)
@@ -325,7 +344,8 @@ def build_problem(
     return Problem(
         student=student,
         teachers=teachers if teacher_grad else tuple(_detached(t) for t in teachers),
-        sparse=sparse,
+        sparse=sparse if isinstance(sparse, SparseTargets) else None,
+        packed=sparse if isinstance(sparse, PackedTargets) else None,
         teacher_weights=_teacher_weights(teacher_weights, len(teachers), leading, device),
         labels=labels,
         terms=divergence_terms(divergence),
@@ -337,7 +357,7 @@ def build_problem(
         z_loss=z_loss,
         num_items=num_items,
         scale_t2=scale_t2,
-        label_smoothing=float(label_smoothing),
+        label_smoothing=label_smoothing,
         reduction=reduction,
         ensemble=ensemble,
         teacher_grad=teacher_grad,

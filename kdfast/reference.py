@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from kdfast.divergence import Term
+from kdfast.packed import PackedTargets
 from kdfast.problem import NO_LABEL, Logits, Problem
 from kdfast.targets import SAMPLED, LMHead, SparseTargets
 
 INF = float("inf")
+#: What a teacher's tail has that ought to be there, however little its entries leave of it; of fp32 kernels, too.
+LEAST_TAIL = 2.0**-120
 
 
 class DistillTerms(NamedTuple):
@@ -278,23 +281,34 @@ def kept_divergence(
         beside: (..., 1), log of the sum of p over the other columns; read by the rules in ``WITH_TAIL`` only.
         tau: the temperature, 0-d.
     """
-    values = values.to(log_p_k.dtype)
     if rule == "drawn":
         assert per_row is not None
-        mass, weight = torch.where(usable, values, 0.0), sum(t.weight for t in terms)
+        mass, weight = torch.where(usable, values.to(log_p_k.dtype), 0.0), sum(t.weight for t in terms)
         return weight * (per_row - torch.where(mass > 0, mass * log_p_k, 0.0).sum(-1))
-    log_q_k = torch.where(usable, values / tau, -INF)
+    exact = torch.where(usable, values.double() / tau, -INF)
     if rule == "renorm":
-        log_q_k = log_q_k - torch.logsumexp(log_q_k, -1, keepdim=True)
+        exact = exact - torch.logsumexp(exact, -1, keepdim=True)
     elif per_row is not None:
-        log_q_k = log_q_k - per_row[..., None]
+        exact = exact - per_row[..., None]
+    log_q_k = exact.to(log_p_k.dtype)
     if rule == "zero":
         d = torch.where(usable, log_q_k - log_p_k, 0.0)
         return sum(t.weight for t in terms) * torch.where(usable, log_q_k.exp() * d, 0.0).sum(-1)
     assert beside is not None
-    q_tail = torch.where(complete | (rule == "renorm"), -INF, _log_rest(log_q_k))
+    q_tail = torch.where(complete | (rule == "renorm"), -INF, mass_left(exact).clamp(min=LEAST_TAIL).log())
     p_tail = torch.where(complete, -INF, beside.clamp(min=math.log(torch.finfo(log_p_k.dtype).tiny)))
-    return sum_terms(terms, torch.cat([log_q_k, q_tail], -1), torch.cat([log_p_k, p_tail], -1))
+    return sum_terms(terms, torch.cat([log_q_k, q_tail.to(log_q_k.dtype)], -1), torch.cat([log_p_k, p_tail], -1))
+
+
+def mass_left(log_q_k: Tensor) -> Tensor:
+    """1 - sum q of K entries, fp64 (..., K) -> (..., 1); below 0 where their rounding is larger than it.
+
+    As what the largest lacks of 1 less the sum of the others, wherever that stands: from fp32 entries that are right to
+    half a unit in the last place, within about 1e-6 (1 - the largest q). A tail below that is not in the entries.
+    """
+    log_q_k = torch.nn.functional.pad(log_q_k, (0, 1), value=-INF)  # there may be none
+    largest, at = log_q_k.max(-1, keepdim=True)
+    return -torch.expm1(largest) - log_q_k.scatter(-1, at, -INF).exp().sum(-1, keepdim=True)
 
 
 #: The divergences that each rule for the tail serves.
@@ -308,7 +322,7 @@ TAIL_RULES = {
 WITH_TAIL = ("bucket", "renorm")
 
 
-def tail_rule(problem: Problem, target: SparseTargets) -> str:
+def tail_rule(problem: Problem, target: SparseTargets | PackedTargets) -> str:
     """What the target says of the columns that it did not keep: the problem's ``tail``, or "drawn" for sampled targets.
 
     Raises:
@@ -342,31 +356,29 @@ def kept_entries(problem: Problem, target: SparseTargets) -> tuple[Tensor, Tenso
         assert target.mass is not None
         return target.ids, target.mass, target.neg_entropy
     assert target.logprobs is not None
+    return target.ids, target.logprobs, captured_normaliser(problem, target)
+
+
+def captured_normaliser(problem: Problem, target: SparseTargets | PackedTargets) -> Tensor | None:
+    """The log-normaliser of chosen entries at the problem's temperature, (...); None where it is 0, or none is needed.
+
+    Raises:
+        ValueError: a temperature at which the target says nothing.
+    """
+    tau = problem.fixed_temperature
     if problem.tail == "renorm":
-        return target.ids, target.logprobs, None
+        return None
     if tau is None:
         msg = 'temperature: sparse targets hold fixed temperatures: pass a number, or a tensor with tail="renorm"'
         raise ValueError(msg)
     for captured, lse in (target.lse or {}).items():
         if captured == tau:
-            return target.ids, target.logprobs, lse
+            return lse
     if tau == 1.0:
-        return target.ids, target.logprobs, None
+        return None
     have = ", ".join(f"{t:g}" for t in target.temperatures)
     msg = f'temperature {tau:g} was not captured in these targets; they hold {have} (tail="renorm" takes any)'
     raise ValueError(msg)
-
-
-def _log_rest(log_a: Tensor) -> Tensor:
-    """Log of the mass that K entries leave, (..., K) -> (..., 1): some, however little their sum leaves of it."""
-    log_head = torch.logsumexp(log_a, -1, keepdim=True).clamp(max=-torch.finfo(log_a.dtype).tiny)
-    # log(1 - e^x): log(-expm1(x)) keeps its digits near x = 0, log1p(-e^x) far from it
-    near = log_head > -0.693
-    return torch.where(
-        near,
-        torch.log(-torch.expm1(torch.where(near, log_head, -1.0))),
-        torch.log1p(-torch.exp(torch.where(near, -1.0, log_head))),
-    )
 
 
 # --- From tokens to the loss ------------------------------------------------------------------------------------------

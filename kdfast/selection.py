@@ -1,6 +1,8 @@
 r"""Sparse targets in plain PyTorch: the specification of every backend, for any device.
 
 Arithmetic is fp64. With x a row of logits, L = logsumexp(x) and q_T = softmax(x / T),
+logsumexp(x / T) = max(x) / T + log1p(the exponentials beside that of the largest column), so that what a sure teacher
+leaves to the others keeps its digits.
 
 topk    the k largest columns, larger logits first and lower ids first among equals; columns of -inf never.
 topp    as many of them as it takes for their mass under q_1 to reach p, within bounds.
@@ -59,8 +61,15 @@ def select(logits: Tensor, request: Request, first_token: int) -> Selected:
     log_z = torch.logsumexp(x, -1, keepdim=True)
     bad = ~log_z.isfinite()
     x = torch.where(bad, 0.0, x)  # a row of its own kind, overwritten below
-    log_q = torch.log_softmax(x, -1)
-    lse = torch.stack([torch.logsumexp(log_q / t, -1) for t in request.temperatures])
+    top, at = x.max(-1, keepdim=True)
+
+    def log_sum(t: float) -> Tensor:
+        """Of the exponentials relative to the largest, (n, 1)."""
+        return ((x - top) / t).exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
+
+    log_one = log_sum(1.0)
+    log_q = x - top - log_one
+    lse = torch.cat([log_sum(t) - log_one / t for t in request.temperatures], -1).T
     mass = neg_entropy = None
     if request.sampled:
         tau = request.temperatures[0]

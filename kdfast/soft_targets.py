@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -73,8 +74,9 @@ def soft_targets(
         "topk" and "topp" and ascending for the sampled methods, -1 from ``k_eff`` (...) int32 on; ``logprobs`` (..., K)
         fp32, x - L, at temperature 1 over all V columns for every method; ``lse`` {T: (...)} fp32,
         logsumexp((x - L) / T); for the sampled methods ``mass`` (..., K) fp32 and ``neg_entropy`` (...) fp32, the sum
-        of mass * log q_T. Columns of -inf are never kept. A token with a NaN or +inf among its logits, or nothing but
-        -inf, is NaN throughout, and its ids are 0, 1, ...
+        of mass * log q_T. What the most probable column lacks of 1 is right to about 1e-6 of itself for T >= 1, and so
+        is a tail relative to that. Columns of -inf are never kept. A token with a NaN or +inf among its logits, or
+        nothing but -inf, is NaN throughout, and its ids are 0, 1, ...
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -124,22 +126,22 @@ def _request(k: object, method: object, temperatures: object, seed: object, p: o
         if p is None:
             msg = 'p must be given with method="topp": the mass to keep, such as p=0.95'
             raise ValueError(msg)
-        if isinstance(p, bool) or not isinstance(p, (int, float)):
+        if isinstance(p, bool) or not isinstance(p, numbers.Real):
             msg = f"p must be a number in (0, 1], got {type(p).__name__}"
             raise TypeError(msg)
-        if not 0 < p <= 1:
+        if not 0 < float(p) <= 1:
             msg = f"p must be in (0, 1], got {p!r}"
             raise ValueError(msg)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if method in SAMPLED else 0
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         msg = f"seed must be an int or None, got {type(seed).__name__}"
         raise TypeError(msg)
-    if not 0 <= seed < 2**63:
+    if not 0 <= int(seed) < 2**63:
         msg = f"seed must be in [0, 2**63), got {seed}"
         raise ValueError(msg)
-    mass = float(p) if isinstance(p, (int, float)) else 1.0
-    return Request(method, most, least, mass, _temperatures(temperatures, method), seed)
+    mass = float(p) if isinstance(p, numbers.Real) else 1.0
+    return Request(method, most, least, mass, _temperatures(temperatures, method), int(seed))
 
 
 def _bounds(k: object, method: str) -> tuple[int, int]:
@@ -149,11 +151,11 @@ def _bounds(k: object, method: str) -> tuple[int, int]:
         msg = f'k as a pair (least, most) is for method="topp", got {k!r} with method={method!r}: pass an int'
         raise ValueError(msg)
     bounds: list[object] = list(k) if isinstance(k, (tuple, list)) else [1, k]
-    numbers = [x for x in bounds if isinstance(x, int) and not isinstance(x, bool)]
-    if len(bounds) != 2 or len(numbers) != 2:
+    counts = [int(x) for x in bounds if isinstance(x, numbers.Integral) and not isinstance(x, bool)]
+    if len(bounds) != 2 or len(counts) != 2:
         msg = f"k must be an int{' or a pair (least, most) of ints' if method == 'topp' else ''}, got {k!r}"
         raise TypeError(msg)
-    least, most = numbers
+    least, most = counts
     if not 1 <= least <= most <= _MOST_K:
         what = "(least, most) with 1 <= least <= most" if pair else "at least 1"
         msg = f"k must be {what} and at most {_MOST_K}, got {k!r}"
@@ -167,10 +169,10 @@ def _temperatures(temperatures: object, method: str) -> tuple[float, ...]:
         msg = f"temperatures must be a sequence of numbers, such as (1.0, 2.0), got {got}"
         raise TypeError(msg)
     for t in temperatures:
-        if isinstance(t, bool) or not isinstance(t, (int, float)):
+        if isinstance(t, bool) or not isinstance(t, numbers.Real):
             msg = f"temperatures must be numbers, got {type(t).__name__}: {t!r}"
             raise TypeError(msg)
-        if not (t > 0 and math.isfinite(t)):
+        if not 0 < float(t) < math.inf:
             msg = f"temperatures must be > 0 and finite, got {t!r}"
             raise ValueError(msg)
     distinct = tuple(dict.fromkeys(float(t) for t in temperatures))

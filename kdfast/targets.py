@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
@@ -87,7 +88,8 @@ class SparseTargets:
         logprobs: (..., K) fp32, nats, at temperature 1 over the full vocabulary; None only for sampled methods.
         vocab_size: V, the number of columns the teacher had.
         lse: {T: (...)} fp32, logsumexp over the vocabulary of (full logprobs / T), so that
-            log q_T(i) = logprobs_i / T - lse[T]; T = 1 need not be there (it is 0).
+            log q_T(i) = logprobs_i / T - lse[T]; T = 1 need not be there (it is 0). The mass of the tail follows from
+            the entries to about 1e-6 (1 - the largest q); one of which their rounding leaves nothing counts as 2^-120.
         k_eff: (...) int32, entries in use, or None where all K are.
         method: "topk", "topp", "sample" (multinomial counts) or "pps" (threshold sampling).
         mass: (..., K) fp32, weight of an entry in the estimate; None for topk and topp, where it is exp(logprobs).
@@ -95,7 +97,9 @@ class SparseTargets:
         gold_logprob: (...) fp32, log q of the token that was there, where it was recorded.
 
     Raises:
-        ValueError: an unknown method, shapes that do not fit, or a method without the fields it needs.
+        TypeError: a ``vocab_size`` that is no int.
+        ValueError: an unknown method, a ``vocab_size`` below 1, shapes that do not fit, or a method without the fields
+            it needs.
     """
 
     ids: Tensor
@@ -113,6 +117,15 @@ class SparseTargets:
         if self.method not in METHODS:
             msg = f"SparseTargets: method must be one of {', '.join(METHODS)}, got {self.method!r}"
             raise ValueError(msg)
+        size = self.vocab_size
+        if not isinstance(size, (int, numbers.Integral)) or isinstance(size, bool):
+            msg = f"SparseTargets: vocab_size must be an int, the teacher's number of columns, got {size!r}"
+            raise TypeError(msg)
+        if size < 1:
+            msg = f"SparseTargets: vocab_size must be at least 1, got {size}"
+            raise ValueError(msg)
+        if not isinstance(size, int):  # NumPy's
+            object.__setattr__(self, "vocab_size", int(size))
         if self.ids.dtype != torch.int32 or self.ids.dim() < 1:
             msg = f"SparseTargets: ids must be (..., K) int32, got {tuple(self.ids.shape)} {self.ids.dtype}"
             raise ValueError(msg)
@@ -142,6 +155,13 @@ class SparseTargets:
             if name != "k_eff" and not value.is_floating_point():
                 msg = f"SparseTargets: {name} must be floating point, got {value.dtype}"
                 raise ValueError(msg)
+
+    @classmethod
+    def _checked(cls, **fields: Any) -> SparseTargets:
+        """Targets of all their fields, which whoever made them has checked: that takes longer than a short read."""
+        targets = object.__new__(cls)
+        vars(targets).update(fields)
+        return targets
 
     @property
     def shape(self) -> torch.Size:
@@ -184,7 +204,7 @@ class SparseTargets:
         """Join targets of equal shape along a new leading axis.
 
         Raises:
-            ValueError: nothing to stack, or targets that differ in method, vocabulary or the fields they carry.
+            ValueError: nothing to stack, or targets that differ in shape, method, vocabulary or the fields they carry.
         """
         if not targets:
             msg = "SparseTargets.stack: needs at least one"
@@ -193,6 +213,13 @@ class SparseTargets:
         kinds = {(t.method, t.vocab_size, tuple(t.lse or ())) for t in targets}
         if len(kinds) > 1:
             msg = f"SparseTargets.stack: (method, vocab_size, temperatures) must agree, got {sorted(kinds)}"
+            raise ValueError(msg)
+
+        shapes = {tuple(t.shape) for t in targets}
+        if len(shapes) > 1:
+            msg = f"SparseTargets.stack: shapes (..., K) must agree, got {sorted(shapes)}"
+            if len({shape[:-1] for shape in shapes}) == 1:
+                msg += ": pad ids with -1, logprobs and mass with 0, to the largest K"
             raise ValueError(msg)
 
         def joined(values: list[Tensor | None]) -> Tensor | None:

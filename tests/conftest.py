@@ -64,3 +64,36 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def flaky(tmp_path, monkeypatch):
+    """The file system ``cache_remote.Flaky``, and in ``log`` what it has read."""
+    import fsspec
+    from cache_remote import Flaky
+
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    Flaky.clear_instance_cache()
+    monkeypatch.setattr(Flaky, "log", tmp_path / "log", raising=False)
+    monkeypatch.setattr(Flaky, "spoil", None)
+    return Flaky
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A cache of six shards, ``sample 0`` to ``sample 5``."""
+    from cache_remote import fill
+
+    return fill(tmp_path / "source")
+
+
+@pytest.fixture
+def memory():
+    """A URL of the memory file system; empty before and after."""
+    import fsspec
+
+    url = "memory://caches/one"
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    yield url
+    files.store.clear()

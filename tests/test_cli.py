@@ -40,7 +40,17 @@ def test_help_lists_the_commands(kdfast):
 def test_demo_help_names_its_options(kdfast):
     code, output, _ = kdfast("demo", "--help")
     assert code == 0
-    for option in ("--quick", "--seed", "--seeds", "--out", "--resume", "--restart", "--temperature", "--alpha"):
+    for option in (
+        "--quick",
+        "--seed",
+        "--seeds",
+        "--out",
+        "--resume",
+        "--restart",
+        "--temperature",
+        "--alpha",
+        "--online",
+    ):
         assert option in output
 
 
@@ -52,6 +62,7 @@ def test_demo_help_names_its_options(kdfast):
         (["dance"], "dance"),
         (["demo", "--alpha", "2"], "alpha must be between"),
         (["demo", "--divergence", "kl"], "expected one of"),
+        (["demo", "--divergence", "tvd"], "add --online"),
         (["demo", "--resume", "--restart"], "contradict"),
         (["demo", "--tokens", "10"], "train_sequences must be at least 1"),
         (["demo", "--quick", "--resume"], "does not exist"),

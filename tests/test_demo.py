@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -15,14 +17,19 @@ pytest.importorskip("rich", reason="the demo extra is not installed")
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from safetensors.torch import load_file
 
-from kdfast.demo import checkpoint, corpus, evaluate, teacher
+import kdfast
+from kdfast import cache
+from kdfast.demo import checkpoint, corpus, evaluate, targets, teacher
 from kdfast.demo.checkpoint import Interrupted
-from kdfast.demo.data import batch_order, learning_rate_factor, sequences
-from kdfast.demo.display import Display, results_table
+from kdfast.demo.data import batch_order, learning_rate_factor, places, sequences
+from kdfast.demo.display import Display, cache_text, results_table
 from kdfast.demo.model import GPT, GPTConfig
+from kdfast.demo.results import comparison, summary
 from kdfast.demo.run import REPORT_NAME, RESULTS_NAME, run_demo
 from kdfast.demo.settings import DemoError, DemoSettings
+from kdfast.demo.student import Student
 from kdfast.demo.tokenizer import END_OF_FILE, VOCAB_SIZE, encode, train_tokenizer
 from kdfast.demo.train_teacher import held_out_nats
 
@@ -38,6 +45,7 @@ TINY = replace(
     checkpoint_every=8,
     warmup=4,
 )
+CACHE = "cache-T1.0"
 
 
 def run(settings, out, **options):
@@ -84,7 +92,12 @@ def outcome(results):
 def test_run_writes_finite_results(whole):
     out, results = whole
     assert json.loads((out / RESULTS_NAME).read_text(encoding="utf-8")) == results
-    assert [run["method"] for run in results["students"]] == ["labels", "forward_kl", TINY.divergence]
+    assert [run["method"] for run in results["students"]] == [
+        "labels",
+        "forward_kl",
+        TINY.divergence,
+        "forward_kl-online",
+    ]
     assert results["quick"] is True
     assert results["teacher"]["parameters"] >= 5 * results["student"]["parameters"]
 
@@ -124,7 +137,8 @@ def test_log_shows_both_terms(whole):
     assert re.search(r"forward_kl: 24/24 soft \d+\.\d+  hard \d+\.\d+ nats", log)
     assert re.search(r"labels only: 24/24 soft +-", log)
     table = results_table(results)
-    assert table.row_count == 4
+    assert table.row_count == 5
+    assert re.search(r"teacher labels the text: 48/48 [\d,]+ tokens/s", log)
     assert "quick" in str(table.title)
 
 
@@ -139,11 +153,11 @@ def test_report_needs_no_network(whole):
 
 
 @pytest.mark.parametrize(
-    ("calls", "finished", "training"),
-    [(3, 0, False), (30, 0, True), (85, 2, True)],
-    ids=["labelling", "first student", "last student"],
+    ("calls", "stored", "finished", "training"),
+    [(3, 8, 0, False), (30, 48, 0, True), (85, 48, 2, True), (130, 48, 3, True)],
+    ids=["labelling", "first student", "from the cache", "last student"],
 )
-def test_resume_equals_uninterrupted(whole, tmp_path, calls, finished, training):
+def test_resume_equals_uninterrupted(whole, tmp_path, monkeypatch, calls, stored, finished, training):
     _, expected = whole
     out = tmp_path / "report"
     with pytest.raises(Interrupted):
@@ -151,14 +165,161 @@ def test_resume_equals_uninterrupted(whole, tmp_path, calls, finished, training)
     progress = checkpoint.load(out, TINY)
     assert len(progress.finished) == finished
     assert (progress.current is not None) is training
+    assert len(cache.Reader(out / CACHE)) == progress.written["samples"] == stored
     assert not (out / REPORT_NAME).exists()
     with pytest.raises(DemoError, match="--resume"):
         run(TINY, out)
     with pytest.raises(DemoError, match=r"temperature 1.0 there and 2.0 now"):
         run(replace(TINY, temperature=2.0), out, resume=True)
+    asked = asked_for_the_cache(monkeypatch)
     resumed = run(TINY, out, resume=True)
     assert outcome(resumed) == outcome(expected)
+    assert sum(asked) == 48 - stored
+    assert resumed["cache"]["written"]["samples"] == 48
     assert not (out / checkpoint.FILE_NAME).exists()
+
+
+def asked_for_the_cache(monkeypatch):
+    """The number of sequences in each batch that goes through the teacher for the cache, from here on."""
+    asked = []
+    logits_of = targets.logits_of
+    monkeypatch.setattr(targets, "logits_of", lambda model, ids: asked.append(len(ids)) or logits_of(model, ids))
+    return asked
+
+
+def test_a_second_run_reads_the_cache_that_is_there(whole, tmp_path, monkeypatch):
+    first, expected = whole
+    out = tmp_path / "report"
+    shutil.copytree(first / CACHE, out / CACHE)
+    shards = {path: path.read_bytes() for path in (out / CACHE).glob("*.shard")}
+    asked = asked_for_the_cache(monkeypatch)
+    results = run(replace(TINY, compare=False), out)
+    assert shards
+    assert {path: path.read_bytes() for path in (out / CACHE).glob("*.shard")} == shards
+    assert asked == []
+    assert results["cache"]["written"] is None
+    assert outcome(results)["students"] == outcome(expected)["students"][:3]
+    assert results["comparison"] is None
+    assert "already" in (tmp_path / "report.log").read_text(encoding="utf-8")
+    assert "from an earlier run" in cache_text(results)
+    page = (out / REPORT_NAME).read_text(encoding="utf-8")
+    assert "from an earlier run" in page
+    assert "Cached less online" not in page
+
+
+def test_cached_students_learn_from_what_a_cache_makes_of_the_logits(whole, tmp_path):
+    """Bit for bit: another cache of the same logits, read into memory, trains the same students."""
+    out, results = whole
+    model, tokenizer, _ = teacher.load_teacher()
+    stream = encode(tokenizer, run_demo.__globals__["load_corpus"]().train)
+    ids = sequences(stream, TINY.context, TINY.train_sequences)
+    logits = teacher.label(model, ids, lambda _done, _total: None)
+    with cache.Writer(tmp_path / "mine", vocab_size=logits.shape[-1], temperatures=(1.0,)) as writer:
+        for i, row in enumerate(logits):
+            writer.write(i, kdfast.soft_targets(row, k=TINY.k))
+    reader = cache.Reader(tmp_path / "mine")
+    rounded = kdfast.SparseTargets.stack([reader[i] for i in range(len(ids))])
+    for method in TINY.methods[1:3]:
+        student = Student(TINY, method, 0, logits.shape[-1], len(ids))
+        while not student.done:
+            student.advance(ids, lambda rows: rounded[rows])
+        weights = load_file(out / f"student-{method.name}-seed0.safetensors")
+        assert all(torch.equal(value, weights[name]) for name, value in student.model.state_dict().items())
+    assert results["cache"]["tokens"] == ids[:, 1:].numel()
+
+
+def test_online_trains_from_all_logits_and_leaves_no_cache(whole, tmp_path):
+    _, expected = whole
+    out = tmp_path / "report"
+    results = run(replace(TINY, online=True), out)
+    assert [run["method"] for run in results["students"]] == ["labels", "forward_kl-online", "jsd-online"]
+    assert not list(out.glob("cache*"))
+    assert results["cache"] is results["comparison"] is None
+    theirs = {run["method"]: run for run in outcome(expected)["students"]}
+    for student in outcome(results)["students"][:2]:
+        assert student == theirs[student["method"]]
+    page = (out / REPORT_NAME).read_text(encoding="utf-8")
+    assert "on disk" not in page
+    assert "logits in bf16 in memory" in page
+
+
+def test_report_measures_the_cache(whole):
+    out, results = whole
+    held = results["cache"]
+    folder = out / held["folder"]
+    assert held["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert held["bytes_per_token"] == pytest.approx(held["bytes"] / (48 * TINY.context))
+    assert 100 < held["bytes_per_token"] < 160  # 64 entries of 12 bits, and about 4 for the probability of each
+    assert 0 < held["tail"] < 0.2
+    assert 0 < held["written"]["teacher_seconds"] < held["written"]["seconds"]
+    students = {run["method"]: run for run in results["students"]}
+    lost = students["forward_kl"]["evaluation"]["nats"] - students["forward_kl-online"]["evaluation"]["nats"]
+    assert results["comparison"]["nats"]["mean"] == pytest.approx(lost)
+    page = (out / REPORT_NAME).read_text(encoding="utf-8")
+    for figure in (
+        f"{held['bytes_per_token']:.1f} bytes a token on disk",
+        f"{held['bytes'] / 1e6:.1f} on disk",
+        f"Writing it took {held['written']['seconds']:.1f} s",
+        f"{held['in_loop_seconds']:.0f} s at the",
+        f"{lost:+.4f} nats per token",
+    ):
+        assert figure in page
+    assert f"{held['bytes_per_token']:.1f} bytes/token" in cache_text(results)
+
+
+@pytest.fixture
+def small_store(tmp_path):
+    """A cache of four short sequences, with what wrote it; returns a function of other sequences to their store."""
+    model = GPT(GPTConfig(300, 8, 1, 1, 16)).eval()
+    tokenizer = train_tokenizer([corpus.SourceFile("a.py", "lorem ipsum " * 50)], vocab_size=300)
+    ids = torch.randint(300, (4, 17))
+
+    def store(ids, whose=model, temperature=1.0):
+        made = targets.Stored(tmp_path / "cache", ids, torch.tensor([0, 3, 5, 8]), 4, temperature)
+        made.write(whose, tokenizer, targets.Written(), Display(Console(file=io.StringIO())), lambda: False)
+        return made
+
+    store(ids)
+    return store, ids
+
+
+def test_targets_belong_to_the_text_that_is_trained_on(small_store, tmp_path):
+    store, ids = small_store
+    read = store(ids).targets()
+    model = GPT(GPTConfig(300, 8, 1, 1, 16)).eval()
+    assert set(cache.Reader(tmp_path / "cache")) == {"0", "3", "5", "8"}
+    rows = torch.tensor([2, 0])
+    assert read(rows).shape == (2, 16, 4)
+    changed = ids.clone()
+    changed[2, 7] = (changed[2, 7] + 1) % 300
+    with pytest.raises(kdfast.CacheError, match="token ids are not those"):
+        store(changed)
+    shifted = targets.Stored(tmp_path / "cache", changed, torch.tensor([0, 3, 5, 8]), 4, 1.0).targets()
+    assert shifted(rows[1:]).shape == (1, 16, 4)
+    with pytest.raises(kdfast.CacheError, match=r"token ids are not those.*'5'"):
+        shifted(rows)
+    label_alone = ids.clone()
+    label_alone[:, -1] = (label_alone[:, -1] + 1) % 300  # the teacher did not see it
+    assert store(label_alone, whose=model).targets()(rows).shape == (2, 16, 4)
+    with pytest.raises(kdfast.CacheError, match="temperatures"):
+        store(ids, temperature=2.0)
+
+
+def test_a_cache_of_another_teacher_or_a_damaged_one_is_told(whole, tmp_path):
+    first, _ = whole
+    out = tmp_path / "report"
+    with cache.Writer(out / CACHE, vocab_size=VOCAB_SIZE, teacher="another", temperatures=(1.0,)):
+        pass
+    with pytest.raises(DemoError, match=r"another.*delete that folder"):
+        run(TINY, out)
+    shutil.rmtree(out / CACHE)
+    shutil.copytree(first / CACHE, out / CACHE)
+    shard = max((out / CACHE).glob("*.shard"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DemoError, match=r"checksum.*delete that folder"):
+        run(TINY, out)
 
 
 def test_damaged_or_missing_checkpoint(tmp_path):
@@ -180,11 +341,13 @@ def test_damaged_or_missing_checkpoint(tmp_path):
         ({"steps": 0}, "steps must be at least 1"),
         ({"divergence": "kl"}, "unknown name 'kl'"),
         ({"divergence": "forward_kl"}, "name another"),
+        ({"divergence": "tvd"}, "add --online, or name one of forward_kl, jsd, reverse_kl"),
     ],
 )
 def test_wrong_settings(change, message):
     with pytest.raises(DemoError, match=message):
         replace(TINY, **change)
+    assert replace(TINY, divergence="tvd", online=True).methods[2].title == "distilled, tvd, online"
 
 
 def test_split_is_disjoint_and_fixed():
@@ -256,6 +419,8 @@ def test_sequences_and_order():
     assert cut.shape == (4, 10)
     assert cut[:, 0].tolist() == [0, 20, 50, 70]
     assert (cut.diff(dim=1) == 1).all()
+    assert places(100, 9, 4).tolist() == [0, 2, 5, 7]
+    assert places(100, 9, 10).tolist() == places(109, 9, 20).tolist() == list(range(10))
     with pytest.raises(ValueError, match="fewer than one sequence"):
         sequences(stream, 100, 1)
     order = batch_order(10, 4, 5, seed=1)
@@ -299,8 +464,6 @@ def test_calibration_of_a_model_that_is_too_sure():
 
 
 def test_seeds_are_summarised(whole):
-    from kdfast.demo.run import summary
-
     _, results = whole
     runs = results["students"]
     shifted = [{**run, "evaluation": {**run["evaluation"], "nats": run["evaluation"]["nats"] + 2.0}} for run in runs]
@@ -308,3 +471,9 @@ def test_seeds_are_summarised(whole):
     assert row["nats"]["mean"] == pytest.approx(runs[0]["evaluation"]["nats"] + 1.0)
     assert row["nats"]["std"] == pytest.approx(math.sqrt(2.0))
     assert row["ece"]["std"] == 0.0
+    second = [{**run, "seed": 1, "evaluation": dict(run["evaluation"])} for run in runs]
+    second[1]["evaluation"]["nats"] += 0.25
+    both = comparison(replace(TINY, seeds=(0, 1)), runs + second)
+    assert both["nats"]["mean"] == pytest.approx(results["comparison"]["nats"]["mean"] + 0.125)
+    assert both["nats"]["std"] == pytest.approx(0.25 / math.sqrt(2.0))
+    assert comparison(TINY, runs[:3]) is None

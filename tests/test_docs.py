@@ -15,15 +15,13 @@ import kdfast
 README = Path(__file__).parents[1] / "README.md"
 LARGE_VOCABULARY = README.parent / "docs" / "large-vocabulary.md"
 VOCABULARIES = README.parent / "docs" / "different-vocabularies.md"
-MODULES = [
-    "kdfast.divergence",
-    "kdfast.integrations.alignment",
-    "kdfast.loss",
-    "kdfast.ops._registry",
-    "kdfast.plan",
-    "kdfast.soft_targets",
-    "kdfast.uld",
-]
+DISTILLER = README.parent / "docs" / "distiller.md"
+PACKAGE = Path(kdfast.__file__).parent
+MODULES = sorted(
+    "kdfast." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -85,3 +83,23 @@ def test_large_vocabulary():
     exec(example, scope := {})
     assert scope["weight"].grad.isfinite().all()
     assert scope["hidden"].grad.abs().sum() > 0
+
+
+def test_distiller():
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4), torch.randint(5, (6,))
+    scope = {
+        "torch": torch,
+        "student": torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5)),
+        "teacher": torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)),
+        "loader": [(x, y)] * 20,
+        "log": [],
+        "x": x,
+        "y": y,
+    }
+    scope["optimizer"] = torch.optim.SGD(scope["student"].parameters(), lr=0.5)
+    for example in blocks(DISTILLER):
+        exec(example, scope)
+    assert scope["log"][-1] < 0.5 * scope["log"][0]
+    assert "losses.hint.projector.weight" not in scope["checkpoint"]["student"]
+    assert "hint.projector.weight" in scope["checkpoint"]["distiller"]["losses"]

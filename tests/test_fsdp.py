@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
+import functools
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from machine import DEVICE, INTERPRETING, VARIANTS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -49,31 +48,23 @@ def student():
     return Student()
 
 
-def work(rank, world, rendezvous, method):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
-    try:
-        torch.set_num_threads(1)
-        whole, sharded = student(), student()
-        fully_shard(sharded, mesh=init_device_mesh("cpu", (world,)))
-        register_fsdp_forward_method(sharded, "distill")
-        loss = getattr(sharded, method)(*batch(rank))
-        loss.backward()
-        mean = sum(whole(*batch(r)) for r in range(world)) / world  # FSDP averages gradients, as DDP does
-        mean.backward()
-        torch.testing.assert_close(loss.detach(), whole(*batch(rank)).detach(), rtol=1e-6, atol=1e-6)
-        for (name, a), b in zip(sharded.named_parameters(), whole.parameters(), strict=True):
-            torch.testing.assert_close(
-                a.grad.full_tensor(), b.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
-            )
-        with pytest.raises(TypeError, match=r"LMHead.weight is a DTensor.*forward"):
-            distill_loss(LMHead(torch.zeros(N, H), sharded.head.weight), labels=torch.zeros(N, dtype=torch.int64))
-        dist.barrier()  # gloo's threads abort a process whose peer has gone already
-    finally:
-        dist.destroy_process_group()
+def check(rank, world, method):
+    whole, sharded = student(), student()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (world,)))
+    register_fsdp_forward_method(sharded, "distill")
+    loss = getattr(sharded, method)(*batch(rank))
+    loss.backward()
+    mean = sum(whole(*batch(r)) for r in range(world)) / world  # FSDP averages gradients, as DDP does
+    mean.backward()
+    torch.testing.assert_close(loss.detach(), whole(*batch(rank)).detach(), rtol=1e-6, atol=1e-6)
+    for (name, a), b in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(
+            a.grad.full_tensor(), b.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    with pytest.raises(TypeError, match=r"LMHead.weight is a DTensor.*forward"):
+        distill_loss(LMHead(torch.zeros(N, H), sharded.head.weight), labels=torch.zeros(N, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("method", ["__call__", "distill"])
 def test_a_sharded_weight(tmp_path, method):
-    mp.spawn(work, (2, tmp_path / "rendezvous", method), nprocs=2)
+    ranks.run([functools.partial(check, method=method)], 2, tmp_path)

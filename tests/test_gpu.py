@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from formulas import CASES
@@ -16,6 +18,27 @@ def step(s, t, y, **options):
     return kdfast.distill_loss(s, t, y, **{"temperature": 2.0, "backend": "triton"} | options)
 
 
+@contextlib.contextmanager
+def no_synchronisation():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(run):
+    """A CUDA graph of a call, and the results that replaying it fills."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=str)
 @pytest.mark.parametrize("rows", [1, 300])
@@ -25,11 +48,8 @@ def test_no_synchronisation(name, options, rows):
     tau, alpha = torch.tensor(2.0, requires_grad=True), torch.tensor(0.3)
     given = {"divergence": CASES[name].argument, "weights": w, "temperature": tau, "alpha": alpha, **options}
     step(s, t, y, **given).sum().backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         step(s, t, y, **given).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
@@ -41,13 +61,7 @@ def test_inside_a_cuda_graph(name):
         loss = step(leaf, t, y, divergence=name)
         return loss, *torch.autograd.grad(loss, leaf)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, grad = run()
+    graph, (loss, grad) = captured(run)
     for _ in range(3):
         with torch.no_grad():
             leaf.copy_(torch.randn_like(s))
@@ -75,11 +89,8 @@ def test_no_synchronisation_with_sparse_targets(tail, name, options, rows):
     given = {"tail": tail, "divergence": name, **options}
     step(s.clone().requires_grad_(), targets, y, **given).sum().backward()  # compiles
     leaf = s.clone().requires_grad_()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         step(leaf, targets, y, **given).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("k", [1, 64, 1000])
@@ -92,13 +103,7 @@ def test_sparse_targets_inside_a_cuda_graph(rows, k):
         loss = step(leaf, targets, y)
         return loss, *torch.autograd.grad(loss, leaf)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, grad = run()
+    graph, (loss, grad) = captured(run)
     for _ in range(3):
         with torch.no_grad():
             leaf.copy_(torch.randn_like(s))
@@ -107,6 +112,54 @@ def test_sparse_targets_inside_a_cuda_graph(rows, k):
         want = run()
         assert torch.equal(loss, want[0])
         assert torch.equal(grad, want[1])
+
+
+def packed_of(targets, folder):
+    """The same by way of a cache, which lives on the CPU: (packed, unpacked)."""
+    with torch.device("cpu"):
+        with kdfast.cache.Writer(folder, vocab_size=targets.vocab_size, temperatures=(1.0, 2.0)) as writer:
+            writer.write("a", targets.to("cpu"))
+        reader = kdfast.cache.Reader(folder)
+        return reader.packed(["a"])[0].pin_memory().to(DEVICE, non_blocking=True), reader["a"].to(DEVICE)
+
+
+@pytest.mark.parametrize("k", [1, 64, 1000, 1500])
+@pytest.mark.parametrize("rows", [2, 300])
+def test_packed_targets_give_the_bits_of_the_unpacked_ones_without_synchronising(rows, k, tmp_path):
+    s, y = torch.randn(rows, 9000), torch.randint(9000, (rows,))
+    packed, plain = packed_of(kept_of(torch.randn(rows, 9000) * 3, k), tmp_path)
+
+    def run(targets):
+        leaf = s.clone().requires_grad_()
+        loss = step(leaf, targets, y)
+        return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+    want = run(plain)
+    run(packed), packed.unpack()  # compiles
+    with no_synchronisation():
+        got, unpacked = run(packed), packed.unpack()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(unpacked.ids, plain.ids)
+    assert torch.equal(unpacked.logprobs, plain.logprobs)
+
+
+def test_packed_targets_inside_a_cuda_graph(tmp_path):
+    s, y = torch.randn(64, 9000), torch.randint(9000, (64,))
+    packed, _ = packed_of(kept_of(torch.randn(64, 9000)), tmp_path)
+    leaf = s.clone().requires_grad_()
+
+    def run():
+        loss = step(leaf, packed, y)
+        return loss, *torch.autograd.grad(loss, leaf)
+
+    graph, results = captured(run)
+    for _ in range(3):
+        with torch.no_grad():
+            leaf.copy_(torch.randn_like(s))
+        packed.offset.copy_(packed.offset.roll(1))
+        packed.top.copy_(packed.top.roll(1))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, run(), strict=True))
 
 
 @pytest.mark.parametrize("k", [64, 1000, 4096])
@@ -188,11 +241,8 @@ def test_soft_targets_do_not_synchronise(method, rows):
     x = torch.randn(rows, 9000).bfloat16()
     x[0] = 1  # more equals than there is room for
     kdfast.soft_targets(x, method=method, **SELECTIONS[method])  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         kdfast.soft_targets(x, method=method, **SELECTIONS[method])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("method", SELECTIONS)
@@ -202,13 +252,7 @@ def test_soft_targets_inside_a_cuda_graph(method):
     def run():
         return kdfast.soft_targets(x, method=method, **SELECTIONS[method])
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        targets = run()
+    graph, targets = captured(run)
     for _ in range(3):
         x.normal_()
         graph.replay()
@@ -225,3 +269,22 @@ def test_soft_targets_beyond_32_bits():
     exact = x[-1].double().log_softmax(-1).sort(descending=True, stable=True)
     assert torch.equal(targets.ids[-1], exact.indices[:64].int())
     torch.testing.assert_close(targets.logprobs[-1], exact.values[:64].float(), rtol=1e-6, atol=2e-6)
+
+
+def test_a_cache_written_from_the_gpu_is_that_of_the_host(tmp_path):
+    """Copies go on beside the device's work, and the logits' memory is used again at once."""
+    ids = [torch.randint(500, (64,)) for _ in range(30)]
+    kept = []
+    with kdfast.cache.Writer(tmp_path / "gpu", vocab_size=500) as writer:
+        for k, tokens in enumerate(ids):
+            targets = kdfast.soft_targets(torch.randn(64, 500), k=16)
+            kept.append(targets.to("cpu"))
+            writer.write(k, targets, tokens)
+            del targets
+    with kdfast.cache.Writer(tmp_path / "host", vocab_size=500) as writer:
+        for k, tokens in enumerate(ids):
+            writer.write(k, kept[k], tokens.cpu())
+    gpu, host = (kdfast.cache.Reader(tmp_path / name) for name in ("gpu", "host"))
+    for k in range(30):
+        for a, b in ((gpu[k].ids, host[k].ids), (gpu[k].logprobs, host[k].logprobs)):
+            assert torch.equal(a, b)

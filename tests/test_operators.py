@@ -51,6 +51,7 @@ def arguments(teachers: int = 1, *, labels: bool = True, kept: tuple = ()) -> tu
         0.1,
         KERNEL,
         *(kept or (None, None, None, 0, "")),
+        *(None, 0, 0),  # of packed targets
     )
 
 

@@ -450,3 +450,18 @@ def test_dtypes_of_the_result():
         loss = reference(x, t)
         loss.backward()
         assert (loss.dtype, x.grad.dtype) == (torch.float32, dtype)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float16, np.float64])
+def test_numpy_scalars_are_numbers(backend, number):
+    s, t, y = torch.randn(3, 9), torch.randn(3, 9), torch.randint(9, (3,))
+    options = {"temperature": 2.0, "alpha": 0.25, "z_loss": 0.5, "label_smoothing": 0.125, "num_items": 2.0}
+    results = []
+    for of in (float, number):
+        leaf = s.clone().requires_grad_()
+        divergence = {Divergence("jsd", beta=of(0.25)): of(2.0), "forward_kl": of(0.5)}
+        given = {name: of(value) for name, value in options.items()} | {"divergence": divergence}
+        loss = distill_loss(leaf, t, y, backend=backend, **given)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

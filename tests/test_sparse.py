@@ -139,12 +139,68 @@ def test_a_student_that_is_sure(monkeypatch, name, height):
         agree(s, targets, divergence=name, reduction="none", rtol=1e-4)
 
 
-def test_a_sure_teacher():
-    """Its tail is what the stored fp32 leave, as in the reference."""
-    t = torch.randn(N, V)
-    t[:, 5] += 30
+def sure_teacher(tail):
+    """Log q over V columns, (N, V) fp64, to all digits: of one column, of K - 1 that share 20 tails, and of a tail."""
+    shares = [torch.randn(N, n, dtype=torch.float64).log_softmax(-1) for n in (K - 1, V - K)]
+    others = torch.cat([shares[0] + math.log(20 * tail), shares[1] + math.log(tail)], -1)
+    return torch.cat([torch.log1p(-others.exp().sum(-1, keepdim=True)), others], -1)
+
+
+def at_temperature(log_q, tau):
+    """(log q at tau, logsumexp(log q / tau)), of rows whose first column is the largest, to all digits."""
+    rest = ((log_q[:, 1:] - log_q[:, :1]) / tau).exp().sum(-1, keepdim=True).log1p()
+    return (log_q - log_q[:, :1]) / tau - rest, log_q[:, :1] / tau + rest
+
+
+def divergence_of(name, log_q, log_p):
+    """By its definition, from log-probabilities of the outcomes, (..., K) -> (...)."""
+
+    def kl(log_a, log_b):
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+    return {
+        "forward_kl": kl(log_q, log_p),
+        "reverse_kl": kl(log_p, log_q),
+        "jsd": 0.5 * (kl(log_q, log_m) + kl(log_p, log_m)),
+    }[name]
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_sure_teacher(backend, name, tau):
+    """The tail's mass is what the largest lacks less that of the others, which all are small: it keeps its digits."""
+    for tail in (1e-3, 1e-5, 1e-7, 1e-9):
+        full = sure_teacher(tail)
+        log_q, lse = at_temperature(full, tau)
+        order, column = torch.rand(N, K).argsort(-1), torch.rand(N, V).argsort(-1)  # no rank nor column is told apart
+        ids, values = column[:, :K].gather(-1, order).int(), full[:, :K].gather(-1, order).float()
+        targets = SparseTargets(ids, values, vocab_size=V, lse={tau: lse[:, 0].float()})
+        s = torch.randn(N, V).scatter_add(-1, column[:, :1], torch.full((N, 1), 9.0))
+        leaf = s.clone().requires_grad_()
+        loss = distill_loss(leaf, targets, divergence=name, temperature=tau, reduction="none", backend=backend)
+        (grad,) = torch.autograd.grad(loss.sum(), leaf)
+
+        exact = s.double().requires_grad_()
+        log_p = (exact / tau).log_softmax(-1).gather(-1, column)
+        log_q, log_p = (torch.cat([x[:, :K], x[:, K:].logsumexp(-1, True)], -1) for x in (log_q, log_p))
+        want = tau**2 * divergence_of(name, log_q, log_p)
+        (want_grad,) = torch.autograd.grad(want.sum(), exact)
+        # a student's tail is 1 less the others, so a few roundings near 1 off, and meets log q of the tail
+        of_one = 2e-6 * (1 - math.log(tail))
+        torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-5, atol=of_one)
+        error = (grad.double() - want_grad).abs().gather(-1, column)
+        largest = want_grad.abs().amax(-1)
+        assert (error[:, 0] <= 3e-5 * largest + of_one).all()
+        assert (error[:, 1:].amax(-1) <= 1e-6 * largest + 1e-8).all()
+
+
+def test_a_tail_below_what_entries_resolve():
+    """It has the least of masses, on every backend, where its entries leave none."""
+    t = torch.randn(N, V).double()
+    t[:, 5:7] += 60  # two that share all
     s = torch.randn(N, V)
-    for name in ("forward_kl", "jsd"):
+    for name in ("forward_kl", "reverse_kl", "jsd"):
         agree(s, top_k(t, K), divergence=name, reduction="none", rtol=1e-4)
 
 

@@ -330,6 +330,7 @@ def test_stacking_what_does_not_fit(logits):
     targets = top_k(t, K)
     others = {
         "temperatures": top_k(t, K, temperatures=(1.0, 2.0)),
+        r"shapes .* got \[\(5, 3\), \(5, 4\)\]: pad ids with -1": top_k(t, K - 1),
         "vocab_size": SparseTargets(targets.ids, targets.logprobs, vocab_size=V + 1, lse=targets.lse),
         "missing": SparseTargets(
             targets.ids, targets.logprobs, vocab_size=V, lse=targets.lse, gold_logprob=torch.zeros(N)
@@ -340,6 +341,22 @@ def test_stacking_what_does_not_fit(logits):
             SparseTargets.stack([targets, other])
     with pytest.raises(ValueError, match="at least one"):
         SparseTargets.stack([])
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "words"),
+    [(0, ValueError, "at least 1, got 0"), (-3, ValueError, "got -3"), (9.0, TypeError, "an int.*got 9.0"),
+     (True, TypeError, "got True"), (None, TypeError, "got None")],
+)  # fmt: skip
+def test_vocabulary_sizes_that_cannot_be_meant(size, error, words):
+    with pytest.raises(error, match=f"vocab_size must be .*{words}"):
+        SparseTargets(torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 3), vocab_size=size)
+
+
+def test_numpy_sizes_are_sizes():
+    targets = SparseTargets(torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1), vocab_size=np.int64(9))
+    assert type(targets.vocab_size) is int
+    assert targets.dense().shape == (2, 9)
 
 
 def test_moving(logits):

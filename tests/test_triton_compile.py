@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles n
 KERNELS = {
     *("dense_kernel", "combine_sums_kernel", "combine_values_kernel", "scale_kernel"),
     *("scan_kernel", "floor_kernel", "gather_kernel", "keep_kernel"),
+    "unpack_kernel",
     *("certain_kernel", "prefix_kernel", "locate_kernel", "order_kernel", "write_kernel"),
 }
 
@@ -49,9 +50,12 @@ def test_no_kernel_spills(target):
     [
         "kdfast.kernels.triton.dense_launch",
         "kdfast.kernels.triton.select_launch",
+        "kdfast.kernels.triton.unpack_launch",
         "kdfast.ops.dense",
         "kdfast.ops.dense_autograd",
         "kdfast.ops.select_triton",
+        "kdfast.ops.unpack",
+        "kdfast.packed",
     ],
 )
 def test_nothing_asks_the_device(module):

@@ -32,6 +32,7 @@ OPERATORS = (
     "bench.gpu.head",
     "bench.gpu.linear_cross_entropy",
     "bench.gpu.sparse",
+    "bench.gpu.packed",
     "bench.gpu.soft_targets",
 )
 
@@ -39,6 +40,7 @@ OPERATORS = (
 TESTS = (
     "tests/test_dense.py",
     "tests/test_sparse.py",
+    "tests/test_packed.py",
     "tests/test_modes.py",
     "tests/test_edges.py",
     "tests/test_head.py",

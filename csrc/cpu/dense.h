@@ -9,6 +9,10 @@
 #include "core/tensor.h"
 #include "cpu/select.h"
 
+namespace kdfast::cache {
+struct Kernels;
+}
+
 namespace kdfast::cpu {
 
 // The order is that of the names below; nothing outside this file knows the numbers.
@@ -136,6 +140,7 @@ struct Kernels {
     Triad triad;
     Scale scale;
     const SelectKernels* select;
+    const cache::Kernels* cache;
 };
 
 extern const Kernels generic_kernels;

@@ -18,6 +18,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cache/kernels.h"
 #include "core/threads.h"
 #include "cpu/dense.h"
 
@@ -607,7 +608,8 @@ void values(const DenseCall& call) { run(call, Passes::values); }
 
 namespace kdfast::cpu {
 const Kernels KDFAST_KERNELS(KDFAST_ISA) = {
-    KDFAST_NAME(KDFAST_ISA), KDFAST_ISA::forward, KDFAST_ISA::backward, KDFAST_ISA::sums,
-    KDFAST_ISA::values,      KDFAST_ISA::triad,   KDFAST_ISA::scale,    &KDFAST_SELECT(KDFAST_ISA),
+    KDFAST_NAME(KDFAST_ISA), KDFAST_ISA::forward,        KDFAST_ISA::backward,
+    KDFAST_ISA::sums,        KDFAST_ISA::values,         KDFAST_ISA::triad,
+    KDFAST_ISA::scale,       &KDFAST_SELECT(KDFAST_ISA), &cache::KDFAST_KERNELS(KDFAST_ISA),
 };
 }  // namespace kdfast::cpu

@@ -1,5 +1,9 @@
 #include "cpu/dispatch.h"
 
+#if defined(KDFAST_X86)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 
@@ -9,19 +13,28 @@ namespace kdfast::cpu {
 namespace {
 
 #if defined(KDFAST_X86)
+// For which older compilers have no name. Asked once: on a virtual machine CPUID takes microseconds.
+bool has_f16c() {
+    static const bool found = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    }();
+    return found;
+}
+
 // The builtins ask the operating system too: a register file that is not saved on a context switch is not supported.
-bool has_avx512() {
+bool has_avx2() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
+           __builtin_cpu_supports("pclmul");
+}
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-
-bool has_avx2() {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
 #endif
 
 const Isa table[] = {

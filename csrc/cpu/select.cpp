@@ -7,6 +7,10 @@
 // The k largest columns. Maxima of disjoint sets of columns are columns, so where k of such maxima are above a floor,
 // so are k columns, and with several times k sets few more. Only blocks with a maximum above it are looked at again.
 //
+// Log-normalisers. Where one column has more than half of the mass, the sum of the others would be the difference of
+// two numbers near each other, so that its tile is summed anew without it: log sum = log largest + log1p(others /
+// largest).
+//
 // Draws. A tile's sums come by block too; they lead to the block that a point of the distribution function lies in, and
 // only there are the weights of single columns looked at, and added up in fp64.
 #include "cpu/select.h"
@@ -50,6 +54,12 @@ float element(const std::byte* row, DType dtype, std::int64_t i) {
     return dtype == DType::bf16 ? std::bit_cast<float>(std::uint32_t{h} << 16) : half(h);
 }
 
+void take_out(std::byte* row, DType dtype, std::int64_t i) {
+    const std::uint32_t wide = 0xff800000u;
+    const std::uint16_t narrow = dtype == DType::bf16 ? 0xff80 : 0xfc00;
+    dtype == DType::f32 ? std::memcpy(row + 4 * i, &wide, 4) : std::memcpy(row + 2 * i, &narrow, 2);
+}
+
 std::int64_t id_of(Key key) { return static_cast<std::int64_t>(key & 0xffffffffu); }
 float value_of(Key key) {
     const std::uint32_t ascending = ~static_cast<std::uint32_t>(key >> 32);
@@ -61,6 +71,12 @@ struct Entry {  // of a sampled method
     double mass;
 };
 
+// What the scan of a tile leaves of it.
+struct Sums {
+    float max, reference;
+    const float* sums;  // (temperatures) relative to the reference
+};
+
 // One thread's scratch: what the scan of a row leaves behind, and what is made of it.
 struct Scratch {
     std::vector<float> maxima;      // (blocks, lanes)
@@ -70,9 +86,12 @@ struct Scratch {
     std::vector<float> block_sums;  // (blocks)
     std::vector<float> bins;
     std::vector<Key> keys;
-    std::vector<double> totals;   // (temperatures) sums of exponentials, relative to the row's maximum
-    std::vector<double> weights;  // (blocks) sums at the temperature that is drawn at
-    std::vector<double> points;   // of the distribution function, ascending
+    std::vector<std::byte> tile;   // one without its maximum
+    std::vector<float> tile_sums;  // (temperatures) of that
+    std::vector<double> totals;    // (temperatures) sums of exponentials, relative to the row's maximum
+    std::vector<double> others;    // (temperatures) the same of all columns but one that has the maximum
+    std::vector<double> weights;   // (blocks) sums at the temperature that is drawn at
+    std::vector<double> points;    // of the distribution function, ascending
     std::vector<Entry> entries;
     std::vector<float> raw;       // weights of one block's columns, relative to their tile's maximum
     std::vector<double> columns;  // and to the row's
@@ -145,6 +164,8 @@ class Selection {
         s.max.resize(static_cast<std::size_t>(tiles_));
         s.reference.resize(static_cast<std::size_t>(tiles_));
         s.sums.resize(static_cast<std::size_t>(tiles_) * temperatures_.size());
+        s.tile.resize(static_cast<std::size_t>(tile_) * size_of(a_.logits.dtype));
+        s.tile_sums.resize(temperatures_.size());
         if (a_.sampled()) {
             s.block_sums.resize(blocks);
             s.weights.resize(blocks);
@@ -184,32 +205,77 @@ class Selection {
 
     // What a tile's sums are to be multiplied by, to be relative to the row's maximum, with the rounding of the tile's
     // reference taken out.
-    double factor(const Scratch& s, std::int64_t tile, float top, const Exponential& e) const {
-        if (s.max[tile] == -std::numeric_limits<float>::infinity()) return 0;
-        const float reference = s.reference[tile], product = reference * e.c;
-        const double rounding = static_cast<double>(reference) * e.c - product;
-        return std::exp((static_cast<double>(reference) - top) / temperatures_[e.at] - rounding * std::numbers::ln2);
+    double factor(const Sums& tile, float top, const Exponential& e) const {
+        if (tile.max == -std::numeric_limits<float>::infinity()) return 0;
+        const float product = tile.reference * e.c;
+        const double rounding = static_cast<double>(tile.reference) * e.c - product;
+        return std::exp((static_cast<double>(tile.reference) - top) / temperatures_[e.at] -
+                        rounding * std::numbers::ln2);
+    }
+
+    Sums sums_of(const Scratch& s, std::int64_t tile) const {
+        return {s.max[tile], s.reference[tile], &s.sums[tile * static_cast<std::int64_t>(temperatures_.size())]};
+    }
+
+    void add_tile(const Sums& tile, float top, std::vector<double>& totals) const {
+        for (const Exponential& e : exponentials_) {
+            const double f = factor(tile, top, e);
+            totals[e.at] += f * tile.sums[e.at];
+            if (e.squared_at >= 0) totals[e.squared_at] += f * f * tile.sums[e.squared_at];
+        }
+    }
+
+    // The sums of the columns beside one that has the row's maximum, which is finite.
+    void sum_others(std::int64_t i, float top, Scratch& s) const {
+        const std::int64_t tile = std::find(s.max.begin(), s.max.end(), top) - s.max.begin();
+        s.others.assign(temperatures_.size(), 0);
+        for (std::int64_t t = 0; t < tiles_; ++t)
+            if (t != tile) add_tile(sums_of(s, t), top, s.others);
+        s.totals = s.others;
+        add_tile(sums_of(s, tile), top, s.totals);
+        if (*std::min_element(s.totals.begin(), s.totals.end()) < 2)
+            add_tile(sums_beside(i, tile, top, s), top, s.others);
+        else
+            std::transform(s.totals.begin(), s.totals.end(), s.others.begin(), [](double sum) { return sum - 1; });
+    }
+
+    // Sums of a tile without one column that has its maximum.
+    Sums sums_beside(std::int64_t i, std::int64_t t, float top, Scratch& s) const {
+        const std::int64_t first = t * tile_, columns = std::min(tile_, columns_ - first);
+        const auto size = static_cast<std::int64_t>(size_of(a_.logits.dtype));
+        std::copy_n(at(i, first), columns * size, s.tile.begin());
+        // The block that it is in, then the column, which if denormal is 0 to a scan.
+        const float* maxima = &s.maxima[first / block_ * kernels_.lanes];
+        std::int64_t column =
+            (std::find(maxima, maxima + tile_ / block_ * kernels_.lanes, top) - maxima) / kernels_.lanes * block_;
+        const auto is_top = [&](float x) { return std::abs(x - top) < std::numeric_limits<float>::min(); };
+        while (column + 1 < columns && !is_top(element(s.tile.data(), a_.logits.dtype, column))) ++column;
+        take_out(s.tile.data(), a_.logits.dtype, column);
+        Sums out;
+        kernels_.scan({.data = s.tile.data(),
+                       .dtype = a_.logits.dtype,
+                       .columns = columns,
+                       .ahead = nullptr,
+                       .exponentials = exponentials_.data(),
+                       .exponentials_count = static_cast<std::int64_t>(exponentials_.size()),
+                       .maxima = s.bins.data(),
+                       .max = &out.max,
+                       .reference = &out.reference,
+                       .sums = s.tile_sums.data(),
+                       .block_sums = nullptr});
+        out.sums = s.tile_sums.data();
+        return out;
     }
 
     void finish(std::int64_t i, Scratch& s) const {
         const float top = *std::max_element(s.max.begin(), s.max.end());
-        const auto n = static_cast<std::int64_t>(temperatures_.size());
         s.entries.clear();
-        s.totals.assign(temperatures_.size(), 0);
-        if (std::isfinite(top)) {
-            for (std::int64_t t = 0; t < tiles_; ++t) {
-                const float* sums = &s.sums[t * n];
-                for (const Exponential& e : exponentials_) {
-                    const double f = factor(s, t, top, e);
-                    s.totals[e.at] += f * sums[e.at];
-                    if (e.squared_at >= 0) s.totals[e.squared_at] += f * f * sums[e.squared_at];
-                }
-            }
-        }
-        const double log_one = std::log(s.totals[one_]);
+        if (!std::isfinite(top)) return fill_nan(i);
+        sum_others(i, top, s);
+        const double log_one = std::log1p(s.others[one_]);
         if (!std::isfinite(log_one)) return fill_nan(i);
         for (std::size_t t = 0; t < a_.temperatures.size(); ++t) {
-            const double lse = std::log(s.totals[t]) - log_one / temperatures_[t];
+            const double lse = std::log1p(s.others[t]) - log_one / temperatures_[t];
             a_.lse[static_cast<std::int64_t>(t) * a_.rows + i] = static_cast<float>(lse);
         }
         if (!a_.sampled()) return keep(i, top, log_one, s);
@@ -280,7 +346,7 @@ class Selection {
         const std::int64_t first = block * block_, n = std::min(block_, columns_ - first), tile = first / tile_;
         const Exponential& e = exponentials_[0];
         kernels_.weights(at(i, first), a_.logits.dtype, n, s.reference[tile], e.c, s.raw.data());
-        const double f = factor(s, tile, top, e);
+        const double f = factor(sums_of(s, tile), top, e);
         for (std::int64_t j = 0; j < n; ++j) s.columns[j] = f * s.raw[j];
         for (const Key key : without) {
             const std::int64_t column = id_of(key) - first;
@@ -293,7 +359,7 @@ class Selection {
         double f = 0;
         for (std::int64_t b = 0; b < blocks_; ++b) {
             const std::int64_t first = b * block_;
-            if (first % tile_ == 0) f = factor(s, first / tile_, top, exponentials_[0]);
+            if (first % tile_ == 0) f = factor(sums_of(s, first / tile_), top, exponentials_[0]);
             s.weights[b] = f * s.block_sums[b];
         }
     }
@@ -356,6 +422,7 @@ class Selection {
         const std::span<const Key> keys = largest(i, s);
         weigh_blocks_again(i, top, keys, keys, s);
         std::vector<double> w, rest(keys.size() + 1);
+        const double total = s.totals[0];
         for (const Key key : keys) w.push_back(std::exp((static_cast<double>(value_of(key)) - top) / drawn_at()));
         rest.back() = std::accumulate(s.weights.begin(), s.weights.end(), 0.0);
         for (std::size_t j = keys.size(); j-- > 0;) rest[j] = rest[j + 1] + w[j];
@@ -364,7 +431,7 @@ class Selection {
                w[m] * static_cast<double>(a_.k - static_cast<std::int64_t>(m)) >= rest[m])
             ++m;
         const std::span<const Key> certain = keys.first(m);
-        for (std::size_t j = 0; j < m; ++j) s.entries.push_back({id_of(keys[j]), w[j] / s.totals[0]});
+        for (std::size_t j = 0; j < m; ++j) s.entries.push_back({id_of(keys[j]), w[j] / total});
 
         weigh_blocks_again(i, top, keys, certain, s);
         const double others = std::accumulate(s.weights.begin(), s.weights.end(), 0.0);
@@ -373,8 +440,7 @@ class Selection {
         s.points.clear();
         for (std::int64_t j = 0; j < points; ++j) s.points.push_back((start + static_cast<double>(j)) * step);
         locate(i, top, certain, s, [&](std::int64_t column) {
-            if (s.entries.size() == m || s.entries.back().id != column)
-                s.entries.push_back({column, step / s.totals[0]});
+            if (s.entries.size() == m || s.entries.back().id != column) s.entries.push_back({column, step / total});
         });
     }
 
@@ -385,7 +451,7 @@ class Selection {
     void write_entries(std::int64_t i, float top, double log_one, Scratch& s) const {
         std::sort(s.entries.begin(), s.entries.end(), [](const Entry& x, const Entry& y) { return x.id < y.id; });
         const auto n = static_cast<std::int64_t>(s.entries.size());
-        const double lse = std::log(s.totals[0]) - log_one / drawn_at();
+        const double lse = std::log1p(s.others[0]) - log_one / drawn_at();
         double neg_entropy = 0;
         for (std::int64_t j = 0; j < a_.k; ++j) {
             const bool there = j < n;

@@ -28,6 +28,21 @@ struct Kept {
 // Where p_tail = 1 - sum p has lost its digits, it is summed anew from the columns themselves.
 constexpr double tail_needs_sum = 1e-3;
 
+// 1 - sum q as what the largest of the entries lacks of 1 less the sum of the others: a small one keeps its digits.
+class MassLeft {
+  public:
+    void add(double log_q) {
+        const bool larger = log_q > largest_;
+        others_ += std::exp(larger ? largest_ : log_q);
+        if (larger) largest_ = log_q;
+    }
+    double get() const { return -std::expm1(largest_) - others_; }
+
+  private:
+    double largest_ = -std::numeric_limits<double>::infinity();
+    double others_ = 0;
+};
+
 template <class D>
 struct SparseRow {
     const D& divergence;
@@ -40,25 +55,21 @@ struct SparseRow {
     // that were not kept.
     template <class Logit, class OtherMass>
     void outcomes(std::int64_t i, const RowState& state, Logit logit, OtherMass other_mass, Kept& kept) const {
-        const std::int64_t tail = read(i, state, logit, kept);
+        MassLeft q_tail;
+        const bool complete = read(i, state, logit, kept, q_tail) == taught;  // nothing was left out
         if (targets.rule == TailRule::zero || targets.rule == TailRule::drawn) return plain(i, kept);
         double p_sum = 0, q_sum = 0;
-        for_vectors(kept, [&](std::size_t k) {
-            p_sum += hsum(exp2(load(&kept.u[k])));
-            q_sum += hsum(exp2(load(&kept.v[k])));
-        });
+        for_vectors(kept, [&](std::size_t k) { p_sum += hsum(exp2(load(&kept.u[k]))); });
         if (targets.rule == TailRule::renorm) {
+            for_vectors(kept, [&](std::size_t k) { q_sum += hsum(exp2(load(&kept.v[k]))); });
             const auto log2_sum = static_cast<float>(std::log2(q_sum));
             for_vectors(kept, [&](std::size_t k) { store(&kept.v[k], load(&kept.v[k]) - set1(log2_sum)); });
-            q_sum = 1;
         }
         const auto at = static_cast<std::size_t>(targets.kept);
-        const bool complete = tail == taught;  // nothing was left out
         double p_tail = complete ? 0 : 1 - p_sum;
         if (!complete && p_tail < tail_needs_sum) p_tail = other_mass();
-        const double q_tail = complete || targets.rule == TailRule::renorm ? 0 : 1 - q_sum;
         kept.u[at] = log2_of(p_tail, complete);
-        kept.v[at] = targets.rule == TailRule::renorm ? -infinity : log2_of(q_tail, complete);
+        kept.v[at] = targets.rule == TailRule::renorm ? -infinity : log2_of(q_tail.get(), complete);
         V value = set1(0);
         double sum_student = 0;
         for_vectors(kept, [&](std::size_t k) {
@@ -83,9 +94,9 @@ struct SparseRow {
         for (std::size_t k = 0; k < kept.z.size(); k += width) use(k);
     }
 
-    // Reads the entries in use; returns how many there are.
+    // Reads the entries in use, and of a rule with a bucket what they leave; returns how many there are.
     template <class Logit>
-    std::int64_t read(std::int64_t i, const RowState& state, Logit logit, Kept& kept) const {
+    std::int64_t read(std::int64_t i, const RowState& state, Logit logit, Kept& kept, MassLeft& left) const {
         const std::int32_t* ids = targets.ids + i * targets.kept;
         const float* values = targets.values + i * targets.kept;
         std::fill(kept.ids.begin(), kept.ids.end(), -1);
@@ -100,10 +111,13 @@ struct SparseRow {
             ++used;
             kept.ids[n] = ids[k];
             kept.z[n] = logit(ids[k]);
-            kept.v[n] =
-                drawn ? values[k]
-                      : static_cast<float>((static_cast<double>(values[k]) / static_cast<double>(temperature) - lse) *
-                                           static_cast<double>(log2e_exact));
+            if (drawn) {
+                kept.v[n] = values[k];
+                continue;
+            }
+            const double log_q = static_cast<double>(values[k]) / static_cast<double>(temperature) - lse;
+            kept.v[n] = static_cast<float>(log_q * log2e_exact);
+            if (targets.rule == TailRule::bucket) left.add(log_q);
         }
         const V lo = set1(state.at_tau.lo), from = set1(-state.at_tau.hi);
         for_vectors(kept, [&](std::size_t k) { store(&kept.u[k], affine(load(&kept.z[k]), set1(c), from) - lo); });
@@ -132,7 +146,7 @@ struct SparseRow {
     // A tail that ought to be there has mass, however little its sum has left of it.
     static float log2_of(double mass, bool complete) {
         if (std::isnan(mass)) return std::numeric_limits<float>::quiet_NaN();
-        return complete ? -infinity : static_cast<float>(std::log2(std::max(mass, 0x1p-126)));
+        return complete ? -infinity : static_cast<float>(std::log2(std::max(mass, 0x1p-120)));
     }
 
     static Column at_outcome(const Kept& kept, std::size_t k) {

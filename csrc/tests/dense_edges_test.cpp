@@ -253,9 +253,10 @@ TEST(a_peak_late_in_the_row) {
                 CHECK_NEAR(static_cast<double>(out.hard[0]), o.hard(), 4e-7 + 2e-3 * o.hard());
                 CHECK_NEAR(static_cast<double>(out.soft[0]), 0, 1e-9);
                 const OracleRow::Gradient truth = o.gradient();
+                // The peak's own is p - 1, and p = exp(z - lse) has the rounding of a difference of that height.
                 for (std::size_t n = 0; n < out.grad.size(); ++n)
                     CHECK_NEAR(decoded(DType::f32, out.grad[n]), truth.value[n],
-                               4e-7 + 2e-3 * std::abs(truth.value[n]));
+                               (static_cast<std::int64_t>(n) == peak ? 3e-6 : 4e-7) + 2e-3 * std::abs(truth.value[n]));
             }
     });
 }

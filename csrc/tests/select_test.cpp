@@ -6,6 +6,7 @@
 #include <limits>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
@@ -151,6 +152,46 @@ TEST(select_topk) {
                     }
                     CHECK(c.logits.guards_hold());
                 }
+    });
+}
+
+TEST(select_a_sure_row) {
+    const auto check_row = [](const Case& c, const Outputs& o, std::int64_t i) {
+        std::vector<double> x = c.logits.row(i, c.logits.columns());
+        const std::int32_t largest = sorted_columns(x)[0];
+        const double top = std::exchange(x[static_cast<std::size_t>(largest)], -infinity);
+        const auto log_sum = [&](double temperature) {
+            double others = 0;
+            for (const double v : x) others += std::exp((v - top) / temperature);
+            return std::log1p(others);
+        };
+        CHECK_EQUAL(o.ids[i * c.k], largest);
+        CHECK_NEAR(o.logprobs[i * c.k], -log_sum(1), 2e-6 * log_sum(1));
+        for (std::size_t t = 0; t < c.temperatures.size(); ++t) {
+            const double tau = c.temperatures[t], of_one = log_sum(1) / tau, slack = 2e-6 * (log_sum(tau) + of_one);
+            CHECK_NEAR(o.lse[static_cast<std::int64_t>(t) * c.rows + i], log_sum(tau) - of_one, slack);
+        }
+    };
+    for_each_isa([&](const cpu::SelectKernels& kernels) {
+        for (const DType dtype : dtypes)
+            for (const std::int64_t columns : {2, 33, 2048, 9001})
+                for (const double height : {12.0, 20.0, 40.0}) {
+                    const Scope scope(text(columns, " columns, dtype ", static_cast<int>(dtype), ", by ", height));
+                    Case c{normal(random, dtype, 3, columns, guarded), 3};
+                    c.temperatures = {1, 2, 0.5};
+                    c.k = 1;
+                    for (std::int64_t i = 0; i < 3; ++i)
+                        c.logits.set(i, static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(columns)),
+                                     height);
+                    const Outputs one = c.run(kernels);
+                    for (std::int64_t i = 0; i < 3; ++i) check_row(c, one, i);
+                    c.threads = 5;
+                    CHECK(c.run(kernels).same(one));
+                }
+        Case c{Matrix(DType::f32, 1, 700, exact), 1};
+        c.k = 1;
+        for (std::int64_t column = 0; column < 700; ++column) c.logits.set(0, column, column == 433 ? 1e-40 : -20);
+        check_row(c, c.run(kernels), 0);  // a denormal
     });
 }
 

@@ -331,6 +331,32 @@ TEST(a_student_that_is_sure) {
     });
 }
 
+TEST(a_teacher_that_is_sure) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (const Rule& rule : rules) {
+            if (rule.tail != TailRule::bucket) continue;
+            for (double tail : {1e-3, 1e-5, 1e-7, 1e-9}) {
+                const Scope scope(name(rule) + text(", tail ", tail));
+                Case c = draw_case(random, rule, 2, 5003, 37, DType::f32);
+                c.targets->per_row.clear();
+                for (std::int64_t i = 0; i < 2; ++i) {  // its largest entry anywhere, 20 tails in the others
+                    const auto largest = static_cast<std::int64_t>(random() % 37);
+                    double others = 0;
+                    for (std::int64_t k = 0; k < 37; ++k) {
+                        const double q = k == largest ? 0 : 20 * tail / 36 * uniform(random, 0.5, 1.5);
+                        others += q;
+                        c.targets->values[static_cast<std::size_t>(37 * i + k)] = static_cast<float>(std::log(q));
+                    }
+                    const auto at = static_cast<std::size_t>(37 * i + largest);
+                    c.targets->values[at] = static_cast<float>(std::log1p(-others - tail));
+                    c.student.set(i, c.targets->ids[at], 9);
+                }
+                check(c, c.run(kernels));
+            }
+        }
+    });
+}
+
 TEST(minus_infinity_among_kept_columns_and_others) {
     for_each_isa([&](const cpu::Kernels& kernels) {
         for (const Rule& rule : rules)

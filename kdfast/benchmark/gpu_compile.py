@@ -15,13 +15,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+
+if TYPE_CHECKING:
+    import kdfast
 
 #: By the names of the tiles' table: Triton's target, 32-bit registers of a processor, its shared memory in bytes, and
 #: the most warps on it.
@@ -83,6 +86,11 @@ def _dense_calls() -> dict[str, dict[str, Any]]:
     calls["sparse, k = 64, few rows"] = sparse | {"processors": 132}
     calls["sparse, k = 64, zero"] = sparse | {"tail": "zero"}
     calls["sparse jsd, k = 64, renorm"] = sparse | {"divergence": "jsd", "tail": "renorm"}
+    calls["packed, k = 64"] = sparse | {"packed": True}
+    calls["packed, k = 64, per token"] = sparse | {"packed": True, "reduction": "none"}
+    calls["packed, k = 64, few rows"] = sparse | {"packed": True, "processors": 132}
+    calls["packed mixture, k = 1024"] = mixture | {"packed": True, "kept": 1024}
+    calls["packed mixture, k = 1024, few rows"] = mixture | {"packed": True, "kept": 1024, "processors": 132}
     calls["sparse mixture, k = 1024"] = mixture | {"kept": 1024}
     calls["sparse mixture, k = 4096"] = mixture | {"kept": 4096}
     calls["sparse mixture, k = 4096, few rows"] = mixture | {"kept": 4096, "processors": 132}
@@ -108,11 +116,30 @@ def _select(*, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
         kdfast.soft_targets(torch.zeros(4, VOCAB, dtype=dtype), **options)
 
 
+def _packed(rows: int, kept: int, lse: Mapping[float, torch.Tensor]) -> kdfast.PackedTargets:
+    """Targets whose bytes, which nobody reads, are zeros."""
+    import kdfast
+
+    size = -(-(kept * (VOCAB - 1).bit_length() + 7) // 8 + kept // 2) // 4 * 4
+    offset = torch.arange(rows, dtype=torch.int32) * (size // 4)
+    data = torch.zeros(rows * size, dtype=torch.uint8)
+    return kdfast.PackedTargets(data, offset, torch.zeros(rows), kept=kept, vocab_size=VOCAB, grid=4, lse=lse)
+
+
+def _unpack(kept: int) -> None:
+    from kdfast.kernels.triton import unpack_launch
+
+    x = _packed(4, kept, {})
+    ids, logprobs = torch.empty(x.shape, dtype=torch.int32), torch.empty(x.shape)
+    unpack_launch.run(x.data, x.offset, x.top, x._all_k_eff(), VOCAB, x.grid, ids, logprobs)
+
+
 def _calls() -> dict[str, Callable[[], None]]:
     """Every call whose launches are compiled."""
     calls: dict[str, Callable[[], None]] = {}
     calls |= {name: functools.partial(_distill, **arguments) for name, arguments in _dense_calls().items()}
     calls |= {name: functools.partial(_select, **arguments) for name, arguments in _select_calls().items()}
+    calls |= {f"unpack, k = {kept}": functools.partial(_unpack, kept) for kept in (64, 4096)}
     return calls
 
 
@@ -121,6 +148,7 @@ def _distill(
     dtype: torch.dtype = torch.bfloat16,
     teachers: int = 1,
     kept: int = 0,
+    packed: bool = False,
     learned: bool = False,
     processors: int = 1,
     **options: Any,
@@ -137,9 +165,11 @@ def _distill(
     labels = torch.zeros(rows, dtype=torch.int64)
     teacher = None if teachers == 0 else teacher[0] if teachers == 1 else teacher
     if kept:
-        ids = torch.arange(kept, dtype=torch.int32).expand(rows, kept)
         lse = {options["temperature"]: torch.zeros(rows)}
-        teacher = kdfast.SparseTargets(ids, torch.zeros(rows, kept), vocab_size=VOCAB, lse=lse)
+        teacher = _packed(rows, kept, lse)
+        if not packed:
+            ids = torch.arange(kept, dtype=torch.int32).expand(rows, kept)
+            teacher = kdfast.SparseTargets(ids, torch.zeros(rows, kept), vocab_size=VOCAB, lse=lse)
     with mock.patch.object(tiles, "processors", return_value=processors):
         loss = kdfast.distill_loss(student, teacher, labels, backend="triton", **options)
         loss.sum().backward()

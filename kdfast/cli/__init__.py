@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ COMMANDS = {
     "bench": Command("kdfast.cli.bench", "bench"),
     "doctor": Command("kdfast.cli.doctor", "demo"),
     "plan": Command("kdfast.cli.plan", "demo"),
+    "cache": Command("kdfast.cli.cache", "demo"),
+    "report": Command("kdfast.cli.report", "demo"),
+    "tune": Command("kdfast.cli.tune", "tune"),
 }
 
 
@@ -37,7 +41,7 @@ def main() -> None:
         import typer
     except ModuleNotFoundError as error:
         asked = next((COMMANDS[word] for word in sys.argv[1:] if word in COMMANDS), COMMANDS["demo"])
-        _exit_missing("kdfast", error, asked.extra)
+        exit_missing("kdfast", error, asked.extra)
     app = typer.Typer(
         name="kdfast",
         help="Fast, exact knowledge distillation for PyTorch.",
@@ -52,34 +56,41 @@ def main() -> None:
         pass
 
     for name, command in COMMANDS.items():
-        app.command(name)(_load(name, command))
+        loaded = _load(name, command)
+        if isinstance(loaded, typer.Typer):
+            app.add_typer(loaded, name=name)
+        else:
+            app.command(name)(loaded)
     app(prog_name="kdfast")
 
 
 def _load(name: str, command: Command) -> Callable[..., Any]:
-    """Returns the command's function; a package missing inside it ends in a message, and breaks no other command."""
+    """Returns the command's function or group; a package missing inside it ends in a message, and breaks no other."""
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(command.module), name)
     except ModuleNotFoundError as error:
         missing = error
 
         def unavailable() -> None:
-            _exit_missing(f"kdfast {name}", missing, command.extra)
+            exit_missing(f"kdfast {name}", missing, command.extra)
 
         unavailable.__doc__ = f'(not installed: pip install "kdfast[{command.extra}]")'
         return unavailable
+
+    if not inspect.isfunction(function):
+        return function
 
     @functools.wraps(function)
     def run(*args: Any, **options: Any) -> Any:
         try:
             return function(*args, **options)
         except ModuleNotFoundError as error:
-            _exit_missing(f"kdfast {name}", error, command.extra)
+            exit_missing(f"kdfast {name}", error, command.extra)
 
     return run
 
 
-def _exit_missing(who: str, error: ModuleNotFoundError, extra: str) -> Any:
+def exit_missing(who: str, error: ModuleNotFoundError, extra: str) -> Any:
     """Names the extra and exits; a missing module of our own is a broken installation and stays a traceback."""
     package = (error.name or "").partition(".")[0]
     if package in {"", "kdfast"}:

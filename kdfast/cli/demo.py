@@ -20,30 +20,38 @@ def demo(
     ] = False,
     seed: Annotated[int, typer.Option(help="First seed: initial weights and order of the batches.", min=0)] = 0,
     seeds: Annotated[int, typer.Option(help="Number of seeds, counted up from the first.", min=1)] = 1,
-    temperature: Annotated[float | None, typer.Option(help="Temperature of both distilled students.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of all distilled students.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the distillation term, 0 to 1.")] = None,
     divergence: Annotated[str | None, typer.Option(help="Divergence of the third student.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of each student.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of text the students train on.")] = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="Distil from all of the teacher's logits, in memory; no cache.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option(help="Train one student by all logits as well, to measure the cache against it.")
+    ] = True,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if not given.", min=1)] = None,
-    out: Annotated[Path, typer.Option(help="Folder of report, results and checkpoint.")] = DEFAULT_OUT,
+    out: Annotated[Path, typer.Option(help="Folder of report, results, cache and checkpoint.")] = DEFAULT_OUT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop an interrupted run and start over.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop an interrupted run, not its cache.")] = False,
 ) -> None:
     """Distil a small GPT on Python's own source code, and write a report.
 
-    Three students of one shape take the same steps on the same text: one learns from the labels, two from a teacher as
-    well. Ctrl-C leaves a checkpoint.
+    Students of one shape take the same steps on the same text: one learns from the labels, the others from a teacher as
+    well, which runs once and leaves its soft targets on disk. One more learns from all of its logits, and says what the
+    cache costs. Ctrl-C leaves a checkpoint.
     """
     import jinja2  # noqa: F401 - what the run needs only at its end is looked for before it starts
     import matplotlib  # noqa: F401
     import torch
     from rich.console import Console
 
-    from kdfast.demo.checkpoint import Interrupt, Interrupted
-    from kdfast.demo.display import Display, results_table
+    from kdfast.demo.checkpoint import Interrupted
+    from kdfast.demo.display import Display, cache_text, results_table
     from kdfast.demo.run import REPORT_NAME, RESULTS_NAME, run_demo
     from kdfast.demo.settings import DemoError, DemoSettings
+    from kdfast.interrupt import Interrupt
 
     console = Console()
     if threads is not None:
@@ -60,6 +68,8 @@ def demo(
             divergence=divergence,
             steps=steps,
             train_sequences=None if tokens is None else tokens // base.context,
+            online=online,
+            compare=compare and not online,
         )
         with Interrupt() as interrupt, Display(console) as display:
             results = run_demo(
@@ -75,6 +85,8 @@ def demo(
             "--divergence": divergence,
             "--steps": steps,
             "--tokens": tokens,
+            "--online": online,
+            "--no-compare": not compare,
             "--threads": threads,
             "--out": None if out == DEFAULT_OUT else out,
         }
@@ -84,6 +96,8 @@ def demo(
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(EXIT_USAGE) from None
     console.print(results_table(results))
+    if results["cache"]:
+        console.print(cache_text(results), highlight=False, soft_wrap=True)
     comparison = results["loss_comparison"]
     console.print(
         f"forward KL and cross-entropy with gradient, one batch: {comparison['kdfast_ms']:.1f} ms in kdfast, "

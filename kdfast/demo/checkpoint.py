@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -23,35 +21,12 @@ class Progress:
 
     finished: list[dict[str, Any]] = field(default_factory=list)  # results of the students that are done
     current: dict[str, Any] | None = None  # state of the student in training, tensors and numbers
+    written: dict[str, Any] = field(default_factory=dict)  # what went into the cache, and in what time
     seconds: float = 0.0  # spent before the checkpoint
 
 
 class Interrupted(Exception):
     """The run was asked to stop and has left its checkpoint."""
-
-
-class Interrupt:
-    """Turns the first Ctrl-C into a request to stop at the next safe place; the second one stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> Interrupt:
-        """Takes over SIGINT."""
-        self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Gives SIGINT back."""
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 def save(folder: Path, settings: DemoSettings, progress: Progress) -> None:
@@ -63,6 +38,7 @@ def save(folder: Path, settings: DemoSettings, progress: Progress) -> None:
         "fingerprint": json.dumps(settings.fingerprint()),
         "finished": json.dumps(progress.finished),
         "current": progress.current,
+        "written": progress.written,
         "seconds": progress.seconds,
     }
     with partial.open("wb") as file:
@@ -85,7 +61,7 @@ def load(folder: Path, settings: DemoSettings) -> Progress:
     try:
         state = torch.load(path, weights_only=True)
         stored = json.loads(state["fingerprint"])
-        progress = Progress(json.loads(state["finished"]), state["current"], state["seconds"])
+        progress = Progress(json.loads(state["finished"]), state["current"], state["written"], state["seconds"])
     except Exception as error:  # torch.load raises whatever its reader stumbles over in a damaged file
         msg = f"--resume: {path} cannot be read ({error}); start over with --restart"
         raise DemoError(msg) from error

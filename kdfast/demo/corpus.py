@@ -44,10 +44,15 @@ def split_key(name: str) -> str:
     return name[: -len("/__init__.py")] + ".py" if name.endswith("/__init__.py") else name
 
 
-def is_held_out(name: str) -> bool:
-    """Says whether the file of that path (relative, forward slashes) belongs to the held-out part."""
+def percentile(name: str) -> int:
+    """Returns a number of 0 to 99, by the path (relative, forward slashes) alone."""
     digest = hashlib.sha256(split_key(name).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
+    return int.from_bytes(digest[:8], "big") % 100
+
+
+def is_held_out(name: str) -> bool:
+    """Says whether the file of that path belongs to the held-out part."""
+    return percentile(name) < HELD_OUT_PERCENT
 
 
 def load_corpus(root: Path | None = None) -> Corpus:

@@ -8,6 +8,17 @@ import torch
 from torch import Tensor
 
 
+def places(tokens: int, context: int, count: int) -> Tensor:
+    """Returns the numbers of the sequences that `sequences` cuts out of a stream of so many tokens.
+
+    A stream is a row of sequences of `context` + 1 tokens, numbered from 0; the number is the name of the same text
+    however many are asked for.
+    """
+    whole = tokens // (context + 1)
+    count = min(count, whole)
+    return torch.arange(count) * whole // max(1, count)
+
+
 def sequences(stream: Tensor, context: int, count: int) -> Tensor:
     """Cuts evenly spaced, non-overlapping sequences out of a stream.
 
@@ -27,8 +38,7 @@ def sequences(stream: Tensor, context: int, count: int) -> Tensor:
     if not len(whole):
         msg = f"stream holds {stream.numel()} tokens, fewer than one sequence of {length}"
         raise ValueError(msg)
-    count = min(count, len(whole))
-    return whole[torch.arange(count) * len(whole) // count]
+    return whole[places(stream.numel(), context, count)]
 
 
 def batch_order(count: int, batch: int, steps: int, seed: int) -> Tensor:

@@ -87,7 +87,7 @@ def results_table(results: dict[str, Any]) -> Table:
         else "one seed"
     )
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", no_wrap=True)
+    table.add_column("model")
     for name in ("para-\nmeters", "perplexity", "agrees with\nteacher, %", "ECE", "tokens\nper s", "loss, %\nof step"):
         table.add_column(name, justify="right", no_wrap=True)
     teacher = results["teacher"]
@@ -112,6 +112,22 @@ def results_table(results: dict[str, Any]) -> Table:
             f"{100 * row['loss_share']['mean']:.0f}",
         )
     return table
+
+
+def cache_text(results: dict[str, Any]) -> str:
+    """Returns size and time of the cache and, where it was measured, what it lost against all logits."""
+    cache, several = results["cache"], len(results["settings"]["seeds"]) > 1
+    parts = [f"{cache['bytes'] / 1e6:.1f} MB, {cache['bytes_per_token']:.1f} bytes/token"]
+    if cache["written"]:
+        parts.append(f"written in {cache['written']['seconds']:.1f} s")
+    else:
+        parts.append("from an earlier run")
+    parts.append(f"the teacher in the loop: {cache['in_loop_seconds']:.0f} s for each student")
+    lost = results["comparison"]
+    if lost:
+        deviation = f" ± {lost['nats']['std']:.4f}" if several else ""
+        parts.append(f"cached less online: {lost['nats']['mean']:+.4f}{deviation} nats per token")
+    return f"teacher's targets on disk: {'; '.join(parts)}"
 
 
 def spread(value: dict[str, float], digits: int, several: bool, scale: float = 1.0) -> str:

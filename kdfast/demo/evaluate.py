@@ -15,8 +15,7 @@ from torch import Tensor
 
 import kdfast
 from kdfast.demo.model import GPT
-
-BINS = 15  # equally wide, of the top-1 confidence
+from kdfast.reporting.calibration import expected_calibration_error, reliability
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def evaluate(
     correct = (predicted == ids[:, 1:]).double()
     all_nats = torch.cat(nats).double()
     scored = ~fit_rows
-    bins = _reliability(torch.cat(confidence)[scored], correct[scored])
-    bins_fitted = _reliability(torch.cat(confidence_fitted)[scored], correct[scored])
+    bins = reliability(torch.cat(confidence)[scored], correct[scored])
+    bins_fitted = reliability(torch.cat(confidence_fitted)[scored], correct[scored])
     mean = all_nats.mean().item()
     result = Evaluation(
         nats=mean,
@@ -84,8 +83,8 @@ def evaluate(
         fitted_temperature=temperature,
         nats_fitted=torch.cat(nats_fitted)[scored].double().mean().item(),
         nats_unfitted=all_nats[scored].mean().item(),
-        ece=_expected_calibration_error(bins),
-        ece_fitted=_expected_calibration_error(bins_fitted),
+        ece=expected_calibration_error(bins),
+        ece_fitted=expected_calibration_error(bins_fitted),
         reliability=bins,
         reliability_fitted=bins_fitted,
     )
@@ -170,26 +169,6 @@ def _fit_temperature(model: GPT, ids: Tensor, check: Callable[[], None], batch: 
         if abs(change) < 1e-5:
             break
     return 1.0 / inverse
-
-
-def _reliability(confidence: Tensor, correct: Tensor) -> list[dict[str, float]]:
-    index = (confidence * BINS).long().clamp(max=BINS - 1).flatten()
-    counts = torch.bincount(index, minlength=BINS).double()
-    confidences = torch.bincount(index, weights=confidence.double().flatten(), minlength=BINS)
-    corrects = torch.bincount(index, weights=correct.flatten(), minlength=BINS)
-    return [
-        {
-            "confidence": (confidences[i] / counts[i]).item(),
-            "accuracy": (corrects[i] / counts[i]).item(),
-            "share": (counts[i] / counts.sum()).item(),
-        }
-        for i in range(BINS)
-        if counts[i] > 0
-    ]
-
-
-def _expected_calibration_error(bins: list[dict[str, float]]) -> float:
-    return sum(row["share"] * abs(row["confidence"] - row["accuracy"]) for row in bins)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -1,11 +1,8 @@
-"""The whole demonstration: label once, train three students on the same batches, measure, report."""
+"""The whole demonstration: label once, train students on the same batches, measure, report."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,23 +14,25 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-import kdfast
+from kdfast.cache import CacheError
 from kdfast.demo import checkpoint
 from kdfast.demo.checkpoint import Interrupted, Progress
 from kdfast.demo.corpus import Corpus, load_corpus
-from kdfast.demo.data import sequences
+from kdfast.demo.data import places, sequences
 from kdfast.demo.display import Display, terms_text
 from kdfast.demo.evaluate import compare_loss_time, evaluate, inference_speed
 from kdfast.demo.model import GPT
-from kdfast.demo.settings import DemoError, DemoSettings
-from kdfast.demo.student import TIMED, Student
-from kdfast.demo.teacher import label, load_teacher
+from kdfast.demo.results import comparison, summary
+from kdfast.demo.settings import DemoError, DemoSettings, Method
+from kdfast.demo.student import Student
+from kdfast.demo.targets import Stored, Targets, Written
+from kdfast.demo.teacher import check_memory, label, load_teacher
 from kdfast.demo.tokenizer import encode
 from kdfast.reporting.demo import write_report
+from kdfast.reporting.environment import environment
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.html"
-SUMMARISED = ("nats", "perplexity", "accuracy", "agreement", "ece", "fitted_temperature", "ece_fitted")
 
 
 def run_demo(
@@ -45,7 +44,9 @@ def run_demo(
     restart: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Runs the demonstration and writes `results.json`, `report.html` and the students into a folder.
+    """Runs the demonstration and writes `results.json`, `report.html`, the students and the cache into a folder.
+
+    A cache that is there, of the same teacher and text, is used; what it lacks is written.
 
     Args:
         settings: what to run.
@@ -59,7 +60,8 @@ def run_demo(
         The results, as written to `results.json`.
 
     Raises:
-        DemoError: a checkpoint that is missing, in the way or of another run; too little memory.
+        DemoError: a checkpoint that is missing, in the way or of another run; a cache that is damaged or of another
+            teacher or text; too little memory.
         FileNotFoundError: this Python has no standard library in source form.
         Interrupted: `interrupted` said yes; the checkpoint is written.
     """
@@ -73,7 +75,12 @@ def run_demo(
             msg = f"{out} holds an unfinished run: go on with --resume, or start over with --restart"
             raise DemoError(msg)
         progress = Progress()
-    return _Run(settings, out, display, progress, interrupted).finish()
+    try:
+        return _Run(settings, out, display, progress, interrupted).finish()
+    except CacheError as error:
+        remedy = "" if error.code == "system" else ": delete that folder to have it written anew, or name another --out"
+        msg = f"{error}{remedy}"
+        raise DemoError(msg) from error
 
 
 class _Run:
@@ -98,31 +105,39 @@ class _Run:
         display.note("reading the standard library's source")
         teacher, tokenizer, record = load_teacher()
         corpus = load_corpus()
-        train, held_out = self.texts(corpus, tokenizer)
-        display.task("teacher labels the text", len(train))
-        labelled = label(teacher, train, self.labelled)
+        train, numbers, held_out = self.texts(corpus, tokenizer)
+        left = [
+            (seed, method) for seed in settings.seeds for method in settings.methods if not self.trained(seed, method)
+        ]
+        if any(method.online for _, method in left):
+            check_memory(teacher, train)
+        stored = None if settings.online else self.store(teacher, tokenizer, train, numbers)
         probe = held_out[torch.arange(settings.probe_sequences) * len(held_out) // settings.probe_sequences]
         probe_logits = label(teacher, probe, lambda _done, _total: self.stop_if_asked())
         display.note("measuring the teacher")
         score, top1 = evaluate(teacher, held_out, None, settings.calibration_sequences, self.stop_if_asked)
-        for seed in settings.seeds:
-            for method in settings.methods:
-                index = len(self.progress.finished)
-                if any(row["seed"] == seed and row["method"] == method.name for row in self.progress.finished):
-                    continue
-                self.student = Student(settings, method, seed, tokenizer.get_vocab_size(), len(train))
-                if self.progress.current is not None:
-                    self.student.load_state_dict(self.progress.current)
-                title = method.title if len(settings.seeds) == 1 else f"{method.title}, seed {seed}"
-                display.task(f"{index + 1}. {title}", settings.steps)
-                self.train(self.student, train, labelled, probe, probe_logits)
-                self.measure(self.student, held_out, top1)
+        cached = None if stored is None else stored.targets()
+        online: Targets | None = None
+        for seed, method in left:
+            if method.online and online is None:
+                display.task("teacher labels the text, all logits", len(train))
+                online = label(teacher, train, self.labelled).__getitem__
+            self.student = Student(settings, method, seed, tokenizer.get_vocab_size(), len(train))
+            if self.progress.current is not None:
+                self.student.load_state_dict(self.progress.current)
+            title = method.title if len(settings.seeds) == 1 else f"{method.title}, seed {seed}"
+            display.task(f"{len(self.progress.finished) + 1}. {title}", settings.steps)
+            targets = None if method.divergence is None else online if method.online else cached
+            self.train(self.student, train, targets, probe, probe_logits)
+            self.measure(self.student, held_out, top1)
         last = GPT(settings.student(tokenizer.get_vocab_size()))
         last.load_state_dict(load_file(out / self.progress.finished[-1]["weights"]))
         rows = slice(0, settings.batch)
         with torch.no_grad():
             logits = last(train[rows, :-1])
-        comparison = compare_loss_time(logits, labelled[rows], train[rows, 1:], settings.temperature, settings.alpha)
+        some = label(teacher, train[rows], lambda _done, _total: None)
+        times = compare_loss_time(logits, some, train[rows, 1:], settings.temperature, settings.alpha)
+        speed = inference_speed(teacher, train[rows, :-1])
         results = {
             "kind": "kdfast demo",
             "quick": settings.quick,
@@ -133,12 +148,13 @@ class _Run:
                 "held_out_files": len(corpus.held_out),
                 "train_tokens": train[:, 1:].numel(),
                 "held_out_tokens": held_out[:, 1:].numel(),
-                "labels_bytes": labelled.numel() * labelled.element_size(),
+                "logits_bytes": train[:, 1:].numel() * teacher.config.vocab_size * some.element_size(),
             },
+            "cache": None if stored is None else self.cache(stored, speed["tokens_per_second"]),
             "teacher": {
                 "parameters": teacher.parameter_count(),
                 "evaluation": asdict(score),
-                "speed": inference_speed(teacher, train[rows, :-1]),
+                "speed": speed,
                 "training": record,
             },
             "student": {
@@ -147,7 +163,8 @@ class _Run:
             },
             "students": self.progress.finished,
             "summary": summary(settings, self.progress.finished),
-            "loss_comparison": comparison,
+            "comparison": comparison(settings, self.progress.finished),
+            "loss_comparison": times,
             "seconds": time.perf_counter() - self.started,
         }
         text = json.dumps(results, indent=1, allow_nan=False)
@@ -157,21 +174,54 @@ class _Run:
         checkpoint.remove(out)
         return written
 
-    def texts(self, corpus: Corpus, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-        """Returns the distillation set and the held-out set, (N, S + 1) each."""
+    def texts(self, corpus: Corpus, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the distillation set, (N, S + 1), the numbers of its sequences, and the held-out set."""
         settings = self.settings
-        train = sequences(encode(tokenizer, corpus.train), settings.context, settings.train_sequences)
+        stream = encode(tokenizer, corpus.train)
+        train = sequences(stream, settings.context, settings.train_sequences)
+        numbers = places(stream.numel(), settings.context, settings.train_sequences)
         held_out = sequences(encode(tokenizer, corpus.held_out), settings.context, settings.held_out_sequences)
         self.stop_if_asked()
-        return train, held_out
+        return train, numbers, held_out
 
-    def train(self, student: Student, ids: Tensor, labelled: Tensor, probe: Tensor, probe_logits: Tensor) -> None:
+    def store(self, teacher: GPT, tokenizer: Tokenizer, ids: Tensor, numbers: Tensor) -> Stored:
+        """Returns the cache of the run, whole."""
+        settings = self.settings
+        folder = self.out / f"cache-T{settings.temperature}"
+        stored = Stored(folder, ids, numbers, settings.k, settings.temperature)
+        written = Written(**self.progress.written)
+        whole = stored.write(teacher, tokenizer, written, self.display, self.interrupted)
+        if written.samples:
+            self.progress.written = asdict(written)
+        if not whole:
+            self.save()
+            raise Interrupted
+        if not written.samples:
+            self.display.note(f"the teacher's targets are in {folder} already")
+        return stored
+
+    def cache(self, stored: Stored, teacher_speed: float) -> dict[str, Any]:
+        """Returns what the report says of the cache; the speed is in tokens/s."""
+        settings = self.settings
+        return {
+            **stored.description(),
+            "written": self.progress.written or None,  # None: by an earlier run
+            "in_loop_seconds": settings.steps * settings.batch * settings.context / teacher_speed,
+        }
+
+    def trained(self, seed: int, method: Method) -> bool:
+        """Says whether that student is among the finished ones."""
+        return any(row["seed"] == seed and row["method"] == method.name for row in self.progress.finished)
+
+    def train(
+        self, student: Student, ids: Tensor, targets: Targets | None, probe: Tensor, probe_logits: Tensor
+    ) -> None:
         settings = self.settings
         begun, first = time.perf_counter(), student.step
         while not student.done:
             if student.step % settings.probe_every == 0:
                 student.probe(probe, probe_logits)
-            student.advance(ids, labelled)
+            student.advance(ids, targets)
             rate = (student.step - first) * settings.batch * settings.context / (time.perf_counter() - begun)
             self.display.advance(student.step, f"{terms_text(student.history)} nats  {rate:,.0f} tokens/s")
             self.stop_if_asked()
@@ -191,6 +241,7 @@ class _Run:
                 "method": student.method.name,
                 "title": student.method.title,
                 "divergence": student.method.divergence,
+                "online": student.method.online,
                 "temperature": student.method.temperature,
                 "alpha": student.method.alpha,
                 "seed": student.seed,
@@ -218,39 +269,3 @@ class _Run:
             self.progress.current = self.student.state_dict()
         self.progress.seconds = time.perf_counter() - self.started
         checkpoint.save(self.out, self.settings, self.progress)
-
-
-def summary(settings: DemoSettings, students: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns mean and standard deviation over the seeds for each way of training."""
-    rows = []
-    for method in settings.methods:
-        runs = [run for run in students if run["method"] == method.name]
-        row: dict[str, Any] = {"method": method.name, "title": method.title}
-        for key in SUMMARISED:
-            row[key] = _mean_and_std([run["evaluation"][key] for run in runs])
-        row["loss_share"] = _mean_and_std([run["seconds"]["loss"] / sum(run["seconds"].values()) for run in runs])
-        # The lowest held-out cross-entropy on the way: what stopping early would have given.
-        row["best_probe"] = _mean_and_std([min(run["probes"]["hard"]) for run in runs])
-        row["last_probe"] = _mean_and_std([run["probes"]["hard"][-1] for run in runs])
-        for name in TIMED:
-            row[f"ms_{name}"] = _mean_and_std([1e3 * run["seconds"][name] / settings.steps for run in runs])
-        rows.append(row)
-    return rows
-
-
-def environment() -> dict[str, Any]:
-    """Returns what ran: versions, processor, threads."""
-    return {
-        "kdfast": kdfast.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def _mean_and_std(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}

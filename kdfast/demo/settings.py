@@ -1,4 +1,4 @@
-"""What a run of the demonstration does, and the three ways in which a student is trained."""
+"""What a run of the demonstration does, and the ways in which a student is trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import kdfast
 from kdfast.demo.model import GPTConfig
+from kdfast.reference import TAIL_RULES
 
 
 class DemoError(RuntimeError):
@@ -20,15 +21,22 @@ class DemoError(RuntimeError):
 class Method:
     """One way to train the student."""
 
-    name: str
     divergence: str | None  # None: labels only, the teacher is not asked
     temperature: float
     alpha: float  # weight of the distillation term
+    online: bool = False  # all of the teacher's logits, in memory; False: what the cache keeps of them
+
+    @property
+    def name(self) -> str:
+        """Returns the name used in files and results."""
+        return "labels" if self.divergence is None else f"{self.divergence}{'-online' * self.online}"
 
     @property
     def title(self) -> str:
         """Returns the name shown in tables and legends."""
-        return "labels only" if self.divergence is None else f"distilled, {self.divergence}"
+        if self.divergence is None:
+            return "labels only"
+        return f"distilled, {self.divergence}{', online' * self.online}"
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,9 @@ class DemoSettings:
     temperature: float = 1.0
     alpha: float = 0.9
     divergence: str = "jsd"  # of the third student
+    online: bool = False  # trains with all of the teacher's logits, not from the cache
+    compare: bool = True  # adds a student by forward_kl with all logits, for the cached one to be measured against
+    k: int = 64  # entries a token in the cache
     steps: int = 800
     batch: int = 8  # sequences
     context: int = 256  # tokens
@@ -74,15 +85,25 @@ class DemoSettings:
             kdfast.Divergence(self.divergence)
         except ValueError as error:
             raise DemoError(str(error)) from error
+        served = TAIL_RULES["bucket"]
+        if not self.online and self.divergence not in served:
+            msg = (
+                f"divergence {self.divergence} needs all of the teacher's logits, and the cache keeps {self.k} entries "
+                f"a token: add --online, or name one of {', '.join(served)}"
+            )
+            raise DemoError(msg)
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """Returns the three ways of training, labels only first: the distilled ones are measured against it."""
-        return (
-            Method("labels", None, 1.0, 0.0),
-            Method("forward_kl", "forward_kl", self.temperature, self.alpha),
-            Method(self.divergence, self.divergence, self.temperature, self.alpha),
-        )
+        """Returns the ways of training, labels only first: the distilled ones are measured against it."""
+        methods = [
+            Method(None, 1.0, 0.0),
+            Method("forward_kl", self.temperature, self.alpha, self.online),
+            Method(self.divergence, self.temperature, self.alpha, self.online),
+        ]
+        if self.compare and not self.online:
+            methods.append(replace(methods[1], online=True))
+        return tuple(methods)
 
     def changed(self, **values: Any) -> DemoSettings:
         """Returns the settings with some values replaced; None leaves a value as it is."""

@@ -12,6 +12,7 @@ import kdfast
 from kdfast.demo.data import batch_order, learning_rate_factor
 from kdfast.demo.model import GPT
 from kdfast.demo.settings import DemoSettings, Method
+from kdfast.demo.targets import Targets
 
 TIMED = ("model", "loss", "optimizer", "data")
 
@@ -46,24 +47,24 @@ class Student:
         """Says whether all steps were taken."""
         return self.step >= self.settings.steps
 
-    def advance(self, ids: Tensor, teacher_logits: Tensor) -> None:
+    def advance(self, ids: Tensor, targets: Targets | None) -> None:
         """Takes one step.
 
         Args:
             ids: (N, S + 1) int64, the whole distillation set.
-            teacher_logits: (N, S, V) bf16, what the teacher said about it.
+            targets: gives what the teacher said about some of its rows; None where labels are all there is.
         """
         clock = _Clock(self.seconds)
         rows = self.order[self.step]
         inputs, labels = ids[rows, :-1], ids[rows, 1:]
-        target = None if self.method.divergence is None else teacher_logits[rows]
+        target = None if targets is None else targets(rows)
         clock.lap("data")
         logits = self.model(inputs)
         clock.lap("model")
         # The graph is cut at the logits so that the loss and its gradient are timed apart from the model.
         leaf = logits.detach().requires_grad_()
         terms: Any
-        if self.method.divergence is None:
+        if target is None or self.method.divergence is None:
             terms = kdfast.distill_loss(leaf, None, labels, return_terms=True)
         else:
             terms = kdfast.distill_loss(

@@ -18,6 +18,7 @@ from kdfast.demo.settings import DemoError
 from kdfast.demo.tokenizer import load_tokenizer
 
 TEACHER_FOLDER = Path(__file__).parent / "teacher"
+BATCH = 8  # sequences that the teacher sees at a time
 
 
 def load_teacher(folder: Path = TEACHER_FOLDER) -> tuple[GPT, Tokenizer, dict[str, Any]]:
@@ -28,14 +29,21 @@ def load_teacher(folder: Path = TEACHER_FOLDER) -> tuple[GPT, Tokenizer, dict[st
     return model.requires_grad_(requires_grad=False).eval(), load_tokenizer(folder / "tokenizer.json"), record
 
 
-def label(teacher: GPT, ids: Tensor, report: Callable[[int, int], None], batch: int = 8) -> Tensor:
+def logits_of(teacher: GPT, inputs: Tensor) -> Tensor:
+    """Returns (B, S, V) bf16 logits of (B, S) token ids: what goes into the cache and what is kept in memory alike."""
+    # In fp32: without bf16 instructions autocast is slower, and the labels must not depend on what was faster.
+    with torch.inference_mode():
+        logits: Tensor = teacher(inputs)
+        return logits.bfloat16()
+
+
+def label(teacher: GPT, ids: Tensor, report: Callable[[int, int], None]) -> Tensor:
     """Runs the teacher once over every sequence.
 
     Args:
         teacher: the model to ask.
         ids: (N, S + 1) int64; the last token of a sequence is a label only.
         report: called with the number of sequences done and N after each batch.
-        batch: sequences at a time.
 
     Returns:
         (N, S, V) bf16 logits: N * S * V * 2 bytes of memory.
@@ -43,23 +51,27 @@ def label(teacher: GPT, ids: Tensor, report: Callable[[int, int], None], batch: 
     Raises:
         DemoError: the machine has not that much memory to spare.
     """
+    check_memory(teacher, ids)
     count, length = ids.shape[0], ids.shape[1] - 1
-    needed = count * length * teacher.config.vocab_size * 2
+    logits = torch.empty(count, length, teacher.config.vocab_size, dtype=torch.bfloat16)
+    for start in range(0, count, BATCH):
+        part = ids[start : start + BATCH]
+        logits[start : start + len(part)] = logits_of(teacher, part[:, :-1])
+        report(start + len(part), count)
+    return logits
+
+
+def check_memory(teacher: GPT, ids: Tensor) -> None:
+    """Raises DemoError where the machine has no room for the logits that `label` would return."""
+    tokens = ids[:, 1:].numel()
+    needed = tokens * teacher.config.vocab_size * 2
     available = available_memory()
     if available is not None and needed > 0.8 * available:
         msg = (
-            f"the teacher's labels take {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free: "
-            f"ask for fewer with --tokens (now {count * length})"
+            f"the teacher's logits take {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free: ask for "
+            f"fewer with --tokens (now {tokens}), or train from disk alone, with --no-compare and without --online"
         )
         raise DemoError(msg)
-    logits = torch.empty(count, length, teacher.config.vocab_size, dtype=torch.bfloat16)
-    # In fp32: without bf16 instructions autocast is slower, and the labels must not depend on what was faster.
-    with torch.inference_mode():
-        for start in range(0, count, batch):
-            part = ids[start : start + batch]
-            logits[start : start + len(part)] = teacher(part[:, :-1])
-            report(start + len(part), count)
-    return logits
 
 
 def available_memory() -> int | None:

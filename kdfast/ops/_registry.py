@@ -76,15 +76,26 @@ def _declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
 def _declines_on_triton(problem: Problem) -> str | None:
     from kdfast.kernels.triton.tiles import MOST_KEPT
 
-    if problem.sparse is not None and problem.sparse.shape[-1] > MOST_KEPT:
-        return f"{problem.sparse.shape[-1]} entries a token of sparse targets (it takes {MOST_KEPT})"
+    if problem.kept is not None and problem.kept.shape[-1] > MOST_KEPT:
+        return f"{problem.kept.shape[-1]} entries a token of sparse targets (it takes {MOST_KEPT})"
     return _declines(problem, ("cpu",) if _interprets() else ("cuda",))
 
 
 def _distill_loss(problem: Problem, backend: str) -> DistillTerms:
+    if not _unpacks(problem, backend):
+        problem = problem.unpacked()
     if head_autograd.has_head(problem):
         return head_autograd.distill_loss(problem, backend)
     return dense_autograd.distill_loss(problem, backend)
+
+
+def _unpacks(problem: Problem, backend: str) -> bool:
+    """Whether the kernels of a backend take packed targets as they are."""
+    if problem.packed is None or backend != "triton":
+        return False
+    from kdfast.kernels.triton.tiles import MOST_PACKED
+
+    return problem.packed.kept <= MOST_PACKED
 
 
 #: Best first.
@@ -104,7 +115,11 @@ ROWS: tuple[Implementation, ...] = (
         _triton_detail,
     ),
     Implementation(
-        "reference", lambda: None, lambda problem: None, reference.distill_loss, lambda: "plain PyTorch, any device"
+        "reference",
+        lambda: None,
+        lambda problem: None,
+        lambda problem: reference.distill_loss(problem.unpacked()),
+        lambda: "plain PyTorch, any device",
     ),
 )
 

@@ -27,11 +27,14 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Arguments that the operators of every loss take. student (..., V); teachers (..., >= columns) each; teacher_weights
 # fp32, (n,) or (n, ...); labels (...) int64; counted (...) bool; temperature 0-d; backend a key of LAUNCHERS; c_soft,
 # c_hard and c_z (...) fp32. A sparse teacher has kept_ids (..., K) int32, kept_values (..., K) and kept_per_row (...)
-# fp32, kept_columns the columns that it had, and tail_rule, one of TAIL_RULES; "" where there is none.
+# fp32, kept_columns the columns that it had, and tail_rule, one of TAIL_RULES; "" where there is none. A packed one,
+# for Triton only, has kept_packed, the bytes of all tokens, of kept_size entries each in steps of 2^-kept_grid nats:
+# kept_ids is then (..., 2) int32, offset and k_eff, and kept_values (...), the top.
 INPUTS = (
     "Tensor[] teachers, Tensor? teacher_weights, Tensor? labels, Tensor? counted, Tensor temperature, "
     "str[] names, float[] weights, float[] parameters, bool mix_logits, int columns, float label_smoothing, "
-    "str backend, Tensor? kept_ids, Tensor? kept_values, Tensor? kept_per_row, int kept_columns, str tail_rule"
+    "str backend, Tensor? kept_ids, Tensor? kept_values, Tensor? kept_per_row, int kept_columns, str tail_rule, "
+    "Tensor? kept_packed, int kept_size, int kept_grid"
 )
 COEFFICIENTS = "Tensor? c_soft, Tensor? c_hard, Tensor? c_z"
 
@@ -74,6 +77,9 @@ class Inputs(NamedTuple):
     kept_per_row: Tensor | None = None
     kept_columns: int = 0
     tail_rule: str = ""
+    kept_packed: Tensor | None = None
+    kept_size: int = 0
+    kept_grid: int = 0
 
     @property
     def taught(self) -> bool:

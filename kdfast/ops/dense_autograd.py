@@ -22,7 +22,7 @@ _ops = torch.ops.kdfast
 
 
 class PerToken(NamedTuple):
-    """The tensors of a call, beside the logits, that have an entry per token, or None."""
+    """The tensors of a call, beside the logits, that have an entry per token, or None; and what packed ones lie in."""
 
     labels: Tensor | None
     counted: Tensor | None
@@ -30,6 +30,7 @@ class PerToken(NamedTuple):
     kept_ids: Tensor | None
     kept_values: Tensor | None
     kept_per_row: Tensor | None
+    kept_packed: Tensor | None
 
     @classmethod
     def of(cls, problem: Problem) -> PerToken:
@@ -37,10 +38,16 @@ class PerToken(NamedTuple):
         weights = problem.teacher_weights
         if weights is not None:
             weights = weights.detach().float()
-        kept: tuple[Tensor | None, ...] = (None, None, None)
+        kept: tuple[Tensor | None, ...] = (None, None, None, None)
         if problem.sparse is not None:
             ids, values, per_row = reference.kept_entries(problem, problem.sparse)
-            kept = ids, values.float(), None if per_row is None else per_row.float()
+            kept = ids, values.float(), None if per_row is None else per_row.float(), None
+        elif problem.packed is not None:
+            offset, k_eff = problem.packed.offset, problem.packed.k_eff
+            if k_eff is None:
+                k_eff = torch.full_like(offset, problem.packed.kept)
+            per_row = reference.captured_normaliser(problem, problem.packed)
+            kept = torch.stack([offset, k_eff], -1), problem.packed.top, per_row, problem.packed.data
         return cls(problem.labels, problem.counted, weights, *kept)
 
 
@@ -59,6 +66,8 @@ class Spec(NamedTuple):
     overwrite: bool
     kept_columns: int
     tail_rule: str
+    kept_size: int  # and grid of packed targets, or 0
+    kept_grid: int
     backend: str
 
     def inputs(self, teachers: tuple[Tensor, ...], per_token: PerToken, temperature: Tensor) -> Inputs:
@@ -83,6 +92,9 @@ class Spec(NamedTuple):
             per_token.kept_per_row,
             self.kept_columns,
             self.tail_rule,
+            per_token.kept_packed,
+            self.kept_size,
+            self.kept_grid,
         )
 
 
@@ -257,7 +269,7 @@ def _exchanged(terms: tuple[Term, ...]) -> dict[str, Any]:
 
 def declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
     """Why the dense kernels of these devices cannot serve this call."""
-    if problem.sparse is not None and problem.learns_temperature:
+    if problem.kept is not None and problem.learns_temperature:
         return "a learned temperature with sparse targets"
     for x in (problem.student, *problem.teachers):
         stored = x if isinstance(x, Tensor) else x.hidden
@@ -287,8 +299,10 @@ def spec_of(problem: Problem, backend: str) -> Spec:
         problem.has_z_loss,
         problem.learns_temperature and bool(problem.teachers),
         problem.overwrite_logits,
-        0 if problem.sparse is None else problem.sparse.vocab_size,
-        "" if problem.sparse is None else reference.tail_rule(problem, problem.sparse),
+        0 if problem.kept is None else problem.kept.vocab_size,
+        "" if problem.kept is None else reference.tail_rule(problem, problem.kept),
+        0 if problem.packed is None else problem.packed.kept,
+        0 if problem.packed is None else problem.packed.grid,
         backend,
     )
 

@@ -23,6 +23,7 @@ _DTYPE_NAMES = {
     torch.float16: "float16",
     torch.int64: "int64",
     torch.int32: "int32",
+    torch.uint8: "uint8",
     torch.bool: "bool",
 }
 

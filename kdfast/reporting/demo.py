@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from kdfast.reporting import plots
+from kdfast.reporting.pages import template
 from kdfast.reporting.plots import COLOURS, GREY, Bar, Curve, Panel, Reliability
 
 SMOOTHING = 20  # steps
@@ -21,15 +20,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
         results: what `results.json` holds.
         path: the file.
     """
-    folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("demo.html.j2").render(
+    page = template("demo.html.j2").render(
         r=results, several=len(results["settings"]["seeds"]) > 1, figures=_figures(results), smoothing=SMOOTHING
     )
     path.write_text(page, encoding="utf-8")
@@ -52,7 +43,7 @@ def _figures(results: dict[str, Any]) -> dict[str, str]:
         return lines
 
     models = [("teacher", GREY, teacher)]
-    models += [(title[name].removeprefix("distilled, "), colour[name], runs[name][0]["evaluation"]) for name in runs]
+    models += [(_short(title[name]), colour[name], runs[name][0]["evaluation"]) for name in runs]
     return {
         "training": plots.curve_panels(
             [
@@ -104,11 +95,15 @@ def _figures(results: dict[str, Any]) -> dict[str, str]:
             [row["title"] for row in summary],
             [
                 (label, COLOURS[(i + 3) % len(COLOURS)], [row[f"ms_{key}"]["mean"] for row in summary])
-                for i, (key, label) in enumerate((*TIMED, ("data", "gathering the batch")))
+                for i, (key, label) in enumerate((*TIMED, ("data", "targets of the batch")))
             ],
             "milliseconds per step",
         ),
     }
+
+
+def _short(title: str) -> str:
+    return title.removeprefix("distilled, ")
 
 
 def _points(bins: list[dict[str, float]]) -> tuple[list[float], list[float]]:
@@ -116,4 +111,4 @@ def _points(bins: list[dict[str, float]]) -> tuple[list[float], list[float]]:
 
 
 def _bar(row: dict[str, Any], key: str, colour: str, scale: float) -> Bar:
-    return Bar(row["title"], colour, scale * row[key]["mean"], scale * row[key]["std"])
+    return Bar(_short(row["title"]), colour, scale * row[key]["mean"], scale * row[key]["std"])

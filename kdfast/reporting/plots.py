@@ -19,7 +19,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#6B7280"
 INK = "#1F2937"
 
-_STYLE: Any = {
+NARROW = 5.0  # inches: a panel that is read on a phone
+LONGEST_NAME = 22  # characters of a layer's path
+
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
     "font.size": 9.5,
     "axes.edgecolor": "#9CA3AF",
@@ -81,12 +84,23 @@ class Reliability:
     points: tuple[Sequence[float], Sequence[float]]  # mean confidence and accuracy of each bin
     share: Sequence[float]  # of the tokens, in each bin
     note: str
-    fitted: tuple[Sequence[float], Sequence[float]]  # the points once the logits are rescaled
+    fitted: tuple[Sequence[float], Sequence[float]] | None = None  # the points once the logits are rescaled
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """A value with its interval; None: not known."""
+
+    name: str
+    colour: str
+    value: float | None
+    low: float | None
+    high: float | None
 
 
 def curve_panels(panels: Sequence[Panel], smoothing: int = 1) -> str:
     """Draws panels side by side; `smoothing` is the number of steps a moving average runs over."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
             for curve in panel.curves:
@@ -99,12 +113,12 @@ def curve_panels(panels: Sequence[Panel], smoothing: int = 1) -> str:
             axes.set_ylabel(panel.y_label)
             if panel.curves:
                 axes.legend()
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def bar_panels(panels: Sequence[tuple[str, str, Sequence[Bar]]]) -> str:
     """Draws horizontal bars, one panel for each (title, format of a value, bars)."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         rows = max(len(bars) for _, _, bars in panels)
         figure = Figure(figsize=(10, 0.9 + 0.5 * rows), layout="constrained")
         for axes, (title, value_format, bars) in zip(
@@ -123,18 +137,19 @@ def bar_panels(panels: Sequence[tuple[str, str, Sequence[Bar]]]) -> str:
             axes.grid(visible=False, axis="y")
             axes.set_xlim(right=1.28 * max(bar.value + bar.deviation for bar in bars))
             axes.set_title(title)
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
-def reliability_panels(models: Sequence[Reliability]) -> str:
-    """Draws accuracy over confidence for each model; the size of a dot is the share of tokens in its bin."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 3.0), layout="constrained")
+def reliability_panels(models: Sequence[Reliability], size: tuple[float, float] = (10, 3.0)) -> str:
+    """Draws accuracy over confidence for each model; the area of a dot is the share of the predictions in its bin."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
         axes_row = np.atleast_1d(figure.subplots(1, len(models), sharey=True))
         for axes, model in zip(axes_row, models, strict=True):
             axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
             axes.plot(*model.points, color=model.colour, linewidth=1.2)
-            axes.plot(*model.fitted, color=INK, linestyle=":", linewidth=1.2)
+            if model.fitted is not None:
+                axes.plot(*model.fitted, color=INK, linestyle=":", linewidth=1.2)
             axes.scatter(*model.points, s=12 + 400 * np.asarray(model.share), color=model.colour, alpha=0.75)
             axes.set_title(model.title)
             axes.text(0.04, 0.96, model.note, transform=axes.transAxes, va="top", fontsize=8.5)
@@ -145,13 +160,15 @@ def reliability_panels(models: Sequence[Reliability]) -> str:
             axes.set_yticks((0, 0.5, 1))
             axes.set_xlabel("confidence")
         axes_row[0].set_ylabel("accuracy")
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
-def stacked_bars(names: Sequence[str], parts: Sequence[tuple[str, str, Sequence[float]]], x_label: str) -> str:
+def stacked_bars(
+    names: Sequence[str], parts: Sequence[tuple[str, str, Sequence[float]]], x_label: str, width: float = 10
+) -> str:
     """Draws one horizontal bar for each name, made of (part, colour, length for each name)."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 1.1 + 0.5 * len(names)), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, 1.1 + 0.5 * len(names)), layout="constrained")
         axes = figure.subplots()
         left = np.zeros(len(names))
         for part, colour, lengths in parts:
@@ -162,7 +179,120 @@ def stacked_bars(names: Sequence[str], parts: Sequence[tuple[str, str, Sequence[
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(x_label)
         axes.legend(ncols=len(parts), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        return _data_uri(figure)
+        return data_uri(figure)
+
+
+def interval_bars(title: str, value_format: str, rows: Sequence[Ranged], most: float | None = None) -> str:
+    """Draws one horizontal bar for each value, with its interval; a narrow panel. ``most`` is what values may reach."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(NARROW, 0.9 + 0.45 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        longest = 0.0
+        for place, row in enumerate(rows):
+            value = row.value
+            if value is None:
+                axes.annotate("infinite", (0, place), xytext=(6, 0), textcoords="offset points", va="center")
+                continue
+            known = row.low is not None and row.high is not None
+            axes.barh(place, value, color=row.colour, height=0.62)
+            end = value
+            if row.low is not None and row.high is not None:
+                axes.errorbar(value, place, xerr=[[value - row.low], [row.high - value]], color=INK, capsize=3)
+                end = max(value, row.high)
+            axes.annotate(
+                value_format.format(value) + ("" if known else " (interval unknown)"),
+                (end, place),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+            )
+            longest = max(longest, end)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, 1.25 * longest or 1.0)
+        if most is not None:
+            axes.set_xticks([tick for tick in axes.get_xticks() if tick <= most])
+        axes.set_title(title)
+        return data_uri(figure)
+
+
+def dots(title: str, rows: Sequence[Ranged]) -> str:
+    """Draws one dot with its interval for each value, around 0; a narrow panel."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(NARROW, 1.1 + 0.42 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color=GREY, linestyle="--", linewidth=1)
+        for place, row in enumerate(rows):
+            if row.value is None:
+                axes.annotate("unknown", (0, place), xytext=(6, 0), textcoords="offset points", va="center")
+                continue
+            known = row.low is not None and row.high is not None
+            ends = [[row.value - (row.low or 0.0)], [(row.high or 0.0) - row.value]] if known else None
+            axes.errorbar(row.value, place, xerr=ends, fmt="o", color=row.colour, capsize=3)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.set_title(title)
+        return data_uri(figure)
+
+
+def interval_lines(title: str, x_label: str, ticks: Sequence[str], lines: Sequence[Sequence[Ranged]]) -> str:
+    """Draws, for each line, its values with their intervals over named places; a narrow panel."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(NARROW, 3.3), layout="constrained")
+        axes = figure.subplots()
+        for number, line in enumerate(lines):
+            offset = 0.12 * (number - (len(lines) - 1) / 2)
+            known = [(x + offset, p) for x, p in enumerate(line) if p.value is not None]
+            x = [place for place, _ in known]
+            values = np.array([p.value for _, p in known], dtype=np.float64)
+            low = np.array([p.value if p.low is None else p.low for _, p in known], dtype=np.float64)
+            high = np.array([p.value if p.high is None else p.high for _, p in known], dtype=np.float64)
+            axes.errorbar(
+                x,
+                values,
+                yerr=np.stack([values - low, high - values]) if known else None,
+                color=line[0].colour,
+                label=line[0].name,
+                marker="o",
+                markersize=4,
+                linewidth=1.4,
+                capsize=2,
+            )
+        axes.set_xticks(range(len(ticks)), list(ticks), rotation=35, ha="right", fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label)
+        axes.set_title(title)
+        if len(lines) > 1:
+            axes.legend()
+        return data_uri(figure)
+
+
+def heatmap(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
+    """Draws values of 0 to 1 as a table of tones with the numbers in it; a narrow panel. None: a dash."""
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(NARROW, 1.5 + 0.36 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        tones = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=np.float64)
+        axes.imshow(tones, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for i, row in enumerate(values):
+            for j, v in enumerate(row):
+                tone = "white" if v is not None and v > 0.6 else INK
+                axes.text(j, i, "-" if v is None else f"{v:.2f}", ha="center", va="center", fontsize=7.5, color=tone)
+        axes.set_xticks(range(len(columns)), [_end(name) for name in columns], rotation=35, ha="right", fontsize=8)
+        axes.set_yticks(range(len(rows)), [_end(name) for name in rows], fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_xlabel("teacher's layer")
+        axes.set_title(title)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return data_uri(figure)
+
+
+def _end(name: str) -> str:
+    """The end of a path, which tells layers apart."""
+    return name if len(name) <= LONGEST_NAME else f"…{name[-LONGEST_NAME:]}"
 
 
 def _draw_curve(axes: Axes, curve: Curve, smoothing: int) -> None:
@@ -180,7 +310,8 @@ def _moving_average(values: NDArray[np.float64], length: int) -> NDArray[np.floa
     return np.convolve(values, np.full(length, 1 / length), mode="valid")
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure) -> str:
+    """The figure as SVG in a URI; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

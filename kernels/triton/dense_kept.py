@@ -11,7 +11,8 @@ leaves the kept columns out of a sum of its own, as 1 - sum p has no digits left
 
 Memory sees the row as often as under the cross-entropy alone. Of the K entries a program reads ids, values and logits
 once before the gradient and once with it; their logits before the first column of the gradient is written, which may
-take the place of them all.
+take the place of them all. Packed entries are unpacked in registers each time (``unpack.py``), and never stored: their
+order is found id by id, as the least of those that are left.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kdfast.kernels.triton import divergences
 from kdfast.kernels.triton.dense_hard import less_target, of_softmax
 from kdfast.kernels.triton.dense_rows import INF, LOG2E, STATE, load, or_zero, row_of
 from kdfast.kernels.triton.divergences import LN2, times
+from kdfast.kernels.triton.unpack import NOWHERE, escapes_begin, unpack_ids, unpack_steps
 
 #: Numbers of the rules for the tail, for ``tl.constexpr`` arguments; the first two have one among their outcomes.
 RULES = {"bucket": 0, "renorm": 1, "zero": 2, "drawn": 3}
@@ -30,7 +32,6 @@ BUCKET = tl.constexpr(0)
 RENORM = tl.constexpr(1)
 DRAWN = tl.constexpr(3)
 
-NOWHERE = tl.constexpr(2**31 - 1)  # a column beyond all
 # log2 of what a tail has that ought to have mass, however little its sum has left of it. A little above the smallest
 # number, so that a quotient by it is finite.
 FLOOR = tl.constexpr(-120.0)
@@ -41,11 +42,22 @@ FLOOR = tl.constexpr(-120.0)
 
 @triton.jit
 def first_kept(given, i, column, KEPT: tl.constexpr):
-    """Where the ids in order reach a column, and the one that stands there."""
+    """Where the ids in order reach a column, the one that stands there, and what the next ones are found by."""
     k = tl.arange(0, KEPT)
-    ids = tl.load(given.kept.ordered + i * given.kept.size + k, mask=k < given.kept.size, other=NOWHERE)
-    at = tl.sum((ids < column).to(tl.int32), 0)
-    return at, _id_at(given, i, at)
+    if given.kept.packed is not None:
+        ids = _packed_ids(given, i, k)
+        return 0, tl.min(tl.where(ids >= column, ids, NOWHERE), 0), ids
+    else:
+        ids = tl.load(given.kept.ordered + i * given.kept.size + k, mask=k < given.kept.size, other=NOWHERE)
+        at = tl.sum((ids < column).to(tl.int32), 0)
+        return at, _id_at(given, i, at), 0
+
+
+@triton.jit
+def _packed_ids(given, i, k):
+    """Ids of a packed row; -1 where there is none."""
+    token = given.kept.ids + 2 * i
+    return unpack_ids(given.kept.packed, tl.load(token), tl.load(token + 1), k)
 
 
 @triton.jit
@@ -54,12 +66,15 @@ def _id_at(given, i, at):
 
 
 @triton.jit
-def less_kept(e, given, i, offsets, end, at, following):
+def less_kept(e, given, i, offsets, end, at, following, ids):
     """A tile's summands without those of kept columns; and where the ids stand at its end."""
     while following < end:
         e = tl.where(offsets == following, 0.0, e)
-        at += 1
-        following = _id_at(given, i, at)
+        if given.kept.packed is not None:
+            following = tl.min(tl.where(ids > following, ids, NOWHERE), 0)
+        else:
+            at += 1
+            following = _id_at(given, i, at)
     return e, at, following
 
 
@@ -68,26 +83,49 @@ def less_kept(e, given, i, offsets, end, at, following):
 
 @triton.jit
 def _entries(given, i, KEPT: tl.constexpr, RULE: tl.constexpr):
-    """(ids, which of them are columns here, log2 q at tau or a drawn weight)."""
+    """(ids, which of them are columns here, log2 q at tau in fp64, or a drawn weight)."""
     k = tl.arange(0, KEPT)
-    there = k < given.kept.size
-    ids = tl.load(given.kept.ids + i * given.kept.size + k, mask=there, other=-1)
-    used = (ids >= 0) & (ids < given.columns)
-    x = tl.load(given.kept.content + i * given.kept.size + k, mask=used, other=0.0)
+    if given.kept.packed is not None:
+        ids = _packed_ids(given, i, k)
+        used = (ids >= 0) & (ids < given.columns)
+        token = given.kept.ids + 2 * i
+        size = tl.load(token + 1)
+        begin = escapes_begin(given.kept.packed, size)
+        steps, _, _ = unpack_steps(given.kept.packed, tl.load(token), size, k, begin, 0)
+        x = tl.load(given.kept.content + i) - steps.to(tl.float32) * given.kept.packed.step
+    else:
+        ids = tl.load(given.kept.ids + i * given.kept.size + k, mask=k < given.kept.size, other=-1)
+        used = (ids >= 0) & (ids < given.columns)
+        x = tl.load(given.kept.content + i * given.kept.size + k, mask=used, other=0.0)
     if RULE == DRAWN:
         return ids, used, x
     else:
-        # in fp64, as the difference to 1 of what these sum to is the tail's mass
         log2e = tl.full([], LOG2E, tl.float64)
         v = x.to(tl.float64) * (log2e / tl.load(given.temperature).to(tl.float64))
         if given.kept.per_row is not None:
             v -= tl.load(given.kept.per_row + i).to(tl.float64) * log2e
-        return ids, used, tl.where(used, v.to(tl.float32), -INF)
+        return ids, used, tl.where(used, v, -INF)
+
+
+@triton.jit
+def _mass_left(v):
+    """1 - sum 2^v, fp64: what the largest lacks of 1 less the sum of the others."""
+    largest = tl.max(v, 0)
+    is_largest = v == largest
+    ties = (tl.sum(is_largest.to(tl.int32), 0) - 1).to(tl.float64)
+    power = tl.exp2(largest)
+    others = tl.sum(tl.where(is_largest, 0.0, tl.exp2(v)), 0) + ties * power
+    # near 1, 1 - u is to log2 u as 1 - 2^v is to v
+    near = tl.where(power == 1.0, -largest * LN2, (1.0 - power) * (largest / tl.log2(power)))
+    return tl.where(power < 0.5, 1.0 - power, near) - others
 
 
 @triton.jit
 def _spoilt(given, i, KEPT: tl.constexpr):
-    """NaN for a row with an id that is no column of the teacher's or stands there twice, 0 for any other."""
+    """NaN for a row with an id that is no column of the teacher's or stands there twice, 0 for any other.
+
+    Packed rows were looked at when they were read.
+    """
     k = tl.arange(0, KEPT)
     there = k < given.kept.size
     at = given.kept.ordered + i * given.kept.size + k
@@ -114,7 +152,10 @@ def _total_weight(given, KINDS: tl.constexpr):
 def _outcomes(student, given, i, c, z_at, z_log2, log2_beside, KEPT: tl.constexpr, RULE: tl.constexpr,
               KINDS: tl.constexpr):  # fmt: skip
     """(value, sum student, pull, log2 of what q is divided by); without a tail the second number is 0."""
-    ids, used, v = _entries(given, i, KEPT, RULE)
+    ids, used, exact = _entries(given, i, KEPT, RULE)
+    v = exact.to(tl.float32)
+    if RULE == BUCKET:
+        left = _mass_left(exact)
     u = (load(row_of(student, i), tl.where(used, ids, 0), used) - z_at) * c - z_log2
     if RULE <= RENORM:
         shift = 0.0
@@ -127,8 +168,7 @@ def _outcomes(student, given, i, c, z_at, z_log2, log2_beside, KEPT: tl.constexp
         tail_u = tl.where(complete, -INF, _floored(log2_beside))
         tail_v = -INF
         if RULE == BUCKET:
-            rest = 1.0 - tl.sum(q, 0)
-            tail_v = tl.where(complete, -INF, _floored(tl.log2(tl.where(rest < 0.0, 0.0, rest))))
+            tail_v = tl.where(complete, -INF, _floored(tl.log2(tl.where(left < 0.0, 0.0, left)).to(tl.float32)))
         tail_p, tail_q, tail_d = tl.exp2(tail_u), tl.exp2(tail_v), (tail_v - tail_u) * LN2
         value = tl.sum(divergences.sum_terms(divergences.value, given, p, q, u, v, d, KINDS), 0)
         value += divergences.sum_terms(divergences.value, given, tail_p, tail_q, tail_u, tail_v, tail_d, KINDS)
@@ -157,7 +197,9 @@ def finish_kept(student, given, wanted, stats, i, c, z_at, z_log2, beside, KEPT:
     value, sum_student, pull, shift = _outcomes(
         student, given, i, c, z_at, z_log2, tl.log2(beside) - z_log2, KEPT, RULE, KINDS
     )
-    spoilt = _spoilt(given, i, KEPT)
+    spoilt = 0.0
+    if given.kept.packed is None:
+        spoilt = _spoilt(given, i, KEPT)
     sum_student += spoilt
     pull += spoilt
     if wanted.soft is not None:
@@ -203,7 +245,8 @@ def kept_gradient(
     SMOOTH: tl.constexpr,
 ):
     """The whole gradient of the kept columns in [begin, end): (ids, which are there, gradient)."""
-    ids, used, v = _entries(given, i, KEPT, RULE)
+    ids, used, exact = _entries(given, i, KEPT, RULE)
+    v = exact.to(tl.float32)
     here = used & (ids >= begin) & (ids < end)
     z = load(row_of(student, i), tl.where(here, ids, 0), here)
     u = (z - z_at) * c - z_log2

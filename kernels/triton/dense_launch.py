@@ -16,6 +16,7 @@ from kdfast.kernels.triton import dense, dense_rows, tiles
 from kdfast.kernels.triton.dense_kept import RULES
 from kdfast.kernels.triton.dense_rows import Factors, Given, Kept, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
+from kdfast.kernels.triton.unpack import packed_of
 from kdfast.reference import check_ids
 
 LOG2E = dense_rows.LOG2E.value
@@ -57,7 +58,7 @@ def _check_values(student: Tensor, inputs: Any, tau: float | None, *, elsewhere:
     if student.device.type != "cpu" and not inputs.temperature > 0:
         msg = f"temperature must be > 0, got {inputs.temperature.item()}"
         raise ValueError(msg)
-    if inputs.kept_ids is not None:
+    if inputs.kept_ids is not None and inputs.kept_packed is None:  # packed ones were looked at when they were read
         check_ids(inputs.kept_ids if inputs.counted is None else inputs.kept_ids[inputs.counted], inputs.kept_columns)
     if inputs.labels is None:
         return
@@ -103,6 +104,10 @@ def _kept(inputs: Any, *, summing: bool) -> Kept | None:
     if inputs.kept_ids is None:
         return None
     ids = inputs.kept_ids.contiguous()
+    if inputs.kept_packed is not None:
+        packed = packed_of(inputs.kept_packed, inputs.kept_columns, inputs.kept_grid)
+        values, per_row = inputs.kept_values.contiguous(), _flat(inputs.kept_per_row)
+        return Kept(ids, None, values, per_row, inputs.kept_size, inputs.kept_columns, packed)
     return Kept(
         ids,
         ids.sort(-1).values if summing else None,
@@ -110,6 +115,7 @@ def _kept(inputs: Any, *, summing: bool) -> Kept | None:
         _flat(inputs.kept_per_row),
         ids.shape[-1],
         inputs.kept_columns,
+        None,
     )
 
 
@@ -305,9 +311,12 @@ def run(
             out of range, or one kept twice, where the values are on the CPU, or anywhere with KDFAST_CHECK=1 in the
             environment.
     """
-    kept = 0 if inputs.kept_ids is None else inputs.kept_ids.shape[-1]
-    if kept > tiles.MOST_KEPT:
-        msg = f"kdfast: the Triton kernel takes at most {tiles.MOST_KEPT} kept columns a token, got {kept}"
+    packed = inputs.kept_packed is not None
+    kept = 0 if inputs.kept_ids is None else inputs.kept_size if packed else inputs.kept_ids.shape[-1]
+    most = tiles.MOST_PACKED if packed else tiles.MOST_KEPT
+    if kept > most:
+        kind = "packed" if packed else "kept"
+        msg = f"kdfast: the Triton kernel takes at most {most} {kind} columns a token, got {kept}"
         raise ValueError(msg)
     tau = inputs.temperature.item() if inputs.temperature.device.type == "cpu" else None
     _check_values(student, inputs, tau, elsewhere=hard is None)

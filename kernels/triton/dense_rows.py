@@ -39,12 +39,13 @@ class Rows(NamedTuple):
 class Kept(NamedTuple):
     """A teacher's kept columns; tensors are contiguous."""
 
-    ids: Any  # (rows, size) int32; negative: none
-    ordered: Any  # the same, each row ascending; None where only the gradient is left to do
-    content: Any  # (rows, size) fp32: log q at temperature 1, nats, or a drawn weight
+    ids: Any  # (rows, size) int32; negative: none. Packed: (rows, 2), offset and number of entries
+    ordered: Any  # the same, each row ascending; None where only the gradient is left to do, and packed
+    content: Any  # (rows, size) fp32: log q at temperature 1, nats, or a drawn weight. Packed: (rows,), of entry 0
     per_row: Any  # (rows,) fp32: log-normaliser at tau, None: 0; of drawn ones, negative entropy
     size: int
     columns: int  # that the teacher had
+    packed: Any  # unpack.Packed, whose entries each program unpacks by itself; None: they lie in memory
 
 
 class Given(NamedTuple):

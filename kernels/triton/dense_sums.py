@@ -55,7 +55,7 @@ def sum_taught(
     t_sum = tl.zeros([BLOCK], tl.float32)
     first, last = tiles_of(given.columns, split, BLOCK, SPLITS)
     if TAIL > 0:
-        kept_at, kept = first_kept(given, i, first * BLOCK, TAIL)
+        kept_at, kept, kept_ids = first_kept(given, i, first * BLOCK, TAIL)
     for j in range(first, last):
         offsets = j * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < given.columns
@@ -70,7 +70,8 @@ def sum_taught(
         if TAU == TAU_OTHER:
             at_one = at_one * tl.exp2((z_top - at) * LOG2E) + tl.exp2((z - at) * LOG2E)
         if TAIL > 0:
-            beside, kept_at, kept = less_kept(e, given, i, offsets, (j + 1) * BLOCK, kept_at, kept)
+            end = (j + 1) * BLOCK
+            beside, kept_at, kept = less_kept(e, given, i, offsets, end, kept_at, kept, kept_ids)
             cross = cross * shrink + beside
         if SMOOTH:
             there = z > -INF

@@ -11,6 +11,9 @@ The k-th largest maximum of disjoint sets of columns is no larger than the k-th 
 largest is below the floor. Where more columns reach it than there is room for (many are equal, or lie in few chunks)
 `gather` searches for the k-th largest itself, by bisection over the chunks that it holds.
 
+Each tile is summed without one column that has its maximum, which has a weight of its own, so that the row's sum beside
+its maximum is at hand: what a sure teacher leaves to the others would not survive a difference.
+
 Bytes of a column: its own size; twice that over the columns of a chunk, for the maximum that is written and read; and
 its own size again in about k chunks. No sum depends on how many rows or processors there are.
 """
@@ -28,6 +31,7 @@ from kdfast.kernels.triton.select_rows import (
     PRESENT,
     STATE,
     column_of,
+    log1p,
     logit_of,
     ordered,
     packed,
@@ -42,7 +46,7 @@ def scan_kernel(
     logits,
     maxima,  # (rows, chunks) like logits
     tops,  # (rows, tiles) fp32
-    sums,  # (rows, tiles, slots) fp32, relative to the tile's references
+    sums,  # (rows, tiles, slots) fp32, without one column that has the tile's maximum, relative to its references
     chunk_sums,  # (rows, chunks) fp32 of the first exponential, relative to the chunk's reference; or None
     scales,  # (exponentials) c
     columns,
@@ -66,28 +70,39 @@ def scan_kernel(
     tl.store(maxima + at, chunk_top.to(maxima.dtype.element_ty), mask=there)
     index = i * tl.num_programs(1) + tile
     tl.store(tops + index, top)
+    is_top = x == top
+    tied = tl.sum(is_top.to(tl.int32), 1)
+    ties = tl.sum(tied, 0) - 1
+    x = tl.where(is_top, -INF, x)
     for e in tl.static_range(len(SLOT)):
         c = scales[e]
         r, f = reference(chunk_top, c)
         w = weight(x, chunk_top[:, None], c, f[:, None])
         s = tl.sum(w, 1)
         if chunk_sums is not None and e == 0:
-            tl.store(chunk_sums + at, s, mask=there)
-        r_tile, _ = reference(top, c)
+            tl.store(chunk_sums + at, s + tl.where(chunk_top == -INF, 0.0, tied * tl.exp2(f)), mask=there)
+        r_tile, f_tile = reference(top, c)
         shrink = tl.where(chunk_top == -INF, 0.0, tl.exp2(r - r_tile))
-        tl.store(sums + index * SLOTS + SLOT[e], tl.sum(s * shrink, 0))
+        largest = tl.where(top == -INF, 0.0, tl.exp2(f_tile))
+        tl.store(sums + index * SLOTS + SLOT[e], tl.sum(s * shrink, 0) + ties * largest)
         if SQUARED[e]:
-            tl.store(sums + index * SLOTS + SLOT[e] + 1, tl.sum(tl.sum(w * w, 1) * (shrink * shrink), 0))
+            squares = tl.sum(tl.sum(w * w, 1) * (shrink * shrink), 0)
+            tl.store(sums + index * SLOTS + SLOT[e] + 1, squares + ties * (largest * largest))
 
 
 @triton.jit
-def _log_sum(tops, sums, index, there, top, c, FACTOR: tl.constexpr):
-    """Natural logarithm of sum 2^((x - top) FACTOR c), fp64, from the sums of tiles."""
-    r, _ = reference(tops, c)
+def _log_sum(tops, sums, index, there, top, first, c, FACTOR: tl.constexpr):
+    """Natural logarithm of sum 2^((x - top) FACTOR c), fp64, of which `top` has 1, in tile number `first`.
+
+    As log1p of the sum of the others: all digits of what a sure teacher leaves to them.
+    """
+    r, f = reference(tops, c)
     r_top, f_top = reference(top, c)
     s = tl.load(sums + index, mask=there, other=0.0).to(tl.float64)
-    f = tl.where(tops == -INF, 0.0, power_of_two((r - r_top) * FACTOR))
-    return (tl.log2(tl.sum(s * f, 0)) - f_top.to(tl.float64) * FACTOR) * LN2
+    tile = tl.arange(0, tops.shape[0])
+    s += tl.where(tile == first, 0.0, tl.exp2(f.to(tl.float64) * FACTOR))
+    shrink = tl.where(tops == -INF, 0.0, power_of_two((r - r_top) * FACTOR))
+    return log1p(tl.sum(s * shrink, 0) * tl.exp2(-f_top.to(tl.float64) * FACTOR))
 
 
 @triton.jit
@@ -109,15 +124,19 @@ def normalise(
     t = tl.arange(0, TILES)
     there = t < tiles
     tile_tops = tl.load(tops + i * tiles + t, mask=there, other=-INF)
-    top = or_zero(tl.max(tile_tops, 0))
+    top = tl.max(tile_tops, 0)
+    first = tl.min(tl.where(tile_tops == top, t, TILES), 0)
+    # neither nothing nor +inf; a NaN is in the sums
+    has_top = (top > -INF) & (top < INF)
+    top = or_zero(top)
     at = (i * tiles + t) * SLOTS
     n_one: tl.constexpr = len(SLOT_OF) - 1
     c = scales[EXPONENTIAL[n_one]]
-    log_one = _log_sum(tile_tops, sums, at + SLOT_OF[n_one], there, top, c, FACTOR[n_one])
-    good = tl.abs(log_one) < INF
+    log_one = _log_sum(tile_tops, sums, at + SLOT_OF[n_one], there, top, first, c, FACTOR[n_one])
+    good = has_top & (tl.abs(log_one) < INF)
     for n in tl.static_range(n_one):
         c = scales[EXPONENTIAL[n]]
-        log_sum = _log_sum(tile_tops, sums, at + SLOT_OF[n], there, top, c, FACTOR[n])
+        log_sum = _log_sum(tile_tops, sums, at + SLOT_OF[n], there, top, first, c, FACTOR[n])
         # 1 / T as the weights have it, rounded with c
         relative = log_sum - log_one * (c.to(tl.float64) * LN2 * FACTOR[n])
         tl.store(lse + n * tl.num_programs(0).to(tl.int64) + i, tl.where(good, relative, float("nan")).to(tl.float32))

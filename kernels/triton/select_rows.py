@@ -52,6 +52,13 @@ def power_of_two(exponent):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x) of fp64 numbers >= 0, to all digits of a small one: log u is to u - 1 as log1p x is to x."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log2(u) * LN2 * (x / (u - 1.0)))
+
+
+@triton.jit
 def ordered(x):
     """Uint32 in the order of fp32 numbers, -0 and 0 alike."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)

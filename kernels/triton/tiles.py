@@ -34,6 +34,8 @@ MOST_SPLITS = 64
 
 #: Kept columns of a row of sparse targets, which one program holds in registers.
 MOST_KEPT = 4096
+#: The same of packed targets, whose entries it unpacks there; of more, the entries are unpacked into memory first.
+MOST_PACKED = 1024
 
 
 def architecture(device: torch.device) -> str:

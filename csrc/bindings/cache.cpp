@@ -1,0 +1,349 @@
+#include "bindings/cache.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <tuple>
+
+#include "bindings/selection.h"
+#include "bindings/view.h"
+#include "cache/fault.h"
+#include "cache/maintenance.h"
+#include "cache/reader.h"
+#include "cache/writer.h"
+
+namespace py = pybind11;
+
+namespace kdfast::bindings {
+namespace {
+
+using cache::Fault;
+using cache::Place;
+
+py::object to_python(const Fault& fault) {
+    const auto known = [](const std::string& text) -> py::object {
+        return text.empty() ? py::object(py::none()) : py::str(text);
+    };
+    const py::object offset = fault.offset ? py::object(py::int_(*fault.offset)) : py::none();
+    return py::module_::import("kdfast.cache.error")
+        .attr("CacheError")(fault.what(), cache::code_names[static_cast<std::size_t>(fault.code)], known(fault.path),
+                            known(fault.key), offset);
+}
+
+template <class T>
+T* optional_values(const Optional& view, const char* name, const char* type, std::int64_t expected) {
+    return view ? view->values<T>(name, type, expected) : nullptr;
+}
+
+// The tensors of targets that are written, by name.
+struct Tensors {
+    View ids;
+    Optional logprobs, mass, lse, k_eff, gold, neg_entropy;
+
+    cache::Source targets(std::int64_t kept, std::int64_t temperatures) const {
+        if (ids.shape.size() != 2 || ids.shape[1] != kept) throw ArgumentError("ids must be (tokens, K)");
+        cache::Source t;
+        t.tokens = ids.shape[0];
+        const std::int64_t entries = t.tokens * kept;
+        t.ids = ids.values<std::int32_t>("ids", "int32", entries);
+        t.logprobs = optional_values<float>(logprobs, "logprobs", "float32", entries);
+        t.mass = optional_values<float>(mass, "mass", "float32", entries);
+        t.lse = optional_values<float>(lse, "lse", "float32", t.tokens * temperatures);
+        t.lse_stride = t.tokens;
+        t.k_eff = optional_values<std::int32_t>(k_eff, "k_eff", "int32", t.tokens);
+        t.gold = optional_values<float>(gold, "gold", "float32", t.tokens);
+        t.neg_entropy = optional_values<float>(neg_entropy, "neg_entropy", "float32", t.tokens);
+        if (temperatures > 0 && !lse) throw ArgumentError("lse is missing");
+        return t;
+    }
+};
+
+void require(const Optional& field, bool wanted, const char* name) {
+    if (field.has_value() != wanted)
+        throw ArgumentError(std::string(name) + (wanted ? " is missing" : " has no place in this sample"));
+}
+
+bool is_drawn(cache::Method m) { return m == cache::Method::sample || m == cache::Method::pps; }
+
+std::string method_name(cache::Method m) { return std::string(cache::method_names[static_cast<std::size_t>(m)]); }
+
+py::object hash_of(const cache::IndexEntry& e) {
+    if (!(e.flags & cache::flag::hashed)) return py::none();
+    return py::bytes(reinterpret_cast<const char*>(e.token_hash.data()), e.token_hash.size());
+}
+
+py::dict header_of(const cache::Catalog& catalog) {
+    using namespace py::literals;
+    const cache::CacheHeader& header = catalog.header();
+    return py::dict("vocab_size"_a = header.vocab_size, "temperatures"_a = header.temperatures,
+                    "shift"_a = header.shift, "metadata"_a = header.metadata, "crc"_a = catalog.header_crc());
+}
+
+// One sample of the index, as Python asks for it before it makes tensors.
+struct SampleEntry {
+    const Place* place;
+};
+
+std::shared_ptr<cache::Reader> open_reader(const std::string& path, bool damaged, std::vector<Fault>& damage) {
+    const py::gil_scoped_release release;
+    return std::make_shared<cache::Reader>(path, damaged ? &damage : nullptr);
+}
+
+// The bytes of a sample's packed tokens.
+struct PackedData {
+    std::vector<std::byte> bytes;
+    std::uint8_t grid = 0;
+
+    void copy_to(const View& view) const {
+        auto* to = view.values<std::byte>("data", "uint8", static_cast<std::int64_t>(bytes.size()));
+        const py::gil_scoped_release release;
+        std::copy(bytes.begin(), bytes.end(), to);
+    }
+};
+
+struct CacheReader {
+    std::vector<Fault> damage;
+    std::shared_ptr<cache::Reader> reader;
+
+    CacheReader(const std::string& path, bool damaged) : reader(open_reader(path, damaged, damage)) {}
+
+    // For each sample: its entry, the first token and how many; offset, top, lse, k_eff and gold.
+    using PackItem = std::tuple<SampleEntry, std::int64_t, std::int64_t, View, View, Optional, Optional, Optional>;
+    // Where paths are given, all lie in their shards.
+    std::vector<PackedData> pack(const std::vector<PackItem>& items, int threads, const Elsewhere::Paths& paths) const {
+        const Elsewhere elsewhere(paths);
+        const auto temperatures = static_cast<std::int64_t>(reader->catalog().header().stored_temperatures().size());
+        std::vector<PackedData> data(items.size());
+        std::vector<cache::PackRequest> requests;
+        requests.reserve(items.size());
+        for (const auto& [entry, first, count, offset, top, lse, k_eff, gold] : items) {
+            const cache::IndexEntry& e = entry.place->entry;
+            require(lse, temperatures > 0, "lse");
+            require(k_eff, (e.flags & cache::flag::ragged) != 0, "k_eff");
+            require(gold, (e.flags & cache::flag::gold) != 0, "gold");
+            cache::Packed out;
+            out.data = &data[requests.size()].bytes;
+            out.grid = &data[requests.size()].grid;
+            out.offset = offset.values<std::int32_t>("offset", "int32", count);
+            out.top = top.values<float>("top", "float32", count);
+            out.rest.tokens = count;
+            out.rest.lse = optional_values<float>(lse, "lse", "float32", count * temperatures);
+            out.rest.lse_stride = count;
+            out.rest.k_eff = optional_values<std::int32_t>(k_eff, "k_eff", "int32", count);
+            out.rest.gold = optional_values<float>(gold, "gold", "float32", count);
+            requests.push_back({entry.place, first, count, out, elsewhere.file(*entry.place)});
+        }
+        const py::gil_scoped_release release;
+        reader->pack(std::move(requests), std::max(1, threads));
+        return data;
+    }
+};
+
+bool write(cache::Writer& writer, const std::string& key, const std::string& method, double parameter,
+           std::optional<std::uint64_t> seed, const std::optional<std::string>& token_hash, const Tensors& tensors,
+           std::int64_t temperatures) {
+    cache::Sample sample;
+    sample.key = key;
+    const auto found = std::find(cache::method_names.begin(), cache::method_names.end(), method);
+    if (found == cache::method_names.end()) throw ArgumentError("unknown method " + method);
+    sample.method = static_cast<cache::Method>(found - cache::method_names.begin());
+    if (tensors.ids.shape.size() != 2) throw ArgumentError("ids must be (tokens, K)");
+    sample.kept = static_cast<std::uint32_t>(std::min<std::int64_t>(tensors.ids.shape[1], 0xFFFFFFFF));
+    sample.parameter = parameter;
+    sample.seed = seed;
+    if (token_hash) {
+        if (token_hash->size() != 16) throw ArgumentError("token_hash must be 16 bytes");
+        std::memcpy(sample.token_hash.emplace().data(), token_hash->data(), 16);
+    }
+    require(tensors.logprobs, !is_drawn(sample.method), "logprobs");
+    require(tensors.mass, is_drawn(sample.method), "mass");
+    require(tensors.neg_entropy, is_drawn(sample.method), "neg_entropy");
+    sample.targets = tensors.targets(tensors.ids.shape[1], temperatures);
+    const py::gil_scoped_release release;
+    return writer.write(sample);
+}
+
+std::unique_ptr<cache::Writer> make_writer(const std::string& path, std::uint32_t vocab_size,
+                                           const std::vector<double>& temperatures, std::uint8_t shift,
+                                           const std::string& metadata, const std::string& tier, std::uint8_t grid,
+                                           std::uint16_t block_tokens, std::uint64_t shard_bytes,
+                                           std::uint64_t commit_bytes, std::uint64_t queue_bytes, int threads) {
+    cache::WriterOptions options;
+    options.header = {.vocab_size = vocab_size, .shift = shift, .temperatures = temperatures, .metadata = metadata};
+    if (tier == "compact")
+        options.tier = cache::Codec::compact;
+    else if (tier != "fixed")
+        throw ArgumentError("tier must be one of 'fixed', 'compact', got '" + tier + "'");
+    options.grid = grid;
+    options.block_tokens = block_tokens;
+    options.limits = {.shard_bytes = shard_bytes, .commit_bytes = commit_bytes};
+    options.queue_bytes = queue_bytes;
+    options.threads = threads;
+    const py::gil_scoped_release release;
+    return std::make_unique<cache::Writer>(path, std::move(options));
+}
+
+py::list to_python(const std::vector<Fault>& faults) {
+    py::list out;
+    for (const Fault& fault : faults) out.append(to_python(fault));
+    return out;
+}
+
+}  // namespace
+
+void add_cache(py::module_& m) {
+    py::register_exception_translator([](std::exception_ptr error) {
+        try {
+            if (error) std::rethrow_exception(error);
+        } catch (const Fault& fault) {
+            const py::object raised = to_python(fault);
+            PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(raised.ptr())), raised.ptr());
+        }
+    });
+
+    py::class_<Tensors>(m, "CacheTensors", "The tensors of one sample's targets.")
+        .def(py::init<View, Optional, Optional, Optional, Optional, Optional, Optional>(), py::arg("ids"),
+             py::kw_only(), py::arg("logprobs") = py::none(), py::arg("mass") = py::none(), py::arg("lse") = py::none(),
+             py::arg("k_eff") = py::none(), py::arg("gold") = py::none(), py::arg("neg_entropy") = py::none());
+
+    const auto entry = [](const SampleEntry& s) -> const cache::IndexEntry& { return s.place->entry; };
+    py::class_<SampleEntry>(m, "CacheEntry", "What the index of a cache says of a sample.")
+        .def_property_readonly("tokens", [=](const SampleEntry& s) { return entry(s).tokens; })
+        .def_property_readonly("kept", [=](const SampleEntry& s) { return entry(s).kept; })
+        .def_property_readonly("method", [=](const SampleEntry& s) { return method_name(entry(s).method); })
+        .def_property_readonly("tier",
+                               [=](const SampleEntry& s) {
+                                   constexpr const char* names[] = {"", "fixed", "compact", "drawn"};
+                                   return names[static_cast<std::size_t>(entry(s).codec)];
+                               })
+        .def_property_readonly("ragged",
+                               [=](const SampleEntry& s) { return (entry(s).flags & cache::flag::ragged) != 0; })
+        .def_property_readonly("gold", [=](const SampleEntry& s) { return (entry(s).flags & cache::flag::gold) != 0; })
+        .def_property_readonly("token_hash", [=](const SampleEntry& s) { return hash_of(entry(s)); })
+        .def_property_readonly("frame_bytes", [=](const SampleEntry& s) { return entry(s).frame_bytes; })
+        .def_property_readonly("offset", [=](const SampleEntry& s) { return entry(s).offset; })
+        .def_property_readonly("shard", [](const SampleEntry& s) { return s.place->shard; });
+
+    py::class_<CacheReader>(m, "CacheReader", "Samples out of a cache, by key.")
+        .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("damaged"))
+        .def_property_readonly("header", [](const CacheReader& r) { return header_of(r.reader->catalog()); })
+        .def_property_readonly("damage", [](const CacheReader& r) { return to_python(r.damage); })
+        .def_property_readonly(
+            "shards",
+            [](const CacheReader& r) {
+                py::list out;
+                for (const auto& s : r.reader->catalog().shards())
+                    out.append(py::make_tuple(s.file, s.bytes, s.samples, s.tokens, s.shard_id, s.finished));
+                return out;
+            })
+        .def("__len__", [](const CacheReader& r) { return r.reader->catalog().size(); })
+        .def(
+            "keys",
+            [](const CacheReader& r, std::size_t first, std::size_t last) {
+                const cache::Catalog& c = r.reader->catalog();
+                py::list out;
+                for (std::size_t i = first; i < std::min(last, c.size()); ++i) out.append(py::str(c.key(c.at(i))));
+                return out;
+            },
+            py::arg("first"), py::arg("last"))
+        .def(
+            "__contains__",
+            [](const CacheReader& r, const std::string& key) { return r.reader->catalog().find(key) != nullptr; },
+            py::arg("key"))
+        .def(
+            "find", [](const CacheReader& r, const std::string& key) { return SampleEntry{&r.reader->find(key)}; },
+            py::arg("key"), py::keep_alive<0, 1>())
+        .def(
+            "details",
+            [](const CacheReader& r, const SampleEntry& s, const Elsewhere::Paths& paths) {
+                const cache::FrameHeader h = [&] {
+                    const py::gil_scoped_release release;
+                    const Elsewhere elsewhere(paths);
+                    const cache::File* file = elsewhere.file(*s.place);
+                    return file ? r.reader->header(*file, *s.place) : r.reader->header(*s.place);
+                }();
+                const py::object seed =
+                    h.flags & cache::flag::seeded ? py::object(py::int_(h.seed)) : py::object(py::none());
+                return py::make_tuple(h.parameter, seed, h.grid, h.block_tokens, h.blocks.size());
+            },
+            py::arg("entry"), py::arg("files") = Elsewhere::Paths{})
+        .def(
+            "check_shard",
+            [](const CacheReader& r, std::uint32_t shard, const std::string& path, int threads) {
+                if (shard >= r.reader->catalog().shards().size()) throw ArgumentError("no shard has this number");
+                cache::check_shard(r.reader->catalog(), shard, path, std::max(1, threads));
+            },
+            py::arg("shard"), py::arg("path"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+        .def(
+            "select",
+            [](const CacheReader& r, const py::iterable& selectors, const py::function& key_text) {
+                return Selection(r.reader, selectors, key_text);
+            },
+            py::arg("selectors"), py::arg("key_text"))
+        .def("pack", &CacheReader::pack, py::arg("items"), py::arg("threads"), py::arg("files") = Elsewhere::Paths{});
+
+    py::class_<Selection>(m, "CacheSelection", "Samples, or ranges of them, that one call reads.")
+        .def("__len__", &Selection::size)
+        .def("key", &Selection::key, py::arg("i"))
+        .def("range", &Selection::range, py::arg("i"))
+        .def(
+            "entry", [](const Selection& s, std::size_t i) { return SampleEntry{&s.place(i)}; }, py::arg("i"),
+            py::keep_alive<0, 1>())
+        .def_property_readonly("shards", &Selection::shards)
+        .def_property_readonly("groups", &Selection::groups)
+        .def(
+            "read",
+            [](const Selection& s, const std::vector<Selection::Addresses>& tensors, int threads,
+               const Elsewhere::Paths& paths) { s.read(tensors, std::max(1, threads), paths); },
+            py::arg("tensors"), py::arg("threads"), py::arg("files") = Elsewhere::Paths{});
+
+    py::class_<PackedData>(m, "CachePackedData", "The bytes of a sample's packed tokens.")
+        .def("__len__", [](const PackedData& p) { return p.bytes.size(); })
+        .def_readonly("grid", &PackedData::grid)
+        .def("copy_to", &PackedData::copy_to, py::arg("view"));
+
+    py::class_<cache::Writer>(m, "CacheWriter", "Samples into a cache, behind a bounded queue.")
+        .def(py::init(&make_writer), py::kw_only(), py::arg("path"), py::arg("vocab_size"), py::arg("temperatures"),
+             py::arg("shift"), py::arg("metadata"), py::arg("tier"), py::arg("grid"), py::arg("block_tokens"),
+             py::arg("shard_bytes"), py::arg("commit_bytes"), py::arg("queue_bytes"), py::arg("threads"))
+        .def("write", &write, py::kw_only(), py::arg("key"), py::arg("method"), py::arg("parameter"), py::arg("seed"),
+             py::arg("token_hash"), py::arg("tensors"), py::arg("temperatures"))
+        .def("__contains__", &cache::Writer::has, py::arg("key"))
+        .def("commit", &cache::Writer::commit, py::call_guard<py::gil_scoped_release>())
+        .def("close", &cache::Writer::close, py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("id", &cache::Writer::id)
+        .def_property_readonly("waiting_bytes", &cache::Writer::waiting_bytes);
+
+    m.def(
+        "cache_verify",
+        [](const std::string& path, int threads) {
+            const cache::Verified v = [&] {
+                const py::gil_scoped_release release;
+                return cache::verify(path, std::max(1, threads));
+            }();
+            return py::make_tuple(v.samples, v.tokens, v.bytes, to_python(v.faults));
+        },
+        py::arg("path"), py::arg("threads"), "Checks everything; what was looked at, and the faults.");
+    m.def(
+        "cache_repair",
+        [](const std::string& path) {
+            const cache::Repaired r = [&] {
+                const py::gil_scoped_release release;
+                return cache::repair(path);
+            }();
+            return py::make_tuple(r.kept, to_python(r.lost), r.done, r.in_use);
+        },
+        py::arg("path"), "Saves what can be saved; samples copied, what was lost, what was done, journals in use.");
+    m.def(
+        "cache_merge",
+        [](const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes) {
+            const py::gil_scoped_release release;
+            const cache::Merged merged = cache::merge(sources, destination, shard_bytes);
+            return std::pair(merged.samples, merged.there_already);
+        },
+        py::arg("sources"), py::arg("destination"), py::arg("shard_bytes"), "Several caches into one.");
+}
+
+}  // namespace kdfast::bindings

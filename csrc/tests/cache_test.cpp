@@ -1,0 +1,254 @@
+// Writers and readers on a real directory: many at once, errors from the threads behind a writer, damage.
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <thread>
+
+#include "cache/maintenance.h"
+#include "cache/reader.h"
+#include "cache/writer.h"
+#include "core/error.h"
+#include "harness.h"
+
+using namespace kdfast;
+using namespace kdfast::cache;
+using namespace kdfast::test;
+
+namespace {
+
+constexpr std::uint32_t vocab_size = 1000, kept = 8;
+
+class Folder {
+  public:
+    Folder() {
+        std::string pattern = (std::filesystem::temp_directory_path() / "kdfast-test-XXXXXX").string();
+        if (!::mkdtemp(pattern.data())) throw std::runtime_error("no temporary directory");
+        path_ = pattern;
+    }
+    ~Folder() { std::filesystem::remove_all(path_); }
+    Folder(const Folder&) = delete;
+    Folder& operator=(const Folder&) = delete;
+    std::string path() const { return path_ + "/cache"; }
+
+  private:
+    std::string path_;
+};
+
+// Targets that are a function of their key, on the grid, so that they come back as they were but for the top's place.
+struct Targets8 {
+    std::vector<std::int32_t> ids;
+    std::vector<float> logprobs, lse;
+    std::int64_t tokens;
+
+    explicit Targets8(int number) : tokens(3 + number * 37 % 300) {
+        for (std::int64_t i = 0; i < tokens; ++i) {
+            for (std::uint32_t j = 0; j < kept; ++j) {
+                ids.push_back(static_cast<std::int32_t>((static_cast<std::uint64_t>(number) * 31 + i * 7 + j * 101) %
+                                                        vocab_size));
+                logprobs.push_back(-1.0f - static_cast<float>(j) * 0.5f);
+            }
+            lse.push_back(static_cast<float>(i % 5));
+        }
+    }
+    Sample sample(const std::string& key) const {
+        Sample s;
+        s.key = key;
+        s.kept = kept;
+        s.token_hash = TokenHash{static_cast<std::byte>(tokens)};
+        s.targets = {
+            .tokens = tokens, .ids = ids.data(), .logprobs = logprobs.data(), .lse = lse.data(), .lse_stride = tokens};
+        return s;
+    }
+};
+
+constexpr Codec tiers[] = {Codec::fixed, Codec::compact};
+
+WriterOptions options(Codec tier) {
+    WriterOptions o;
+    o.tier = tier;
+    o.header = {.vocab_size = vocab_size, .shift = 1, .temperatures = {1, 2}, .metadata = "{}"};
+    o.limits = {.shard_bytes = 50000, .commit_bytes = 9000};
+    o.queue_bytes = 40000;
+    o.threads = 2;
+    return o;
+}
+
+void check_sample(const Reader& reader, const std::string& key, int number) {
+    const Targets8 expected(number);
+    const Place& place = reader.find(key);
+    CHECK_EQUAL(place.entry.tokens, static_cast<std::uint32_t>(expected.tokens));
+    std::vector<std::int32_t> ids(expected.ids.size());
+    std::vector<float> logprobs(ids.size()), lse(expected.lse.size());
+    reader.read({.place = &place,
+                 .first = 0,
+                 .out = {.tokens = expected.tokens,
+                         .ids = ids.data(),
+                         .logprobs = logprobs.data(),
+                         .lse = lse.data(),
+                         .lse_stride = expected.tokens}});
+    CHECK(ids == expected.ids);
+    for (std::size_t i = 0; i < logprobs.size(); ++i) CHECK_NEAR(logprobs[i], expected.logprobs[i], 1e-5);
+    for (std::size_t i = 0; i < lse.size(); ++i) CHECK_NEAR(lse[i], expected.lse[i], 1e-5);
+}
+
+std::string key_of(int writer, int number) { return "w" + std::to_string(writer) + "/" + std::to_string(number); }
+
+}  // namespace
+
+namespace {
+
+void many_writers_and_readers(Codec tier) {
+    const Folder folder;
+    constexpr int writers = 4, samples = 25;
+    std::vector<std::thread> threads;
+    for (int w = 0; w < writers; ++w)
+        threads.emplace_back([&, w] {
+            Writer writer(folder.path(), options(tier));
+            for (int n = 0; n < samples; ++n) {
+                writer.write(Targets8(n).sample(key_of(w, n)));
+                writer.write(Targets8(7).sample("shared"));
+                if (n % 10 == 9) writer.commit();
+            }
+            writer.close();
+        });
+    for (std::thread& t : threads) t.join();
+
+    const Reader reader(folder.path());
+    CHECK_EQUAL(reader.catalog().size(), std::size_t{writers * samples + 1});
+    std::vector<std::thread> readers;
+    std::vector<std::string> failures(3);
+    for (int r = 0; r < 3; ++r)
+        readers.emplace_back([&, r] {
+            try {
+                for (int n = 0; n < samples; ++n) check_sample(reader, key_of((n + r) % writers, n), n);
+            } catch (const std::exception& error) {
+                failures[static_cast<std::size_t>(r)] = error.what();
+            }
+        });
+    for (std::thread& t : readers) t.join();
+    for (const std::string& failure : failures) CHECK_EQUAL(failure, std::string());
+    check_sample(reader, "shared", 7);
+    const Verified verified = verify(folder.path(), 2);
+    CHECK(verified.faults.empty());
+    CHECK_EQUAL(verified.samples, std::uint64_t{writers * (samples + 1)});
+}
+
+}  // namespace
+
+TEST(cache_many_writers_and_readers) {
+    for (const Codec tier : tiers) many_writers_and_readers(tier);
+}
+
+namespace {
+
+void errors_of_the_threads_behind_a_writer(Codec tier) {
+    const Folder folder;
+    Writer writer(folder.path(), options(tier));
+    writer.write(Targets8(1).sample("good"));
+    Targets8 bad(2);
+    bad.ids[5] = vocab_size;
+    writer.write(bad.sample("bad"));
+    CHECK_THROWS(ArgumentError, writer.commit());
+    CHECK_THROWS(ArgumentError, writer.write(Targets8(3).sample("late")));
+    CHECK_THROWS(ArgumentError, writer.close());
+    const Reader reader(folder.path());
+    CHECK_EQUAL(reader.catalog().size(), std::size_t{1});
+    check_sample(reader, "good", 1);
+}
+
+}  // namespace
+
+TEST(cache_errors_of_the_threads_behind_a_writer) {
+    for (const Codec tier : tiers) errors_of_the_threads_behind_a_writer(tier);
+}
+
+namespace {
+
+void writer_that_is_dropped(Codec tier) {
+    const Folder folder;
+    {
+        Writer writer(folder.path(), options(tier));
+        writer.write(Targets8(1).sample("committed"));
+        CHECK_EQUAL(writer.commit(), std::uint64_t{1});
+        for (int n = 0; n < 20; ++n) writer.write(Targets8(n).sample(key_of(0, n)));
+    }
+    {
+        const Reader reader(folder.path());
+        check_sample(reader, "committed", 1);
+    }
+    const Repaired repaired = repair(folder.path());
+    CHECK(repaired.lost.empty());
+    const Reader reader(folder.path());
+    check_sample(reader, "committed", 1);
+    for (const CatalogShard& shard : reader.catalog().shards()) CHECK(shard.finished);
+}
+
+}  // namespace
+
+TEST(cache_writer_that_is_dropped) {
+    for (const Codec tier : tiers) writer_that_is_dropped(tier);
+}
+
+// Whatever is done to the bytes of a shard, a reader says so or gives back what was written.
+namespace {
+
+void damage(Codec tier) {
+    const Folder folder;
+    {
+        Writer writer(folder.path(), options(tier));
+        for (int n = 0; n < 4; ++n) writer.write(Targets8(n).sample(key_of(0, n)));
+        writer.close();
+    }
+    std::string shard;
+    for (const std::string& name : list_directory(folder.path()))
+        if (name.ends_with(".shard")) shard = join(folder.path(), name);
+    std::string content;
+    {
+        std::ifstream in(shard, std::ios::binary);
+        content.assign(std::istreambuf_iterator<char>(in), {});
+    }
+    const auto rewrite = [&](const std::string& bytes) {
+        std::ofstream(shard, std::ios::binary | std::ios::trunc)
+            .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    };
+    int told = 0;
+    for (int round = 0; round < 300; ++round) {
+        std::string changed = content;
+        switch (random() % 3) {
+            case 0:
+                changed[random() % changed.size()] ^= static_cast<char>(1 << random() % 8);
+                break;
+            case 1:
+                changed.resize(random() % changed.size());
+                break;
+            case 2: {
+                const std::size_t at = random() % changed.size(),
+                                  n = std::min<std::size_t>(random() % 512, changed.size() - at);
+                for (std::size_t i = 0; i < n; ++i) changed[at + i] = static_cast<char>(random());
+                break;
+            }
+        }
+        if (changed == content) continue;
+        rewrite(changed);
+        try {
+            const Reader reader(folder.path());
+            for (int n = 0; n < 4; ++n) check_sample(reader, key_of(0, n), n);
+            // One copy of a model may be damaged without a reader's notice.
+            if (tier == Codec::compact && !verify(folder.path(), 1).faults.empty()) continue;
+        } catch (const Fault&) {
+            ++told;
+            continue;
+        }
+        fail(__FILE__, __LINE__, text("damage of round ", round, " was not noticed"));
+    }
+    CHECK(told > (tier == Codec::compact ? 100 : 200));
+    rewrite(content);
+    CHECK(verify(folder.path(), 1).faults.empty());
+}
+
+}  // namespace
+
+TEST(cache_damage) {
+    for (const Codec tier : tiers) damage(tier);
+}

@@ -1,0 +1,33 @@
+"""The soft-target cache: run the teacher once, train many students from disk.
+
+The format is ``csrc/cache/FORMAT.md``; reading, writing, checksums and codecs are compiled.
+"""
+
+from kdfast.cache.dataset import Dataset, collate
+from kdfast.cache.error import CacheError
+from kdfast.cache.maintenance import Merge, Repair, Verification, merge, repair, verify
+from kdfast.cache.reader import Reader
+from kdfast.cache.remote import Push, push
+from kdfast.cache.statistics import Histogram, Size, Statistics, sizes, statistics
+from kdfast.cache.writer import Writer
+
+__all__ = [
+    "CacheError",
+    "Dataset",
+    "Histogram",
+    "Merge",
+    "Push",
+    "Reader",
+    "Repair",
+    "Size",
+    "Statistics",
+    "Verification",
+    "Writer",
+    "collate",
+    "merge",
+    "push",
+    "repair",
+    "sizes",
+    "statistics",
+    "verify",
+]

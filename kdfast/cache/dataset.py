@@ -1,0 +1,164 @@
+"""Stored targets beside the samples of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kdfast.cache.error import CacheError
+from kdfast.cache.keys import key_text
+from kdfast.cache.reader import Reader
+from kdfast.packed import PackedTargets
+from kdfast.targets import SparseTargets
+
+
+class Samples(Protocol):
+    """A map-style data set of mappings."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+class Dataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """A map-style data set whose samples carry the teacher's targets, found by key.
+
+    Since access is by key, any order, subset, sampler or packing of the samples fits. With token ids in the samples
+    each read checks that they are those the teacher saw: a data set that was tokenised anew, filtered or cut
+    differently raises, and names the sample.
+
+    Args:
+        reader: of the cache.
+        samples: a map-style data set of mappings.
+        key: field that holds a sample's key; None: its index.
+        token_ids: field that holds its token ids, checked where it is there; None: not checked.
+        packed: give :class:`kdfast.PackedTargets`, for a loss on a GPU; every sample must be of the fixed tier.
+
+    Items are the sample's fields and ``targets``, :class:`kdfast.SparseTargets` (S, K), or packed.
+
+    Raises:
+        CacheError: on access, a sample that is not stored, is damaged, or has other token ids.
+        KeyError: a sample without the field ``key``.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        samples: Samples,
+        key: str | None = "id",
+        *,
+        token_ids: str | None = "input_ids",
+        packed: bool = False,
+    ) -> None:
+        self.reader = reader
+        self.samples = samples
+        self.key = key
+        self.token_ids = token_ids
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several at once, read in the order of the disk; DataLoader asks for its batches so."""
+        samples = [self.samples[index] for index in indices]
+        keys = [self._key(sample, index) for sample, index in zip(samples, indices, strict=True)]
+        ids = [sample.get(self.token_ids) if self.token_ids is not None else None for sample in samples]
+        targets: Sequence[Any] = self.reader.packed(keys, ids) if self.packed else self.reader.read(keys, ids)
+        return [{**sample, "targets": one} for sample, one in zip(samples, targets, strict=True)]
+
+    def _key(self, sample: Mapping[str, Any], index: int) -> str:
+        if self.key is None:
+            return key_text(index if index >= 0 else len(self) + index)
+        if self.key not in sample:
+            msg = f"sample {index} has no field {self.key!r}: pass key= the field of its key, or None for its index"
+            raise KeyError(msg)
+        return key_text(sample[self.key])
+
+
+def collate(batch: Sequence[Mapping[str, Any]], *, pad: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """A batch of samples of different lengths: what has one row a token is padded at the end and stacked.
+
+    Args:
+        batch: items of a :class:`Dataset`.
+        pad: by field what to fill with; 0 where it is not said, -100 for ``labels``.
+
+    Returns:
+        ``targets``: (B, S, K), packed where those of the samples are; ids -1 and k_eff 0 in padded tokens, whose
+        distillation term means nothing: give them label -100 or weight 0. ``token_mask`` (B, S) bool: the tokens that
+        are there. Tensors and lists of numbers of S rows: (B, S, ...); other tensors of equal shape stacked; what is
+        left as lists.
+
+    Raises:
+        CacheError: targets that do not stack, as of another method or K.
+    """
+    lengths = [sample["targets"].shape[0] for sample in batch]
+    longest = max(lengths)
+    fill = {"labels": -100.0, **(pad or {})}
+    out: dict[str, Any] = {}
+    for field in batch[0]:
+        values = [sample[field] for sample in batch]
+        if field == "targets":
+            try:
+                if isinstance(values[0], PackedTargets):
+                    out[field] = PackedTargets.stack([v.padded(longest) for v in values])
+                else:
+                    out[field] = SparseTargets.stack([_padded_targets(v, longest) for v in values])
+            except (ValueError, RuntimeError) as error:
+                what = f"targets of a batch do not stack: {error}"
+                raise CacheError(what, "mismatch") from error
+            continue
+        rows = [_rows(v) for v in values]
+        tensors = [r for r in rows if r is not None]
+        if len(tensors) < len(rows):
+            out[field] = values
+        elif all(t.dim() > 0 and len(t) == n for t, n in zip(tensors, lengths, strict=True)):
+            out[field] = torch.stack([_padded(t, longest, fill.get(field, 0.0)) for t in tensors])
+        elif len({t.shape for t in tensors}) == 1:
+            out[field] = torch.stack(tensors)
+        else:
+            out[field] = values
+    out["token_mask"] = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return out
+
+
+def _rows(value: object) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (bool, int, float)) or (
+        isinstance(value, (list, tuple)) and value and all(isinstance(x, (bool, int, float)) for x in value)
+    ):
+        return torch.tensor(value)
+    return torch.as_tensor(value) if type(value).__module__ == "numpy" and hasattr(value, "dtype") else None
+
+
+def _padded(value: Tensor, length: int, fill: float) -> Tensor:
+    out = value.new_full((length, *value.shape[1:]), fill)
+    out[: len(value)] = value
+    return out
+
+
+def _padded_targets(targets: SparseTargets, length: int) -> SparseTargets:
+    def padded(value: Tensor | None, fill: float) -> Tensor | None:
+        return None if value is None else _padded(value, length, fill)
+
+    n = len(targets.ids)
+    k_eff = targets.k_eff
+    if k_eff is None:
+        k_eff = torch.full((n,), targets.ids.shape[-1], dtype=torch.int32)
+    return SparseTargets(
+        _padded(targets.ids, length, -1),
+        padded(targets.logprobs, float("-inf")),
+        vocab_size=targets.vocab_size,
+        lse=None if targets.lse is None else {t: _padded(v, length, 0.0) for t, v in targets.lse.items()},
+        k_eff=_padded(k_eff, length, 0),
+        method=targets.method,
+        mass=padded(targets.mass, 0.0),
+        neg_entropy=padded(targets.neg_entropy, 0.0),
+        gold_logprob=padded(targets.gold_logprob, 0.0),
+    )

@@ -1,0 +1,174 @@
+"""A job in plain values, which every process that takes part can be given."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, get_args
+
+import torch
+
+from kdfast.cache.error import CacheError
+from kdfast.cache.job.error import JobError
+from kdfast.cache.job.fill import Capture, Filled, fill
+from kdfast.cache.job.samples import Document, Sample, samples_of
+from kdfast.cache.job.sources import Source
+from kdfast.cache.job.teacher import Teacher, from_factory, from_model
+from kdfast.cache.writer import Tier, Writer
+
+if TYPE_CHECKING:
+    from kdfast.cache.job.tokens import Tokenizer
+
+_TIERS = get_args(Tier)
+_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options of ``kdfast cache build``, by their names there; files are opened and models loaded when asked for.
+
+    Raises:
+        JobError: options that cannot be meant; the methods, of what they open.
+    """
+
+    out: Path
+    source: Source
+    capture: Capture
+    model: Path | None = None
+    factory: str | None = None
+    revision: str | None = None
+    tokenizer: Path | None = None
+    special_tokens: bool = True
+    length: int = 2048
+    batch_tokens: int = 16384
+    tier: str = "fixed"
+    grid: int = 4
+    dtype: str = "auto"
+    device: str | None = None
+    whole_logits: bool = False
+    commit_every: float = 60.0
+    directory: str = field(default_factory=os.getcwd)  #: where the module of a factory is looked for first
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.factory is None):
+            msg = "a teacher is needed: pass --model DIR or --factory module:function, one of them"
+            raise JobError(msg)
+        if self.batch_tokens < self.length:
+            msg = f"--batch-tokens {self.batch_tokens} does not hold one sample of --length {self.length}"
+            raise JobError(msg)
+        if self.tier not in _TIERS:
+            msg = f"--tier must be one of {', '.join(_TIERS)}, got {self.tier!r}"
+            raise JobError(msg)
+        if self.dtype not in _DTYPES:
+            msg = f"--dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}"
+            raise JobError(msg)
+        if self.model is not None and self.revision is not None:
+            msg = "--revision is for a factory: that of a model is made from its files"
+            raise JobError(msg)
+        if self.model is None and (self.dtype != "auto" or self.whole_logits):
+            msg = "--dtype and --whole-logits are for --model: a factory chooses itself"
+            raise JobError(msg)
+
+    def encoder(self) -> Tokenizer | None:
+        """The tokenizer that was named, or the model's for text: the first document tells what the data are."""
+        from kdfast.cache.job import tokens
+
+        first: list[Document] = list(itertools.islice(self.source.documents(self.length), 1))
+        if not first:
+            msg = "the data hold no record"
+            raise JobError(msg)
+        if self.tokenizer is not None:
+            return tokens.from_file(self.tokenizer, special_tokens=self.special_tokens)
+        if not isinstance(first[0].content, str):
+            return None
+        if self.model is None:
+            msg = "the data are text, and the factory brings no tokenizer: pass --tokenizer tokenizer.json"
+            raise JobError(msg)
+        return tokens.from_model(self.model, special_tokens=self.special_tokens)
+
+    def samples(self, encoder: Tokenizer | None, rank: int, world: int) -> Iterator[Sample]:
+        """Those of process ``rank`` of ``world``."""
+        encode = None if encoder is None else encoder.encode
+        return samples_of(self.source.documents(self.length, rank, world), encode, self.length, rank, world)
+
+    def teacher(self) -> Teacher:
+        """The teacher, on the device of this process."""
+        where = _device(self.device)
+        if self.model is None:
+            assert self.factory is not None
+            return from_factory(self.factory, where, self.revision, self.directory)
+        return from_model(
+            self.model, dtype=_DTYPES[self.dtype], device=where, length=self.length, whole_logits=self.whole_logits
+        )
+
+    def writer(self, teacher: Teacher, encoder: Tokenizer | None) -> Writer:
+        """This process's own writer.
+
+        Raises:
+            CacheError: a cache of another job.
+        """
+        built = self.capture.metadata() | {"length": self.length}
+        if encoder is not None:
+            built["special_tokens"] = self.special_tokens
+        try:
+            return Writer(
+                self.out,
+                vocab_size=teacher.vocab_size,
+                tier=cast(Tier, self.tier),
+                teacher=teacher.name,
+                revision=teacher.revision,
+                dtype=teacher.dtype,
+                tokenizer=None if encoder is None else encoder.fingerprint,
+                metadata={"build": built},
+                # of a new cache those of its first sample: a job that fails before it leaves no cache behind
+                temperatures=self.capture.captured if (self.out / "cache.header").exists() else None,
+                grid=self.grid,
+            )
+        except CacheError:
+            raise
+        except ValueError as error:
+            raise JobError(str(error)) from error
+
+    def fill(
+        self,
+        writer: Writer,
+        teacher: Teacher,
+        samples: Iterable[Sample],
+        *,
+        report: Callable[[Filled], None],
+        stop: Callable[[], bool],
+    ) -> Filled:
+        """:func:`fill` with the job's options; closes the writer."""
+        with writer:
+            filled = fill(
+                writer,
+                teacher,
+                samples,
+                self.capture,
+                batch_tokens=self.batch_tokens,
+                commit_seconds=self.commit_every,
+                report=report,
+                stop=stop,
+            )
+        filled.committed_bytes = writer.bytes_written()  # an index more than at the last commit
+        return filled
+
+
+def _device(name: str | None) -> torch.device:
+    """The device that was named, or the best; under torchrun each process takes a GPU of its own."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        msg = f"--device {name}: {error}"
+        raise JobError(msg) from error
+    if device.type == "cuda":
+        number = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        if number >= torch.cuda.device_count():
+            msg = f"--device {device}: there are {torch.cuda.device_count()} GPUs, and process {number} needs one"
+            raise JobError(msg)
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    return device

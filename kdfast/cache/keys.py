@@ -1,0 +1,41 @@
+"""Keys of samples, and the fingerprint of the token ids that a sample's targets were made from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Key: TypeAlias = str | int
+TokenIds: TypeAlias = Tensor | Sequence[int]
+
+
+def key_text(key: object) -> str:
+    """The stored form of a key: text as it is, an int as its decimal string."""
+    if isinstance(key, str):
+        return key
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        return str(int(key))
+    msg = f"a key must be a str or an int, got {type(key).__name__}"
+    raise TypeError(msg)
+
+
+def token_hash(token_ids: TokenIds, tokens: int, key: str) -> bytes:
+    """BLAKE2b of 16 bytes over the token ids as little-endian int64.
+
+    Raises:
+        TypeError: ids that are no integers.
+        ValueError: ids that are not one a token.
+    """
+    ids = token_ids if isinstance(token_ids, Tensor) else torch.as_tensor(token_ids)
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        msg = f"token_ids of sample {key!r} must be integers, got {ids.dtype}"
+        raise TypeError(msg)
+    if ids.dim() != 1 or len(ids) != tokens:
+        msg = f"token_ids of sample {key!r} must be ({tokens},), one for each token, got {tuple(ids.shape)}"
+        raise ValueError(msg)
+    return hashlib.blake2b(ids.cpu().numpy().astype("<i8").tobytes(), digest_size=16).digest()

@@ -1,0 +1,322 @@
+"""Soft targets from disk."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kdfast.cache.error import CacheError
+from kdfast.cache.keys import Key, TokenIds, key_text, token_hash
+from kdfast.cache.metadata import metadata
+from kdfast.cache.packing import packed
+from kdfast.cache.prefetch import advise
+from kdfast.cache.remote.files import is_url
+from kdfast.packed import PackedTargets
+from kdfast.targets import SAMPLED, SparseTargets
+
+if TYPE_CHECKING:
+    from kdfast import _core
+    from kdfast.cache.remote.reading import RemoteShards
+
+#: What the shards of remote caches take in the local folder at most.
+LOCAL_BYTES = 32 << 30
+#: What to read: a sample, or some of its tokens.
+Selector: TypeAlias = Key | tuple[Key, slice]
+
+_KEYS_AT_ONCE = 4096
+_CPU = torch.device("cpu")  # whatever torch's default is
+_ADVISED_BYTES = 256 << 20
+
+
+class Shard(NamedTuple):
+    """A file of a cache, as far as it is committed."""
+
+    file: str
+    bytes: int
+    samples: int
+    tokens: int
+    finished: bool
+
+
+class Reader:
+    """Gives stored soft targets back, by key; a wrong or missing value is always an error.
+
+    Opening reads header, journals and indices, not the samples. Every block is verified against its checksum when it is
+    read. A reader may be used by many threads, in processes forked from its own (the workers of a DataLoader), and may
+    be pickled. It sees what was committed when it was opened.
+
+    A remote cache is opened by its indices; a shard is fetched whole when it is first read, verified, and kept in a
+    local folder that any number of processes and caches share. What its manifest said then is what the reader sees.
+
+    Args:
+        path: directory of the cache, or a URL of one as fsspec takes it (``s3://bucket/dir``).
+        damaged: what to do about damage that hides keys, as of a shard that is gone: "raise", or, in a directory,
+            "skip" to read the rest; :attr:`damage` then lists it.
+        local_cache: for a URL, the folder; None: ``kdfast`` in the user's cache folder.
+        local_bytes: for a URL, what the shards in that folder take at most; those used longest ago leave.
+        storage_options: for a URL, what fsspec is to be told.
+
+    Raises:
+        CacheError: no cache is there, or it is damaged.
+        ImportError: a URL without fsspec, or without its package for such URLs.
+        OSError and others: of the remote file system, here and in reads.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        damaged: Literal["raise", "skip"] = "raise",
+        local_cache: str | os.PathLike[str] | None = None,
+        local_bytes: int = LOCAL_BYTES,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if damaged not in ("raise", "skip"):
+            msg = f'damaged must be "raise" or "skip", got {damaged!r}'
+            raise ValueError(msg)
+        path = os.fspath(path)
+        remote = None
+        if is_url(path):
+            if damaged == "skip":
+                msg = f'damaged="skip" is for a directory, {path} is a URL'
+                raise ValueError(msg)
+            from kdfast.cache.remote.reading import RemoteOptions, RemoteShards
+
+            folder = None if local_cache is None else os.fspath(local_cache)
+            options = RemoteOptions(folder, local_bytes, None if storage_options is None else dict(storage_options))
+            remote = RemoteShards(path, options)
+        self._open(path, damaged, remote)
+
+    def _open(self, path: str, damaged: Literal["raise", "skip"], remote: RemoteShards | None) -> None:
+        from kdfast import _core
+
+        self.path = path
+        self._damaged = damaged
+        self._remote = remote
+        self._engine = _core.CacheReader(path if remote is None else remote.directory, damaged=damaged == "skip")
+        if remote is not None:
+            remote.open(self._engine)
+        header = self._engine.header
+        #: V of every sample.
+        self.vocab_size: int = header["vocab_size"]
+        #: Temperatures at which every sample is exact.
+        self.temperatures: tuple[float, ...] = tuple(header["temperatures"])
+        #: 1: row i of a sample is the distribution of token i + 1; 0: of item i itself.
+        self.shift: int = header["shift"]
+        #: What the writer said of teacher and tokenizer.
+        self.metadata = metadata(header["metadata"], self.path)
+        self._lse_rows = tuple(sorted(self.temperatures, key=lambda t: (t == 1.0, t)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.path, self._damaged, self._remote)
+
+    def shards(self) -> list[Shard]:
+        """The files that hold samples."""
+        return [
+            Shard(file, size, samples, tokens, finished)
+            for file, size, samples, tokens, _, finished in self._engine.shards
+        ]
+
+    @property
+    def damage(self) -> list[CacheError]:
+        """What could not be read, with ``damaged="skip"``."""
+        return self._engine.damage
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._engine)
+
+    def keys(self) -> Iterator[str]:
+        """The keys, in the order in which their samples lie on disk."""
+        for first in range(0, len(self), _KEYS_AT_ONCE):
+            yield from self._engine.keys(first, first + _KEYS_AT_ONCE)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.keys()
+
+    def __contains__(self, key: object) -> bool:
+        return key_text(key) in self._engine
+
+    def tokens(self, key: Key) -> int:
+        """S, the number of tokens of a sample."""
+        return self._engine.find(key_text(key)).tokens
+
+    def __getitem__(self, selector: Selector) -> SparseTargets:
+        """``reader[key]``, or ``reader[key, start:stop]`` for some tokens, without the rest of the sample."""
+        return self.read([selector])[0]
+
+    def read(self, keys: Iterable[Selector], token_ids: Sequence[TokenIds | None] | None = None) -> list[SparseTargets]:
+        """Samples, or ranges of them, in the order asked for; read in the order of the disk, on torch's threads.
+
+        Args:
+            keys: of samples; (key, slice) for some of the tokens of one.
+            token_ids: for each key the token ids (S,) of the whole sample as the caller has it, or None: that they are
+                those the targets were made from is then checked.
+
+        Returns:
+            For each key targets (S, K), or (stop - start, K).
+
+        Raises:
+            CacheError: a key that is not there, data that are damaged, or token ids that are others.
+            IndexError: a slice with a step.
+        """
+        selection = self._select(keys, token_ids)
+        groups = selection.groups
+        tensors = [self._empty(kept, method, ragged, gold, sum(n)) for kept, method, ragged, gold, _, n in groups]
+        addresses = [_addresses(fields) for fields in tensors]
+        self._serve(selection.shards, lambda files: selection.read(addresses, torch.get_num_threads(), files))
+        out: list[SparseTargets | None] = [None] * len(selection)
+        for (_, method, _, _, places, counts), fields in zip(groups, tensors, strict=True):
+            for i, one in zip(places, self._targets(method, counts, fields), strict=True):
+                out[i] = one
+        return out  # type: ignore[return-value]  # every place is in one of the groups
+
+    def packed(
+        self, keys: Iterable[Selector], token_ids: Sequence[TokenIds | None] | None = None
+    ) -> list[PackedTargets]:
+        """What :meth:`read` gives, still packed: for a GPU, which unpacks it where the loss needs it.
+
+        Checksums and values are verified here as :meth:`read` does, and that no id stands twice in a token.
+
+        Args:
+            keys: as for :meth:`read`.
+            token_ids: as for :meth:`read`.
+
+        Returns:
+            For each key :class:`kdfast.PackedTargets` (S, K), or (stop - start, K), on the CPU.
+
+        Raises:
+            CacheError: as :meth:`read`.
+            IndexError: as :meth:`read`.
+            ValueError: a sample that is not of the fixed tier.
+        """
+        return packed(self._engine, self._select(keys, token_ids), self._serve, self.vocab_size, self.temperatures)
+
+    def prefetch(self, keys: Iterable[Selector]) -> None:
+        """Says what will be read, the soonest first, so that it is on its way before it is asked for.
+
+        Of a remote cache threads fetch the shards of these keys, up to half of ``local_bytes``; a shard that could not
+        be fetched is an error of the read that needs it. Another call takes the place of what has not begun. In a
+        directory the system is advised to read the samples, up to 256 MiB of them, where it takes advice.
+
+        Raises:
+            CacheError: a key that is not there.
+        """
+        selection = self._engine.select(keys, key_text)
+        entries = [selection.entry(i) for i in range(len(selection))]
+        if self._remote is None:
+            advise(self._engine, self.path, entries, _ADVISED_BYTES)
+        else:
+            self._remote.prefetch(dict.fromkeys(entry.shard for entry in entries))
+
+    def _select(self, keys: Iterable[Selector], token_ids: Sequence[TokenIds | None] | None) -> _core.CacheSelection:
+        selection = self._engine.select(keys, key_text)
+        if token_ids is not None:
+            if len(token_ids) != len(selection):
+                msg = f"token_ids of {len(token_ids)} samples for {len(selection)} keys"
+                raise ValueError(msg)
+            for i, ids in enumerate(token_ids):
+                if ids is not None:
+                    self._check_tokens(selection.key(i), selection.entry(i), ids)
+        return selection
+
+    def _serve(self, shards: Iterable[int], use: Callable[[dict[int, str]], None]) -> None:
+        """Calls ``use`` with the files of shards that lie elsewhere, some of them at a time; else once, with none."""
+        if self._remote is None:
+            use({})
+        else:
+            self._remote.serve(shards, use)
+
+    def _details(self, entry: _core.CacheEntry) -> tuple[float, int | None, int, int, int]:
+        found = []
+        self._serve([entry.shard], lambda files: found.append(self._engine.details(entry, files)))
+        return found[0]
+
+    def _check_tokens(self, key: str, entry: _core.CacheEntry, token_ids: TokenIds) -> None:
+        stored = entry.token_hash
+        if stored is None:
+            what = "the sample was written without token_ids, so that these cannot be checked"
+            raise CacheError(what, "misaligned", self.path, key)
+        length = len(token_ids)
+        if length != entry.tokens:
+            what = f"the data set has {length} tokens, the targets were made from {entry.tokens}"
+            raise CacheError(what, "misaligned", self.path, key)
+        if token_hash(token_ids, entry.tokens, key) != stored:
+            what = "the token ids are not those that the targets were made from"
+            raise CacheError(what, "misaligned", self.path, key)
+
+    def _empty(self, kept: int, method: str, ragged: bool, gold: bool, n: int) -> _Fields:
+        """Tensors for the engine to fill, with the rows of all, one after the other: many small ones take longer."""
+        drawn = method in SAMPLED
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=_CPU)
+
+        return _Fields(
+            ids=torch.empty((n, kept), dtype=torch.int32, device=_CPU),
+            values=floats(n, kept),
+            lse=None if drawn else torch.zeros((len(self.temperatures), n), dtype=torch.float32, device=_CPU),
+            k_eff=torch.empty((n,), dtype=torch.int32, device=_CPU) if ragged else None,
+            gold=floats(n) if gold else None,
+            neg_entropy=floats(n) if drawn else None,
+        )
+
+    def _targets(self, method: str, counts: list[int], fields: _Fields) -> Iterator[SparseTargets]:
+        """For each of the counts its rows of the tensors, which have them one after the other."""
+        n, drawn = len(fields.ids), method in SAMPLED
+        if fields.lse is not None:
+            rows = dict(zip(self._lse_rows, fields.lse.unbind(), strict=True))
+        else:  # of drawn targets only the temperature is kept: a loss has no use for their normaliser
+            rows = {
+                t: torch.full((n,), 0.0 if t == 1.0 else math.nan, dtype=torch.float32, device=_CPU)
+                for t in self.temperatures
+            }
+        lse = [rows[t] for t in self.temperatures]
+
+        def parts(value: Tensor | None) -> Iterable[Tensor | None]:
+            if value is None:
+                return itertools.repeat(None, len(counts))
+            return (value,) if len(counts) == 1 else value.split_with_sizes(counts)
+
+        columns = [parts(value) for value in (fields.ids, fields.values, fields.k_eff, fields.gold, fields.neg_entropy)]
+        normalisers = zip(*map(parts, lse), strict=True)
+        for ids, values, k_eff, gold, neg_entropy, one in zip(*columns, normalisers, strict=True):
+            yield SparseTargets._checked(
+                ids=ids,
+                logprobs=None if drawn else values,
+                vocab_size=self.vocab_size,
+                lse=dict(zip(self.temperatures, one, strict=True)),
+                k_eff=k_eff,
+                method=method,
+                mass=values if drawn else None,
+                neg_entropy=neg_entropy,
+                gold_logprob=gold,
+            )
+
+
+class _Fields(NamedTuple):
+    """The tensors of samples whose fields are alike, in the engine's order."""
+
+    ids: Tensor  # (n, K) int32
+    values: Tensor  # (n, K): logprobs or, of drawn ones, mass
+    lse: Tensor | None  # (temperatures, n): those that are stored, then T = 1, of which it is 0
+    k_eff: Tensor | None  # (n,) int32
+    gold: Tensor | None  # (n,)
+    neg_entropy: Tensor | None  # (n,)
+
+
+def _addresses(fields: _Fields) -> tuple[int, int, int, int, int, int]:
+    ids, values, *rest = (0 if value is None else value.data_ptr() for value in fields)
+    return (ids, values, *rest)  # type: ignore[return-value]  # as many as there are fields
+
+
+def _reopened(path: str, damaged: Literal["raise", "skip"], remote: RemoteShards | None) -> Reader:
+    reader = Reader.__new__(Reader)
+    reader._open(path, damaged, remote)
+    return reader

@@ -1,0 +1,438 @@
+"""One objective around any training loop: ``Distiller``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdfast.cache.dataset import collate
+from kdfast.cache.reader import Reader
+from kdfast.methods.batch import Inputs, Split, accepted, split_batch
+from kdfast.methods.layers import Capture, unwrapped
+from kdfast.methods.loss import Loss, Term, Value
+from kdfast.methods.schedule import Setting, value
+from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
+from kdfast.methods.synchronise import GradientAverage
+from kdfast.packed import PackedTargets
+from kdfast.targets import LMHead, SparseTargets
+
+Teacher: TypeAlias = nn.Module | Reader
+LossLike: TypeAlias = Loss | Callable[[Step], Value] | tuple[Callable[[Step], Value], Setting]
+
+
+class Distiller:
+    """A student, its teachers and the losses between them, around a loop that stays the caller's own.
+
+    A context manager. Inside it the teachers are in eval mode, and forward hooks keep the layers that the losses ask
+    for; on leaving, hooks are gone and modes are as before. No module is replaced, and no ``state_dict`` changes.
+    Teachers run without gradient. What the losses learn themselves (projectors, temperatures, memories) is apart from
+    both models: in :meth:`parameters` and :meth:`state_dict`.
+
+    ::
+
+        with Distiller(student, teacher, [KD(temperature=4.0, alpha=0.9)]) as d:
+            for batch in loader:
+                loss, terms = d(batch)
+                loss.backward()
+
+    The objective is sum_k weight_k(step) * loss_k, times counted / num_items where ``num_items`` is given. Losses that
+    compare the samples of a batch with each other (relations) depend on what is in it, whatever the scaling.
+
+    Args:
+        student: called as ``student(*args, **kwargs)`` with the inputs of a batch. It may be compiled (enter before its
+            first call) or wrapped in DistributedDataParallel: the losses' own parameters are then averaged as well.
+        teacher: a module, a :class:`kdfast.cache.Reader`, a sequence of them, or None.
+        losses: each a :class:`kdfast.methods.Loss`, a callable of a :class:`kdfast.methods.Step`, or a pair of such a
+            callable and its weight.
+        split: how a batch is split into inputs and labels; :func:`kdfast.methods.split_batch` by default.
+        causal: logits at position i are compared with the label at i + 1: logits lose their last position, labels their
+            first. kdfast never shifts of itself.
+        accumulation_steps: calls that make one optimizer step, for schedules.
+
+    Attributes:
+        number: optimizer steps so far, which schedules are functions of; may be set.
+        losses: the losses, in the order of the terms.
+
+    Raises:
+        TypeError: a teacher or loss of another kind.
+        ValueError: no loss, a teacher that is the student; on entering, a layer pattern that matches nothing.
+
+    Source:
+        Hinton et al., "Distilling the knowledge in a neural network", arXiv 1503.02531, and the papers of the losses.
+
+    Example:
+        >>> from kdfast.methods import KD
+        >>> student, teacher, x = nn.Linear(3, 5), nn.Linear(3, 5), torch.randn(7, 3)
+        >>> with Distiller(student, teacher, [KD(temperature=4.0)]) as d:
+        ...     loss, terms = d((x, torch.zeros(7, dtype=torch.int64)))
+        ...     loss.backward()
+        >>> sorted(terms)
+        ['kd', 'kd.hard', 'kd.soft', 'loss']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | Sequence[Teacher] | None,
+        losses: Sequence[LossLike],
+        *,
+        split: Split = split_batch,
+        causal: bool = False,
+        accumulation_steps: int = 1,
+    ) -> None:
+        teachers = [] if teacher is None else [teacher] if isinstance(teacher, (nn.Module, Reader)) else list(teacher)
+        for one in teachers:
+            if not isinstance(one, (nn.Module, Reader)):
+                msg = f"teacher must be a module, a kdfast.cache.Reader or a sequence of them, got {type(one).__name__}"
+                raise TypeError(msg)
+            if isinstance(one, nn.Module) and unwrapped(one) is unwrapped(student):
+                msg = (
+                    "teacher is the student itself, which would go into eval mode: give a copy, copy.deepcopy(student)"
+                )
+                raise ValueError(msg)
+        if accumulation_steps < 1:
+            msg = f"accumulation_steps must be at least 1, got {accumulation_steps}"
+            raise ValueError(msg)
+        self.student = student
+        self.teachers: tuple[Teacher, ...] = tuple(teachers)
+        self.split = split
+        self.causal = causal
+        self.accumulation_steps = accumulation_steps
+        self.number = 0
+        self._calls = 0  # since the last optimizer step
+        self._extra = nn.ModuleDict(_named([_as_loss(one) for one in losses]))
+        if not self._extra:
+            msg = "losses is empty: give at least one, as kdfast.methods.KD()"
+            raise ValueError(msg)
+        self._captures: list[Capture] | None = None  # the student's, then each teacher's
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._average: GradientAverage | None = None
+
+    @property
+    def losses(self) -> Mapping[str, Loss]:
+        """The losses by the names of their terms."""
+        return dict(self._extra.items())  # type: ignore[arg-type]
+
+    # --- Entering and leaving -----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Distiller:
+        if self._captures is not None:
+            msg = "this Distiller is entered already"
+            raise RuntimeError(msg)
+        losses = self.losses.values()
+        captures: list[Capture] = []
+        try:
+            patterns = [p for loss in losses for p in loss.student_layers]
+            captures.append(Capture(self.student, patterns, "student", detach=False))
+            patterns = [p for loss in losses for p in loss.teacher_layers]
+            for teacher in self.teachers:
+                if isinstance(teacher, nn.Module):
+                    captures.append(Capture(teacher, patterns, "teacher", detach=True))
+                elif patterns:
+                    msg = f"a cached teacher has no layers, and {patterns[0]!r} is asked for: give the model itself"
+                    raise ValueError(msg)
+        except BaseException:
+            for capture in captures:
+                capture.remove()
+            raise
+        self._captures = captures
+        for teacher in self.teachers:
+            if isinstance(teacher, nn.Module):
+                self._modes += [(module, module.training) for module in teacher.modules()]
+                teacher.eval()
+        device = next((p.device for p in self.student.parameters()), None)
+        if device is not None:
+            self._extra.to(device)
+        if self._prepared:
+            self._synchronise()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for capture in self._captures or ():
+            capture.remove()
+        self._captures = None
+        for module, training in self._modes:
+            module.training = training
+        self._modes.clear()
+        if self._average is not None:
+            self._average.remove()
+            self._average = None
+
+    # --- What the losses learn ----------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Any) -> None:
+        """Runs the models once, in eval mode and without gradient, and makes the parameters that follow from shapes.
+
+        Call it inside the context, before the optimizer is built. Nothing of the models changes, no step is counted.
+
+        Args:
+            batch: as for a call.
+        """
+        captures = self._entered()
+        modes = [(module, module.training) for module in self.student.modules()]
+        self.student.eval()
+        try:
+            with torch.no_grad():
+                inputs = self.split(batch)
+                step = self._step(self._study(inputs), self._teach(inputs), inputs)
+                for loss in self.losses.values():
+                    if not loss.prepared:
+                        loss.prepare(step)
+        finally:
+            for module, training in modes:
+                module.training = training
+            for capture in captures:
+                capture.clear()
+        self._synchronise()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The losses' own parameters, for the optimizer beside the student's.
+
+        Raises:
+            RuntimeError: some follow from the shapes of a batch that has not been seen: call :meth:`prepare` first.
+        """
+        self._require_prepared()
+        return self._extra.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses' parameters and buffers, and the step: to be saved beside the student's."""
+        self._require_prepared()
+        return {"losses": self._extra.state_dict(), "number": self.number, "calls": self._calls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned; after :meth:`prepare`, where the losses need it.
+
+        Raises:
+            RuntimeError: other losses or shapes, or parameters that are not made yet.
+        """
+        self._require_prepared()
+        self._extra.load_state_dict(state["losses"])
+        self.number, self._calls = state["number"], state["calls"]
+
+    # --- The objective ------------------------------------------------------------------------------------------------
+
+    def __call__(self, batch: Any, *, num_items: float | Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Runs the student and the teachers on a batch, and returns the objective.
+
+        Args:
+            batch: see ``split``.
+            num_items: replaces the number of counted tokens (or examples) as denominator: those of all micro-batches
+                under gradient accumulation, the global number / world size under DistributedDataParallel.
+
+        Returns:
+            The objective, 0-d, and the terms by name, detached and before their weights; ``"loss"`` is the objective.
+
+        Raises:
+            RuntimeError: outside the context, or before :meth:`prepare` where a loss needs it.
+        """
+        self._entered()
+        self._require_prepared()  # before the models run, and change their statistics
+        inputs = self.split(batch)
+        taught = self._teach(inputs)
+        return self._objective(self._step(self._study(inputs), taught, inputs), num_items)
+
+    def loss(
+        self,
+        student_out: Any,
+        teacher_out: Any = None,
+        labels: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        mask: Tensor | None = None,
+        index: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of outputs that the caller's own loop has made, inside the context.
+
+        Args:
+            student_out: what the student returned: logits, an object or mapping with ``logits``, or a tuple of which
+                they are the first; an :class:`kdfast.LMHead`.
+            teacher_out: of the teacher likewise, or targets; of several teachers, a sequence as long as they are many.
+            labels: (...) int64.
+            weights: (...) per token.
+            mask: (B, S) bool, tokens that are not padding.
+            index: (B,) int64, positions in the data set.
+            num_items: as for a call.
+
+        Returns:
+            As a call does.
+        """
+        captures = iter(self._entered())
+        several = len(self.teachers) > 1
+        outs = list(teacher_out) if several else [] if teacher_out is None else [teacher_out]
+        if several and len(outs) != len(self.teachers):
+            msg = f"teacher_out must have one output for each of the {len(self.teachers)} teachers, got {len(outs)}"
+            raise ValueError(msg)
+        student = Outputs(logits_of(student_out), student_out, next(captures).take())
+        taught = []
+        for k, out in enumerate(outs):
+            live = k < len(self.teachers) and isinstance(self.teachers[k], nn.Module)
+            taught.append(Outputs(_detached(logits_of(out)), out, next(captures).take() if live else {}))
+        inputs = Inputs(labels=labels, weights=weights, mask=mask, index=index)
+        return self._objective(self._step(student, tuple(taught), inputs), num_items)
+
+    # --- Parts --------------------------------------------------------------------------------------------------------
+
+    def _entered(self) -> list[Capture]:
+        if self._captures is None:
+            msg = "a Distiller works inside its context: with Distiller(...) as d"
+            raise RuntimeError(msg)
+        return self._captures
+
+    @property
+    def _prepared(self) -> bool:
+        return all(loss.prepared for loss in self.losses.values())
+
+    def _require_prepared(self) -> None:
+        lazy = [name for name, loss in self.losses.items() if not loss.prepared]
+        if lazy:
+            msg = f"the parameters of {', '.join(lazy)} follow from a batch's shapes: call d.prepare(batch) first"
+            raise RuntimeError(msg)
+
+    def _synchronise(self) -> None:
+        parameters = [p for p in self._extra.parameters() if p.requires_grad]
+        if self._average is None and parameters and isinstance(self.student, DistributedDataParallel):
+            self._average = GradientAverage(self.student, parameters)
+
+    def _study(self, inputs: Inputs) -> Outputs:
+        raw = self.student(*inputs.args, **accepted(unwrapped(self.student), inputs.kwargs))
+        return Outputs(logits_of(raw), raw, self._entered()[0].take())
+
+    def _teach(self, inputs: Inputs) -> tuple[Outputs, ...]:
+        """The teachers' outputs; where there is none but the batch has targets, those."""
+        captures = iter(self._entered()[1:])
+        outputs = []
+        for teacher in self.teachers:
+            if isinstance(teacher, Reader):
+                outputs.append(Outputs(_stored(teacher, inputs)))
+                continue
+            with torch.no_grad():
+                raw = teacher(*inputs.args, **accepted(unwrapped(teacher), inputs.kwargs))
+            outputs.append(Outputs(_detached(logits_of(raw)), raw, next(captures).take()))
+        if not self.teachers and inputs.targets is not None:
+            outputs.append(Outputs(inputs.targets))
+        return tuple(outputs)
+
+    def _step(self, student: Outputs, teachers: tuple[Outputs, ...], inputs: Inputs) -> Step:
+        labels, weights = inputs.labels, inputs.weights
+        shape = None if student.logits is None else student.logits.shape[:-1]
+        if labels is None and weights is None and inputs.mask is not None and inputs.mask.shape == shape:
+            weights = inputs.mask.float()  # nothing else says that padding does not count
+        teachers = tuple(_of_one_token(teacher, shape) for teacher in teachers)
+        if self.causal:
+            student = _shifted(student)
+            teachers = tuple(_shifted(teacher) for teacher in teachers)
+            labels = None if labels is None else labels[..., 1:]
+            weights = None if weights is None else weights[..., 1:]
+        return Step(student, teachers, labels, weights, inputs.mask, inputs.index, self.number)
+
+    def _objective(self, step: Step, num_items: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        self._require_prepared()
+        total: Tensor | None = None
+        terms: dict[str, Tensor] = {}
+        for name, loss in self.losses.items():
+            found = loss(step)
+            amount, parts = found if isinstance(found, tuple) else (found, {})
+            terms[name] = amount.detach()
+            terms |= {f"{name}.{part}": part_value.detach() for part, part_value in parts.items()}
+            weighted = amount * value(loss.weight, step.number)
+            total = weighted if total is None else total + weighted
+        assert total is not None  # there is at least one loss
+        if num_items is not None:
+            total = total * (_counted(step, total.device) / num_items)
+        terms["loss"] = total.detach()
+        if torch.is_grad_enabled():
+            self._calls += 1
+            if self._calls == self.accumulation_steps:
+                self.number, self._calls = self.number + 1, 0
+        return total, terms
+
+
+def _as_loss(given: LossLike) -> Loss:
+    if isinstance(given, Loss):
+        return given
+    if isinstance(given, tuple) and len(given) == 2 and callable(given[0]):
+        function, weight = given
+        if isinstance(function, Loss):
+            msg = f"{type(function).__name__} takes its weight itself: {type(function).__name__}(weight=...)"
+            raise TypeError(msg)
+        return Term(function, weight=weight)
+    if callable(given):
+        return Term(given)
+    msg = f"a loss must be a kdfast.methods.Loss, a callable, or (callable, weight), got {type(given).__name__}"
+    raise TypeError(msg)
+
+
+def _named(losses: Sequence[Loss]) -> dict[str, Loss]:
+    """By name; of equal names, the later ones are numbered from 2. ``loss`` is the objective's."""
+    names: dict[str, Loss] = {}
+    for loss in losses:
+        name, n = loss.name, 1
+        while name in names or name == "loss":
+            n += 1
+            name = f"{loss.name}_{n}"
+        names[name] = loss
+    return names
+
+
+def _detached(logits: Any) -> Any:
+    return logits.detach() if isinstance(logits, Tensor) else logits
+
+
+def _shifted(outputs: Outputs) -> Outputs:
+    """Without the last position, which predicts a token that is not there."""
+    logits = outputs.logits
+    if isinstance(logits, LMHead):
+        logits = LMHead(
+            logits.hidden[..., :-1, :], logits.weight, logits.bias, softcap=logits.softcap, scale=logits.scale
+        )
+    elif logits is not None:
+        logits = logits[:, :-1]
+    return Outputs(logits, outputs.raw, outputs.captured)
+
+
+def _of_one_token(outputs: Outputs, shape: torch.Size | None) -> Outputs:
+    """Stored targets (B, 1, K) of a classifier, whose samples are one token long, as (B, K)."""
+    targets: Any = outputs.logits
+    stored = isinstance(targets, (SparseTargets, PackedTargets))
+    if stored and shape is not None and len(shape) == 1 and targets.shape[:2] == (*shape, 1):
+        return Outputs(targets[:, 0], outputs.raw, outputs.captured)
+    return outputs
+
+
+def _counted(step: Step, device: torch.device) -> Tensor:
+    """Counted tokens or examples: the sum of the weights of those whose label is not dropped; no synchronisation."""
+    if step.labels is not None:
+        counted = step.labels != IGNORED
+        return (counted if step.weights is None else counted * step.weights).sum()
+    if step.weights is not None:
+        return step.weights.sum()
+    logits = step.student.logits
+    if logits is None:
+        msg = "num_items needs labels, weights or logits to count the tokens of this batch by"
+        raise ValueError(msg)
+    return torch.tensor(float(logits.shape[:-1].numel()), device=device)
+
+
+def _stored(reader: Reader, inputs: Inputs) -> SparseTargets | PackedTargets:
+    """A cached teacher's targets of a batch: those that came with it, or read by its keys."""
+    if inputs.targets is not None:
+        found: SparseTargets | PackedTargets = inputs.targets
+        return found
+    if inputs.keys is None:
+        msg = 'a cached teacher needs the batch\'s "targets" (kdfast.cache.Dataset) or its keys in "id"'
+        raise KeyError(msg)
+    keys = inputs.keys.tolist() if isinstance(inputs.keys, Tensor) else list(inputs.keys)
+    tokens = inputs.kwargs.get("input_ids")
+    if tokens is not None and inputs.mask is not None:
+        tokens = [row[there] for row, there in zip(tokens, inputs.mask, strict=True)]
+    read = reader.read([str(key) for key in keys], None if tokens is None else list(tokens))
+    stacked: SparseTargets = collate([{"targets": one} for one in read])["targets"]
+    return stacked

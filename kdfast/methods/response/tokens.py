@@ -1,0 +1,136 @@
+"""What the losses of this folder have in common: arguments checked as the engine's, and tokens weighed as it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast import reference
+from kdfast.divergence import DivergenceLike
+from kdfast.loss import distill_loss
+from kdfast.methods.schedule import Setting, value
+from kdfast.methods.step import Step
+from kdfast.problem import Problem, _scalar, build_problem
+
+
+def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> Problem:
+    """The arguments of a loss of logits, checked with the messages of :func:`kdfast.distill_loss`.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a shape, device, name or value that cannot be meant.
+    """
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            msg = f"{name} must be a tensor of logits (..., V), got {type(x).__name__}"
+            if hasattr(x, "logits"):
+                msg += f": pass {name}.logits() of a kdfast.LMHead, {name}.logits of a model's output"
+            raise TypeError(msg)
+    problem = build_problem(student, teacher, labels, alpha=1.0, **options)
+    reference._check_values(problem, student)
+    return problem
+
+
+def several_columns(problem: Problem, why: str) -> None:
+    """Raises ValueError for logits of one column."""
+    if problem.vocab_size < 2:
+        msg = f"student must have at least 2 columns, got {problem.vocab_size}: {why}"
+        raise ValueError(msg)
+
+
+def not_negative(**factors: float) -> None:
+    """Raises for factors that are not finite numbers >= 0."""
+    for name, factor in factors.items():
+        _scalar(name, factor)
+
+
+def arithmetic(problem: Problem, x: Tensor) -> Tensor:
+    """Logits in fp32, or fp64 for an fp64 student; those of a dropped token are 0, so that a NaN there goes nowhere."""
+    double = isinstance(problem.student, Tensor) and problem.student.dtype == torch.float64
+    return reference._logits(x, problem.counted, torch.float64 if double else torch.float32)
+
+
+def temperature(problem: Problem, like: Tensor) -> Tensor:
+    """The temperature in the dtype and on the device of a tensor."""
+    return problem.temperature.to(dtype=like.dtype, device=like.device)
+
+
+def column_of_label(problem: Problem) -> Tensor:
+    """(..., 1) int64; 0 for a dropped token, whose label may be none."""
+    labels = problem.labels
+    assert labels is not None
+    return (labels if problem.counted is None else torch.where(problem.counted, labels, 0))[..., None]
+
+
+def engine(
+    problem: Problem,
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor,
+    *,
+    divergence: DivergenceLike = "forward_kl",
+    temperature: float | Tensor = 1.0,
+) -> Tensor:
+    """tau^2 D(teacher, student), or the cross-entropy, by :func:`kdfast.distill_loss`: sum of weights * loss.
+
+    Args:
+        problem: says whether tokens are summed.
+        student: (..., V) logits.
+        teacher: (..., V) logits; None with labels.
+        labels: (...) int64; None with a teacher.
+        weights: (...), denominators included; 0 drops the token.
+        divergence: see :func:`kdfast.distill_loss`.
+        temperature: > 0.
+    """
+    loss: Tensor = distill_loss(
+        student,
+        teacher,
+        None if labels is None else column_of_label(problem).squeeze(-1),
+        divergence=divergence,
+        temperature=temperature,
+        weights=weights,
+        reduction="none" if problem.reduction == "none" else "sum",
+    )
+    return loss
+
+
+def reduced(problem: Problem, weights: Tensor, x: Tensor) -> Tensor:
+    """Sum of weights * x over the tokens, or the products themselves, as the problem's reduction says."""
+    return reference.weighted(weights, x, problem.reduction)
+
+
+def blended(
+    problem: Problem, student: Tensor, labels: Tensor | None, soft: Tensor, weights: Tensor, alpha: float | Tensor
+) -> Tensor:
+    """Alpha * soft + (1 - alpha) * CE(student, labels), the labels' term by the engine; soft alone where alpha is 1.
+
+    Raises:
+        ValueError: alpha is below 1, and there are no labels.
+    """
+    _scalar("alpha", alpha, 0.0, 1.0)
+    if not isinstance(alpha, Tensor) and alpha == 1:
+        return soft
+    if labels is None:
+        msg = f"alpha must be 1 without labels, got {alpha!r}: pass labels too"
+        raise ValueError(msg)
+    return alpha * soft + (1 - alpha) * engine(problem, student, None, labels, weights)
+
+
+def alpha_of(alpha: Setting, step: Step) -> float | Tensor:
+    """Weight of the distillation term at a step: 1 where the batch has no labels."""
+    return 1.0 if step.labels is None else value(alpha, step.number)
+
+
+def labels_of(step: Step, who: str) -> Tensor:
+    """The labels of a batch.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if step.labels is None:
+        msg = f'{who} needs labels: a batch of (inputs, labels), or a mapping with "labels"'
+        raise ValueError(msg)
+    return step.labels

@@ -1,0 +1,25 @@
+"""What ran: versions, processor, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Returns what figures are recorded beside."""
+    import kdfast  # which imports the report in turn
+
+    return {
+        "kdfast": kdfast.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
