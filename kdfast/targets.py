@@ -157,7 +157,7 @@ class SparseTargets:
                 raise ValueError(msg)
 
     @classmethod
-    def _checked(cls, **fields: Any) -> SparseTargets:
+    def _checked(cls, fields: Mapping[str, Any]) -> SparseTargets:
         """Targets of all their fields, which whoever made them has checked: that takes longer than a short read."""
         targets = object.__new__(cls)
         vars(targets).update(fields)

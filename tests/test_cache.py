@@ -200,6 +200,32 @@ class TestReading:
         with pytest.raises(IndexError, match="step"):
             reader["sample 1", ::2]
 
+    def test_memory_serves_again_only_once_nothing_holds_it(self, tmp_path):
+        given = {"a": (capture(tokens=2000), None), "b": (capture(tokens=2000), None)}
+        reader = fill(tmp_path / "c", given)  # 512 kB of ids, and as much of values
+        first = reader["a"]
+        expected = SparseTargets.map(first, torch.clone)
+        part = first.ids[5:9, :3]  # holds all of it
+        where = {first.ids.data_ptr(), first.logprobs.data_ptr()}
+        assert not where & {reader["b"].ids.data_ptr(), reader["b"].logprobs.data_ptr()}
+        assert_same(first, expected)
+        del first
+        again = reader["b"]
+        assert part.untyped_storage().data_ptr() not in {again.ids.data_ptr(), again.logprobs.data_ptr()}
+        assert torch.equal(part, expected.ids[5:9, :3])
+        left = {again.ids.data_ptr(), again.logprobs.data_ptr()}
+        del again
+        third = reader["a"]
+        assert {third.ids.data_ptr(), third.logprobs.data_ptr()} == left
+        assert_same(third, expected)
+
+    def test_samples_go_through_the_shared_memory_of_workers(self, tmp_path):
+        given = {str(i): (capture(tokens=1500), None) for i in range(4)}
+        reader = fill(tmp_path / "c", given)
+        data = cache.Dataset(reader, [{"id": str(i)} for i in range(4)], token_ids=None)
+        for i, sample in enumerate(DataLoader(data, batch_size=None, num_workers=2)):
+            assert_same(sample["targets"], reader[str(i)])
+
     def test_pickled(self, tmp_path):
         reader = fill(tmp_path / "c", some(2))
         assert_same(pickle.loads(pickle.dumps(reader))["sample 1"], reader["sample 1"])

@@ -13,6 +13,7 @@
 #include "cache/maintenance.h"
 #include "cache/reader.h"
 #include "cache/writer.h"
+#include "core/pool.h"
 
 namespace py = pybind11;
 
@@ -90,6 +91,27 @@ std::shared_ptr<cache::Reader> open_reader(const std::string& path, bool damaged
     const py::gil_scoped_release release;
     return std::make_shared<cache::Reader>(path, damaged ? &damage : nullptr);
 }
+
+// Of all readers; the interpreter's lock guards it, and there is no end at which it would be gone before a tensor.
+Pool& pool() {
+    static Pool& of_all = *new Pool(std::size_t{64} << 20);
+    return of_all;
+}
+
+// What a tensor of a reader lies in. It goes back to the pool with the tensor.
+class Memory {
+  public:
+    explicit Memory(std::size_t bytes) : bytes_(bytes), block_(pool().take(bytes)) {}
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    ~Memory() { pool().give(std::move(block_)); }
+
+    py::buffer_info view() const { return {block_.data.get(), 1, "B", static_cast<py::ssize_t>(bytes_)}; }
+
+  private:
+    std::size_t bytes_;
+    Pool::Block block_;
+};
 
 // The bytes of a sample's packed tokens.
 struct PackedData {
@@ -298,6 +320,11 @@ void add_cache(py::module_& m) {
             [](const Selection& s, const std::vector<Selection::Addresses>& tensors, int threads,
                const Elsewhere::Paths& paths) { s.read(tensors, std::max(1, threads), paths); },
             py::arg("tensors"), py::arg("threads"), py::arg("files") = Elsewhere::Paths{});
+
+    py::class_<Memory>(m, "CacheMemory", py::buffer_protocol(),
+                       "Uninitialised bytes, from those that others have left.")
+        .def(py::init<std::size_t>(), py::arg("bytes"))
+        .def_buffer([](const Memory& memory) { return memory.view(); });
 
     py::class_<PackedData>(m, "CachePackedData", "The bytes of a sample's packed tokens.")
         .def("__len__", [](const PackedData& p) { return p.bytes.size(); })

@@ -216,7 +216,7 @@ struct Extents {
 
 // The bits behind a row's fields, which are zero: of ids those of the tokens asked for, of deltas those of all, as an
 // unused nibble of any token would count as an escape. Without a branch on a token, which costs as much as its
-// decoding.
+// decoding. `ids` are those of token `first`.
 template <class WidthOf>
 void check_rests(const std::byte* ids, const std::byte* deltas, std::int64_t tokens, std::int64_t first,
                  std::int64_t last, unsigned bits, WidthOf width_of) {
@@ -226,14 +226,23 @@ void check_rests(const std::byte* ids, const std::byte* deltas, std::int64_t tok
         deltas += delta_bytes(k);
         if (k > 0 && k % 2 == 0) behind_deltas |= std::to_integer<unsigned>(deltas[-1]) >> 4;
     }
-    for (std::int64_t i = 0; i < last; ++i) {
+    for (std::int64_t i = first; i < last; ++i) {
         const std::int64_t k = width_of(i);
         ids += id_bytes(k, bits);
         const auto used = static_cast<unsigned>(k * bits % 8);
-        if (used != 0 && i >= first) behind_ids |= std::to_integer<unsigned>(ids[-1]) >> used;
+        if (used != 0) behind_ids |= std::to_integer<unsigned>(ids[-1]) >> used;
     }
     if (behind_deltas != 0) corrupt("the bits behind a token's deltas are not zero");
     if (behind_ids != 0) corrupt("the bits behind a token's ids are not zero");
+}
+
+// The largest log-probability of each token, of which one without entries has none.
+void check_tops(const std::byte* tops, const Widths& widths, std::int64_t first, std::int64_t last) {
+    read_floats(tops, first, last - first, nullptr, "top", finite_log);
+    if (!widths.data()) return;
+    for (std::int64_t i = first; i < last; ++i)
+        if (widths[i] == 0 && load<std::uint32_t>(tops + 4 * i) != 0)
+            corrupt("a block has a top of " + std::to_string(load<float>(tops + 4 * i)) + " for a token of no entries");
 }
 
 }  // namespace
@@ -272,16 +281,13 @@ void decode_fixed(const Layout& layout, std::span<const std::byte> block, std::i
     const std::byte* ids = sections.take(extents.ids[2], "ids");
     const std::byte* deltas = sections.take(extents.deltas[2], "deltas");
     const std::span<const std::byte> escapes = sections.rest();
+    const std::byte* first_ids = ids + extents.ids[0];
     if (widths.data())
-        check_rests(ids, deltas, tokens, first, last, bits, [&](std::int64_t i) { return widths[i]; });
+        check_rests(first_ids, deltas, tokens, first, last, bits, [&](std::int64_t i) { return widths[i]; });
     else
-        check_rests(ids, deltas, tokens, first, last, bits,
+        check_rests(first_ids, deltas, tokens, first, last, bits,
                     [k = layout.kept](std::int64_t) { return std::int64_t{k}; });
-    for (std::int64_t i = first; i < last; ++i) {
-        const auto top = load<float>(tops + 4 * i);
-        if (!finite_log(top) || (widths[i] == 0 && std::bit_cast<std::uint32_t>(top) != 0))
-            corrupt("a block has a top of " + std::to_string(top));
-    }
+    check_tops(tops, widths, first, last);
 
     const Kernels& kernels = *cpu::kernels().cache;
     FixedRows rows;
@@ -292,7 +298,7 @@ void decode_fixed(const Layout& layout, std::span<const std::byte> block, std::i
     rows.vocab_size = layout.vocab_size;
     rows.step = std::ldexp(1.0f, -static_cast<int>(layout.grid));
     rows.tops = tops + 4 * first;
-    rows.ids = ids + extents.ids[0];
+    rows.ids = first_ids;
     rows.deltas = deltas + extents.deltas[0];
     rows.escapes_end = escapes.data() + escapes.size();
     rows.escapes = skip_escapes(escapes.data(), rows.escapes_end, kernels.count_escapes(deltas, extents.deltas[0]));

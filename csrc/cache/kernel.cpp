@@ -6,8 +6,8 @@
 // clang-format off: the order matters
 #if defined(KDFAST_ISA_AVX512_BF16)
 #define KDFAST_ISA avx512_bf16
-#include "cache/rows_avx512.h"
-#include "cache/crc_x86.h"
+#include "cache/rows_vbmi.h"
+#include "cache/crc_vpclmul.h"
 #elif defined(KDFAST_ISA_AVX512)
 #define KDFAST_ISA avx512
 #include "cache/rows_avx512.h"

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <span>
 #include <string>
@@ -23,15 +24,17 @@ namespace kdfast::cache {
 
 inline bool finite_log(float x) { return (x <= 0) & (x >= std::numeric_limits<float>::lowest()); }
 
-// A section of one f32 a token: the asked tokens' values, checked, to `to` unless that is null.
+// A section of one f32 a token: the asked tokens' values, checked, to `to` unless that is null. Without a branch on a
+// value, which a compiler could not make wide.
 template <class Legal>
 void read_floats(const std::byte* section, std::int64_t first, std::int64_t count, float* to, const char* what,
                  Legal legal) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        const auto x = load<float>(section + 4 * (first + i));
-        if (!legal(x)) corrupt(std::string("a block has a ") + what + " of " + std::to_string(x));
-        if (to) to[i] = x;
-    }
+    const auto at = [section, first](std::int64_t i) { return load<float>(section + 4 * (first + i)); };
+    unsigned illegal = 0;
+    for (std::int64_t i = 0; i < count; ++i) illegal |= !legal(at(i));
+    for (std::int64_t i = 0; illegal != 0 && i < count; ++i)
+        if (!legal(at(i))) corrupt(std::string("a block has a ") + what + " of " + std::to_string(at(i)));
+    if (to && count > 0) std::memcpy(to, section + 4 * first, static_cast<std::size_t>(4 * count));
 }
 
 // The k_eff of all of a block's tokens.

@@ -1,20 +1,14 @@
 // Rows of a fixed block, 16 ids and 64 deltas at a time; see rows_scalar.h.
 #pragma once
 
-#include <immintrin.h>
-
-#include "cache/rows_scalar.h"
+#include "cache/rows_512.h"
 
 namespace kdfast::cpu::KDFAST_ISA {
 
-KDFAST_INLINE __mmask16 lanes_below(std::int64_t n) {
-    return static_cast<__mmask16>(n >= 16 ? 0xFFFFu : (1u << n) - 1);
-}
-
-// 16 ids begin at a whole byte, whatever their width, and lie in two of the words that follow each.
-class Ids {
+// An id lies in two of the words that follow each other.
+class FromWords {
   public:
-    explicit Ids(unsigned bits) : group_(2 * bits) {
+    explicit FromWords(unsigned bits) {
         const __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                               _mm512_set1_epi32(static_cast<int>(bits)));
         word_ = _mm512_srli_epi32(at, 5);
@@ -24,32 +18,18 @@ class Ids {
         mask_ = _mm512_set1_epi32(static_cast<int>((1u << bits) - 1));
     }
 
-    KDFAST_INLINE void decode(const std::byte* ids, std::int64_t k, std::int32_t* out) {
-        std::int64_t i = 0;
-        for (; i + 16 <= k; i += 16, ids += group_) {
-            const __m512i v = group(ids);
-            largest_ = _mm512_max_epu32(largest_, v);
-            _mm512_storeu_si512(out + i, v);
-        }
-        if (i == k) return;
-        const __mmask16 there = lanes_below(k - i);
-        const __m512i v = group(ids);
-        largest_ = _mm512_mask_max_epu32(largest_, there, largest_, v);
-        _mm512_mask_storeu_epi32(out + i, there, v);
-    }
-    std::uint32_t largest() const { return _mm512_reduce_max_epu32(largest_); }
-
-  private:
-    KDFAST_INLINE __m512i group(const std::byte* ids) const {
+    KDFAST_INLINE __m512i operator()(const std::byte* ids) const {
         const __m512i words = _mm512_loadu_si512(ids);
         const __m512i low = _mm512_srlv_epi32(_mm512_permutexvar_epi32(word_, words), right_);
         const __m512i high = _mm512_sllv_epi32(_mm512_permutexvar_epi32(next_, words), left_);
         return _mm512_ternarylogic_epi32(low, high, mask_, 0xA8);  // (low | high) & mask
     }
 
-    std::int64_t group_;
-    __m512i word_, next_, right_, left_, mask_, largest_ = _mm512_setzero_si512();
+  private:
+    __m512i word_, next_, right_, left_, mask_;
 };
+
+using Ids = IdsBy16<FromWords>;
 
 // Whether one of the bytes is 255; borrows may say so in error only where one is.
 KDFAST_INLINE bool has_long(std::uint64_t bytes) {
@@ -59,15 +39,12 @@ KDFAST_INLINE bool has_long(std::uint64_t bytes) {
 
 inline cache::Broken decode_deltas(cache::FixedRows& f, const std::byte* deltas, std::int64_t k, float top,
                                    float* out) {
-    const __m512 tops = _mm512_set1_ps(top), step = _mm512_set1_ps(f.step);
     const __m512i last = _mm512_set1_epi32(15);
     const std::byte* escapes = f.escapes;
     __m512i carry = _mm512_setzero_si512();
     for (std::int64_t begin = 0; begin < k; begin += 64) {
         // Entry 2 j has the high nibble of byte j - 1, entry 2 j + 1 the low one of byte j; entry 0 has none.
-        const std::int64_t left = k - begin;
-        const std::uint64_t there =
-            (left >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << left) - 1) & ~std::uint64_t{begin == 0};
+        const std::uint64_t there = deltas_there(begin, k);
         const std::byte* at = deltas + begin / 2;
         const __m512i even = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at - 1)));
         const __m512i odd = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
@@ -116,13 +93,7 @@ inline cache::Broken decode_deltas(cache::FixedRows& f, const std::byte* deltas,
         if (begin > 0 && static_cast<std::uint32_t>(_mm512_cvtsi512_si32(carry)) >= cache::steps_limit)
             return cache::Broken::steps;
 
-        const auto put = [&](std::int64_t from, __m512i steps) KDFAST_INLINE_LAMBDA {
-            const __m512 lp = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(steps), step, tops);  // the product is exact
-            if (left >= from + 16)
-                _mm512_storeu_ps(out + begin + from, lp);
-            else if (left > from)
-                _mm512_mask_storeu_ps(out + begin + from, lanes_below(left - from), lp);
-        };
+        const Put put(top, f.step, k - begin, out + begin);
         put(0, s0);
         put(16, s1);
         put(32, s2);
@@ -130,18 +101,6 @@ inline cache::Broken decode_deltas(cache::FixedRows& f, const std::byte* deltas,
     }
     f.escapes = escapes;
     return cache::Broken::none;
-}
-
-inline std::int64_t count_escapes(const std::byte* deltas, std::int64_t count) {
-    const __m512i low = _mm512_set1_epi8(0x0F), high = _mm512_set1_epi8(static_cast<char>(0xF0));
-    std::int64_t n = 0;
-    for (std::int64_t i = 0; i < count; i += 64) {
-        const std::uint64_t there = count - i >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << (count - i)) - 1;
-        const __m512i x = _mm512_maskz_loadu_epi8(there, deltas + i);
-        n += std::popcount(_mm512_cmpeq_epi8_mask(_mm512_and_si512(x, low), low));
-        n += std::popcount(_mm512_cmpeq_epi8_mask(_mm512_and_si512(x, high), high));
-    }
-    return n;
 }
 
 }  // namespace kdfast::cpu::KDFAST_ISA

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <latch>
 #include <thread>
 
 #include "cache/maintenance.h"
@@ -101,10 +102,12 @@ namespace {
 void many_writers_and_readers(Codec tier) {
     const Folder folder;
     constexpr int writers = 4, samples = 25;
+    std::latch open(writers);  // one that opens later finds what the others have committed, and leaves it out
     std::vector<std::thread> threads;
     for (int w = 0; w < writers; ++w)
         threads.emplace_back([&, w] {
             Writer writer(folder.path(), options(tier));
+            open.arrive_and_wait();
             for (int n = 0; n < samples; ++n) {
                 writer.write(Targets8(n).sample(key_of(w, n)));
                 writer.write(Targets8(7).sample("shared"));

@@ -32,6 +32,7 @@ Selector: TypeAlias = Key | tuple[Key, slice]
 _KEYS_AT_ONCE = 4096
 _CPU = torch.device("cpu")  # whatever torch's default is
 _ADVISED_BYTES = 256 << 20
+_POOLED_BYTES = 256 << 10  # for what is smaller malloc has room that stays
 
 
 class Shard(NamedTuple):
@@ -49,7 +50,8 @@ class Reader:
 
     Opening reads header, journals and indices, not the samples. Every block is verified against its checksum when it is
     read. A reader may be used by many threads, in processes forked from its own (the workers of a DataLoader), and may
-    be pickled. It sees what was committed when it was opened.
+    be pickled. It sees what was committed when it was opened. Up to 64 MiB of memory that targets have left is kept
+    for the next.
 
     A remote cache is opened by its indices; a shard is fetched whole when it is first read, verified, and kept in a
     local folder that any number of processes and caches share. What its manifest said then is what the reader sees.
@@ -111,7 +113,8 @@ class Reader:
         self.shift: int = header["shift"]
         #: What the writer said of teacher and tokenizer.
         self.metadata = metadata(header["metadata"], self.path)
-        self._lse_rows = tuple(sorted(self.temperatures, key=lambda t: (t == 1.0, t)))
+        rows = sorted(self.temperatures, key=lambda t: (t == 1.0, t))  # as the engine fills them
+        self._lse_rows = tuple(rows.index(t) for t in self.temperatures)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.path, self._damaged, self._remote)
@@ -259,8 +262,8 @@ class Reader:
             return torch.empty(shape, dtype=torch.float32, device=_CPU)
 
         return _Fields(
-            ids=torch.empty((n, kept), dtype=torch.int32, device=_CPU),
-            values=floats(n, kept),
+            ids=_rows(n, kept, torch.int32),
+            values=_rows(n, kept, torch.float32),
             lse=None if drawn else torch.zeros((len(self.temperatures), n), dtype=torch.float32, device=_CPU),
             k_eff=torch.empty((n,), dtype=torch.int32, device=_CPU) if ragged else None,
             gold=floats(n) if gold else None,
@@ -271,33 +274,52 @@ class Reader:
         """For each of the counts its rows of the tensors, which have them one after the other."""
         n, drawn = len(fields.ids), method in SAMPLED
         if fields.lse is not None:
-            rows = dict(zip(self._lse_rows, fields.lse.unbind(), strict=True))
+            rows = fields.lse.unbind()
+            lse = [rows[i] for i in self._lse_rows]
         else:  # of drawn targets only the temperature is kept: a loss has no use for their normaliser
-            rows = {
-                t: torch.full((n,), 0.0 if t == 1.0 else math.nan, dtype=torch.float32, device=_CPU)
+            lse = [
+                torch.full((n,), 0.0 if t == 1.0 else math.nan, dtype=torch.float32, device=_CPU)
                 for t in self.temperatures
-            }
-        lse = [rows[t] for t in self.temperatures]
+            ]
 
-        def parts(value: Tensor | None) -> Iterable[Tensor | None]:
-            if value is None:
-                return itertools.repeat(None, len(counts))
-            return (value,) if len(counts) == 1 else value.split_with_sizes(counts)
-
-        columns = [parts(value) for value in (fields.ids, fields.values, fields.k_eff, fields.gold, fields.neg_entropy)]
-        normalisers = zip(*map(parts, lse), strict=True)
-        for ids, values, k_eff, gold, neg_entropy, one in zip(*columns, normalisers, strict=True):
-            yield SparseTargets._checked(
-                ids=ids,
-                logprobs=None if drawn else values,
-                vocab_size=self.vocab_size,
-                lse=dict(zip(self.temperatures, one, strict=True)),
-                k_eff=k_eff,
-                method=method,
-                mass=values if drawn else None,
-                neg_entropy=neg_entropy,
-                gold_logprob=gold,
+        def one(
+            ids: Tensor,
+            values: Tensor,
+            k_eff: Tensor | None,
+            gold: Tensor | None,
+            neg_entropy: Tensor | None,
+            *lse: Tensor,
+        ) -> SparseTargets:
+            return SparseTargets._checked(
+                {
+                    "ids": ids,
+                    "logprobs": None if drawn else values,
+                    "vocab_size": self.vocab_size,
+                    "lse": dict(zip(self.temperatures, lse, strict=True)),
+                    "k_eff": k_eff,
+                    "method": method,
+                    "mass": values if drawn else None,
+                    "neg_entropy": neg_entropy,
+                    "gold_logprob": gold,
+                }
             )
+
+        whole: tuple[Any, ...] = (fields.ids, fields.values, fields.k_eff, fields.gold, fields.neg_entropy, *lse)
+        if len(counts) == 1:
+            yield one(*whole)
+            return
+        parts = [itertools.repeat(None) if t is None else t.split_with_sizes(counts) for t in whole]
+        yield from itertools.starmap(one, zip(*parts))  # noqa: B905  # what repeats has no end
+
+
+def _rows(n: int, kept: int, dtype: torch.dtype) -> Tensor:
+    """(n, kept) entries of four bytes, uninitialised; large ones in memory that earlier ones have left."""
+    from kdfast import _core
+
+    count = n * kept
+    if 4 * count < _POOLED_BYTES:
+        return torch.empty((n, kept), dtype=dtype, device=_CPU)
+    return torch.frombuffer(_core.CacheMemory(4 * count), dtype=dtype).view(n, kept)
 
 
 class _Fields(NamedTuple):

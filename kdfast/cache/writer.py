@@ -57,7 +57,8 @@ class Writer:
         temperatures: those that every sample's targets were captured at; None: those of the first sample.
         shift: 1: row i of a sample is the distribution of token i + 1 (language models); 0: of item i itself.
         grid: see above, 2 to 10.
-        block_tokens: tokens under one checksum, 64, 128 or 256: the least that a range is read in.
+        block_tokens: tokens under one checksum, 64, 128 or 256: the least that a range is read in. None: 64, or 128 in
+            the compact tier, each of whose blocks ends with the state of its coder.
         shard_bytes: a file that has as many is finished, and the next begun.
         commit_bytes: as many bytes written are committed unasked.
         queue_bytes: bytes of samples that may wait.
@@ -82,7 +83,7 @@ class Writer:
         temperatures: Sequence[float] | None = None,
         shift: int = 1,
         grid: int = 4,
-        block_tokens: int = 128,
+        block_tokens: int | None = None,
         shard_bytes: int = 1 << 30,
         commit_bytes: int = 64 << 20,
         queue_bytes: int = 256 << 20,
@@ -104,7 +105,7 @@ class Writer:
             metadata=metadata_text(described),
             tier=tier,
             grid=grid,
-            block_tokens=block_tokens,
+            block_tokens=(128 if tier == "compact" else 64) if block_tokens is None else block_tokens,
             shard_bytes=shard_bytes,
             commit_bytes=commit_bytes,
             queue_bytes=queue_bytes,
