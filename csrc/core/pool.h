@@ -21,8 +21,8 @@ class Pool {
         std::size_t bytes = 0;  // at least as many as were asked for
     };
 
-    // Uninitialised. Of the blocks that are kept the smallest that is large enough, but for one of more than twice that;
-    // of equal ones the last that came back, which is likely still in the processor's cache.
+    // Uninitialised. Of the blocks that are kept the smallest that is large enough, but for one of more than twice
+    // that; of equal ones the last that came back, which is likely still in the processor's cache.
     Block take(std::size_t bytes);
     void give(Block block);
     std::size_t kept() const { return kept_; }
