@@ -176,9 +176,14 @@ class TestReading:
         assert (raised.value.code, raised.value.key) == ("missing", "nobody")
 
     def test_integer_keys_are_their_decimal_strings(self, tmp_path):
-        reader = fill(tmp_path / "c", {7: (capture(tokens=5), None)})
-        assert_same(reader[7], reader["7"])
+        keys = [7, -7, 0, 2**63 - 1, -(2**63), 2**63, 2**70]
+        reader = fill(tmp_path / "c", {key: (capture(tokens=5), None) for key in keys})
+        for key in keys:
+            assert_same(reader[key], reader[str(key)])
         assert np.int64(7) in reader
+        assert_same(reader[np.int64(7)], reader["7"])
+        with pytest.raises(TypeError, match="bool"):
+            reader[True]
 
     @pytest.mark.parametrize("key", ["", "a\0b", "k" * 4097, "\ud800", 1.5, True, None])
     def test_keys_that_cannot_be(self, tmp_path, key):

@@ -308,7 +308,8 @@ class Reader:
         if len(counts) == 1:
             yield one(*whole)
             return
-        parts = [itertools.repeat(None) if t is None else t.split_with_sizes(counts) for t in whole]
+        # The parts are no views of a tensor that anyone else has: what autograd would note of them takes time.
+        parts = [itertools.repeat(None) if t is None else torch.unsafe_split_with_sizes(t, counts) for t in whole]
         yield from itertools.starmap(one, zip(*parts))  # noqa: B905  # what repeats has no end
 
 

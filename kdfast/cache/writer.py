@@ -47,8 +47,8 @@ class Writer:
         path: directory of the cache; made where there is none.
         vocab_size: V of every sample's targets, at most 2^24.
         tier: "fixed": fastest to read and to write. "compact": the same numbers in two thirds of the bytes, decoded at
-            a tenth of the speed. Its frequencies are learned from the first 32768 tokens, which wait in memory for
-            that unless there is a commit. Sampled targets have a form of their own in both.
+            about a twentieth of the speed. Its frequencies are learned from the first 32768 tokens, which wait in
+            memory for that unless there is a commit. Sampled targets have a form of their own in both.
         teacher: name or path of the teacher; kept in the cache.
         tokenizer: its fingerprint; kept in the cache.
         revision: of the teacher; kept in the cache.
