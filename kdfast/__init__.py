@@ -3,14 +3,14 @@
 from kdfast import cache, methods, reference
 from kdfast.cache.error import CacheError
 from kdfast.distiller import Distiller
-from kdfast.divergence import Divergence
+from kdfast.spec.divergence import Divergence
 from kdfast.loss import DistillLoss, distill_loss
 from kdfast.ops._registry import backends
-from kdfast.packed import PackedTargets
-from kdfast.reference import DistillTerms
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.reference import DistillTerms
 from kdfast.reporting.report import report
 from kdfast.soft_targets import soft_targets
-from kdfast.targets import LMHead, SparseTargets
+from kdfast.spec.sparse import LMHead, SparseTargets
 from kdfast.uld import uld_loss
 
 __version__ = "0.1.0"

@@ -18,8 +18,8 @@ from kdfast.methods.loss import Loss, Term, Value
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
 from kdfast.methods.synchronise import GradientAverage
-from kdfast.packed import PackedTargets
-from kdfast.targets import LMHead, SparseTargets
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.sparse import LMHead, SparseTargets
 
 Teacher: TypeAlias = nn.Module | Reader
 LossLike: TypeAlias = Loss | Callable[[Step], Value] | tuple[Callable[[Step], Value], Setting]

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.divergence import Term
+from kdfast.spec.divergence import Term
 from kdfast.ops import _registry, head_autograd, shard_autograd
-from kdfast.ops.shard import Shard
-from kdfast.packed import PackedTargets
-from kdfast.problem import Logits, Problem, Teacher, build_problem, device_of
-from kdfast.reference import DistillTerms
-from kdfast.targets import LMHead, SparseTargets
+from kdfast.ops.shard.operators import Shard
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.problem import Logits, Problem, Teacher, build_problem, device_of
+from kdfast.spec.reference import DistillTerms
+from kdfast.spec.sparse import LMHead, SparseTargets
 
 
 def distill_loss(

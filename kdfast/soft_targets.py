@@ -15,11 +15,11 @@ from torch import Tensor
 from kdfast import selection
 from kdfast.loss import _is_dtensor
 from kdfast.ops import _registry, select_cpu, select_triton
-from kdfast.ops.dense import KERNEL_DTYPES
-from kdfast.ops.dense_cpu import EXTENSION_MISSING
-from kdfast.problem import Logits, _check_logits, _choice, device_of
-from kdfast.selection import Request, Selected
-from kdfast.targets import METHODS, SAMPLED, LMHead, SparseTargets
+from kdfast.ops.dense.operators import KERNEL_DTYPES
+from kdfast.ops.dense.cpu import EXTENSION_MISSING
+from kdfast.spec.problem import Logits, _check_logits, _choice, device_of
+from kdfast.spec.selection import Request, Selected
+from kdfast.spec.sparse import METHODS, SAMPLED, LMHead, SparseTargets
 
 Method: TypeAlias = Literal["topk", "topp", "sample", "pps"]
 

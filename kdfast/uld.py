@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.ops.uld import token_losses
-from kdfast.problem import Reduction, build_problem
+from kdfast.ops.uld.operators import token_losses
+from kdfast.spec.problem import Reduction, build_problem
 
 
 def uld_loss(

@@ -64,7 +64,7 @@ class Compiled:
 
 def _dense_calls() -> dict[str, dict[str, Any]]:
     """Arguments of ``distill_loss``, by name, whose launches are the production ones."""
-    from kdfast.divergence import PARAMETERS, Divergence
+    from kdfast.spec.divergence import PARAMETERS, Divergence
 
     calls: dict[str, dict[str, Any]] = {name: {"divergence": name} for name in PARAMETERS}
     calls["alpha_div"]["divergence"] = Divergence("alpha_div", a=0.5)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.dense_cpu import _view
-from kdfast.packed import PackedTargets
+from kdfast.ops.dense.cpu import _view
+from kdfast.spec.packed import PackedTargets
 
 if TYPE_CHECKING:
     from kdfast import _core

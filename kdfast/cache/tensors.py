@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kdfast.ops.dense_cpu import _view
+from kdfast.ops.dense.cpu import _view
 
 if TYPE_CHECKING:
     from kdfast import _core

@@ -28,7 +28,7 @@ from kdfast.demo.student import Student
 from kdfast.demo.targets import Stored, Targets, Written
 from kdfast.demo.teacher import check_memory, label, load_teacher
 from kdfast.demo.tokenizer import encode
-from kdfast.reporting.demo import write_report
+from kdfast.demo.page import write_report
 from kdfast.reporting.environment import environment
 
 RESULTS_NAME = "results.json"

@@ -10,7 +10,7 @@ import torch
 
 import kdfast
 from kdfast.demo.model import GPTConfig
-from kdfast.reference import TAIL_RULES
+from kdfast.spec.reference import TAIL_RULES
 
 
 class DemoError(RuntimeError):

@@ -17,8 +17,8 @@ import torch
 
 from kdfast import reference
 from kdfast.ops import dense_autograd, dense_cpu, head_autograd
-from kdfast.problem import Problem, build_problem
-from kdfast.reference import DistillTerms
+from kdfast.spec.problem import Problem, build_problem
+from kdfast.spec.reference import DistillTerms
 
 #: Columns from which the plain PyTorch fallback costs enough memory and time to be worth a word.
 LARGE_VOCABULARY = 16384
@@ -228,7 +228,7 @@ def backends(problem: Problem | None = None, *, dtype: torch.dtype = torch.float
     """What is available on this machine, what would be chosen, and why.
 
     Args:
-        problem: a call to ask about, as :func:`kdfast.problem.build_problem` makes it; None for a plain dense loss.
+        problem: a call to ask about, as :func:`kdfast.spec.problem.build_problem` makes it; None for a plain dense loss.
         dtype: dtype of the logits in that plain loss.
         device: device of the logits in that plain loss.
 

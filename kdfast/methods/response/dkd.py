@@ -13,7 +13,7 @@ from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Problem, Reduction
+from kdfast.spec.problem import Problem, Reduction
 
 
 def dkd_loss(

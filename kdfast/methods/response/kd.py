@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kdfast.divergence import DivergenceLike
+from kdfast.spec.divergence import DivergenceLike
 from kdfast.loss import distill_loss
 from kdfast.methods.loss import Loss, Value
 from kdfast.methods.schedule import Setting, checked, value

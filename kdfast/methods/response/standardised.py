@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.divergence import DivergenceLike, divergence_terms
+from kdfast.spec.divergence import DivergenceLike, divergence_terms
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Reduction
+from kdfast.spec.problem import Reduction
 
 EPSILON = 1e-7  # the authors', added to the deviation
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.divergence import DivergenceLike
+from kdfast.spec.divergence import DivergenceLike
 from kdfast.loss import distill_loss
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import Step
-from kdfast.problem import Problem, _scalar, build_problem
+from kdfast.spec.problem import Problem, _scalar, build_problem
 
 
 def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> Problem:
