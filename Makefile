@@ -10,7 +10,8 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest
 # Processes that share the tests. Torch computes with several threads in each, which sleep where they would spin.
 WORKERS ?= 2
-INTERPRETED = dense modes edges operators head sparse packed triton distributed distributed_heads soft_targets gpu_suite
+INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed) \
+  kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
 
 .PHONY: demo test lint bench docs tables nightly sanitize clean
 
@@ -22,7 +23,7 @@ test: $(VENV)/.test build/peers
 	$(PYTEST) -n $(WORKERS) tests $(PYTEST_ARGS)
 	PYTHONPATH=build/peers $(PYTEST) tests/docs/test_peers.py
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,$(INTERPRETED)))
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(INTERPRETED)
 endif
 
 lint: $(VENV)/.dev

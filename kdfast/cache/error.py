@@ -28,3 +28,6 @@ class CacheError(ValueError):
         where += [] if self.key is None else [f"sample {self.key!r}"]
         where += [] if self.offset is None else [f"byte {self.offset}"]
         return f"{self.args[0]} [{self.code}; {', '.join(where)}]" if where else f"{self.args[0]} [{self.code}]"
+
+
+CacheError.__module__ = "kdfast"  # where it is for users, and for what they pickle

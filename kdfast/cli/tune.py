@@ -61,9 +61,9 @@ def tune(
     from rich.console import Console
 
     from kdfast import tuning
+    from kdfast.cli.interrupt import Interrupt
     from kdfast.demo.display import Display
     from kdfast.demo.settings import DemoError
-    from kdfast.cli.interrupt import Interrupt
     from kdfast.tuning.page import finalists_table, trials_table
 
     console = Console(stderr=as_json)

@@ -20,7 +20,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
         results: what `results.json` holds.
         path: the file.
     """
-    page = template("demo.html.j2").render(
+    page = template(Path(__file__).with_name("page.html.j2")).render(
         r=results, several=len(results["settings"]["seeds"]) > 1, figures=_figures(results), smoothing=SMOOTHING
     )
     path.write_text(page, encoding="utf-8")

@@ -119,6 +119,9 @@ class Divergence:
         return (Term(self.name, weight, parameter),)
 
 
+Divergence.__module__ = "kdfast"  # where it is for users, and for what they pickle
+
+
 DivergenceLike: TypeAlias = str | Divergence | Mapping[str | Divergence, float]
 
 

@@ -9,11 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.unpack.operators import unpack
 from kdfast.spec.sparse import SAMPLED, SparseTargets
 
 #: Offsets count in units of so many bytes, which is what a GPU loads at once.
 WORD = 4
+
+# What unpacks them, (ids (..., K) int32, -1 from k_eff on; logprobs (..., K) fp32, -inf there): who does it on which
+# device stands in kdfast.ops.unpack.
+_library = torch.library.Library("kdfast", "FRAGMENT")
+_library.define(
+    "unpack(Tensor data, Tensor offset, Tensor top, Tensor? k_eff, int kept, int vocab_size, int grid) "
+    "-> (Tensor ids, Tensor logprobs)"
+)
+
+
+def unpacked_like(offset: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Memory for ids and log-probabilities, (..., kept) each, of tokens (...)."""
+    shape = (*offset.shape, kept)
+    ids = torch.empty(shape, dtype=torch.int32, device=offset.device)
+    return ids, torch.empty(shape, dtype=torch.float32, device=offset.device)
+
+
+torch.library.register_fake("kdfast::unpack", lambda data, offset, top, k_eff, kept, *_: unpacked_like(offset, kept))
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +242,9 @@ class PackedTargets:
             ValueError: on the CPU, bytes that no reader gave.
             RuntimeError: on a GPU, without Triton.
         """
-        ids, logprobs = unpack(self.data, self.offset, self.top, self.k_eff, self.kept, self.vocab_size, self.grid)
+        ids, logprobs = torch.ops.kdfast.unpack(
+            self.data, self.offset, self.top, self.k_eff, self.kept, self.vocab_size, self.grid
+        )
         lse = None
         if self.lse is not None:
             lse = {t: torch.zeros_like(self.top) if v is None else v for t, v in self.lse.items()}
@@ -238,3 +257,6 @@ class PackedTargets:
             method=self.method,
             gold_logprob=self.gold_logprob,
         )
+
+
+PackedTargets.__module__ = "kdfast"  # where it is for users, and for what they pickle

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kdfast.spec.divergence import DivergenceLike, Term, divergence_terms
+from kdfast.spec.head import LMHead
 from kdfast.spec.packed import PackedTargets
-from kdfast.spec.sparse import LMHead, SparseTargets
+from kdfast.spec.sparse import SparseTargets
 
 Logits: TypeAlias = Tensor | LMHead
 Teacher: TypeAlias = Logits | SparseTargets | PackedTargets | Sequence[Logits]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from kdfast.reporting import landscapes, plots
+from kdfast.reporting import plots
 from kdfast.reporting.pages import template
 from kdfast.reporting.plots import COLOURS, GREY, Ranged
 from kdfast.reporting.table import interval, plus_minus
+from kdfast.tuning import landscapes
 from kdfast.tuning.result import near_sentences
 from kdfast.tuning.space import format_settings, format_value
 
@@ -26,7 +28,7 @@ def render(figures: dict[str, Any]) -> str:
     Args:
         figures: as :func:`kdfast.tuning.tune` returns them, read back from JSON.
     """
-    return template("tune.html.j2").render(
+    return template(Path(__file__).with_name("page.html.j2")).render(
         r=figures,
         found=figures["recommendation"],
         ordered=_ordered(figures),

@@ -12,7 +12,8 @@ from machine import DEVICE, INTERPRETING, KERNEL, VARIANTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast import LMHead, distill_loss
-from kdfast.ops import dense, head
+from kdfast.ops.dense import operators as dense
+from kdfast.ops.head import operators as head
 
 pytestmark = [
     pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),

@@ -11,7 +11,7 @@ from machine import DEVICE, ISAS, KERNEL, TRITON, choose
 from torch.utils.data import DataLoader
 
 from kdfast import CacheError, LMHead, PackedTargets, SparseTargets, cache, distill_loss, soft_targets
-from kdfast.ops.unpack.operators import unpack
+from kdfast.ops.unpack.cpu import unpack
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the compiled extension is not there")
 
@@ -353,7 +353,7 @@ def test_an_id_that_stands_twice_is_refused(tmp_path, monkeypatch):
     """A reader need not look, but nobody does after this one."""
     from pathlib import Path
 
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "golden"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "cache" / "golden"))
     import attacks
     import format_writer as w
 

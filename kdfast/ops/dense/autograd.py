@@ -11,12 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.spec.divergence import Term
-from kdfast.ops import dense
+from kdfast.ops.dense import operators as dense
 from kdfast.ops.dense.operators import Inputs
+from kdfast.spec import reference
+from kdfast.spec.divergence import Term
 from kdfast.spec.problem import Problem
-from kdfast.spec.reference import DistillTerms, TokenTerms
+from kdfast.spec.reduction import (
+    DistillTerms,
+    TokenTerms,
+    assemble,
+    coefficients,
+    reduced_terms,
+    token_weights,
+    weighted,
+)
 
 _ops = torch.ops.kdfast
 
@@ -149,7 +157,7 @@ class _Fused(torch.autograd.Function):
             *tokens, dtau, ctx.grad = _ops.dense_fused(student, *inputs, spec.wants_z, spec.wants_dtau, *coefficients)
             ctx.save_for_backward(student, *inputs.teachers)
         ctx.spec, ctx.inputs, ctx.coefficients, ctx.tokens, ctx.dtau = spec, inputs, coefficients, tokens, dtau
-        terms = [reference.weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
+        terms = [weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
         ctx.mark_non_differentiable(*tokens)
         return sum(terms[1:], terms[0]), *tokens
 
@@ -179,9 +187,7 @@ class _Fused(torch.autograd.Function):
         ]
         dtau = None
         if ctx.needs_input_grad[1] and ctx.spec.wants_dtau:
-            dtau = (upstream * reference.weighted(ctx.coefficients[0], ctx.dtau, "sum")).to(
-                ctx.inputs.temperature.dtype
-            )
+            dtau = (upstream * weighted(ctx.coefficients[0], ctx.dtau, "sum")).to(ctx.inputs.temperature.dtype)
         return grad, dtau, *to_coefficients
 
 
@@ -316,7 +322,7 @@ def distill_loss(problem: Problem, backend: str) -> DistillTerms:
     spec = spec_of(problem, backend)
     spec = spec._replace(overwrite=spec.overwrite and not transformed)
     per_token = PerToken.of(problem)
-    w = reference.token_weights(problem)
+    w = token_weights(problem)
     in_forward = (
         torch.is_grad_enabled()
         and student.requires_grad
@@ -330,11 +336,11 @@ def distill_loss(problem: Problem, backend: str) -> DistillTerms:
         # Where nothing requires grad, a compiler traces forward alone, and may pass it a context that it does not take.
         traced = torch.compiler.is_compiling() and not _needs_gradient(student, problem.temperature, *teachers)
         out = (_Tokens.forward if traced else _Tokens.apply)(spec, *tensors)  # type: ignore[arg-type]
-        return reference.assemble(problem, token_terms(problem, *out[:3]), w)
+        return assemble(problem, token_terms(problem, *out[:3]), w)
     inputs = spec.inputs(teachers, per_token, problem.temperature.detach())
-    c = reference.coefficients(problem, w)
+    c = coefficients(problem, w)
     loss, *out = _Fused.apply(student, problem.temperature, *c, spec, inputs)  # type: ignore[no-untyped-call]
-    return DistillTerms(loss, *reference.reduced_terms(problem, token_terms(problem, *out), w))
+    return DistillTerms(loss, *reduced_terms(problem, token_terms(problem, *out), w))
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

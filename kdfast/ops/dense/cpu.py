@@ -8,38 +8,13 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.dense.operators import Inputs, stats_size
-
-#: Why there is no compiled kernel, or None where there is.
-EXTENSION_MISSING: str | None = None
-try:
-    from kdfast import _core
-except ImportError as error:  # a source tree whose extension was not built; the registry says so and goes on without
-    _core = None  # type: ignore[assignment]
-    EXTENSION_MISSING = f"the compiled extension is missing ({error})"
-
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.int64: "int64",
-    torch.int32: "int32",
-    torch.uint8: "uint8",
-    torch.bool: "bool",
-}
+from kdfast.views import _core, contiguous_rows, view
 
 
 def detail() -> str:
     """What the kernel runs with."""
     isas = ", ".join(_core.supported_isas())
     return f"C++ kernel, {_core.isa()} of {isas}, {torch.get_num_threads()} threads"
-
-
-def _view(x: Tensor) -> _core.View:
-    return _core.View(x.data_ptr(), _DTYPE_NAMES[x.dtype], x.shape, x.stride())
-
-
-def _contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _call(
@@ -51,12 +26,12 @@ def _call(
         for k in ("labels", "counted", "teacher_weights", "kept_ids", "kept_values", "kept_per_row")
         if getattr(inputs, k) is not None
     }
-    teachers = [_contiguous_rows(t) for t in inputs.teachers]
+    teachers = [contiguous_rows(t) for t in inputs.teachers]
     held = per_token | {k: v if k == "grad" else v.contiguous() for k, v in outputs.items() if v is not None}
     _core.dense(
         passes=passes,
-        student=_view(student),
-        teachers=[_view(t) for t in teachers],
+        student=view(student),
+        teachers=[view(t) for t in teachers],
         temperature=inputs.temperature.item(),
         names=inputs.names,
         weights=inputs.weights,
@@ -68,7 +43,7 @@ def _call(
         tail_rule=inputs.tail_rule,
         values_with_dtemperature=dtemperature,
         threads=torch.get_num_threads(),
-        **{k: _view(v) for k, v in held.items()},
+        **{k: view(v) for k, v in held.items()},
     )
 
 
@@ -84,7 +59,7 @@ def run(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
 
 def sums(student: Tensor, inputs: Inputs) -> Tensor:
     """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
-    student = _contiguous_rows(student)
+    student = contiguous_rows(student)
     shape = student.shape[:-1]
     stats = torch.empty((*shape, stats_size(inputs)), dtype=torch.float32)
     logit_sum = torch.empty(shape, dtype=torch.float32)
@@ -115,7 +90,7 @@ def stats_of(totals: Tensor, sum_student: Tensor, inputs: Inputs) -> Tensor:
 
 def values(student: Tensor, inputs: Inputs, totals: Tensor, *, dtemperature: bool) -> Tensor:
     """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
-    student = _contiguous_rows(student)
+    student = contiguous_rows(student)
     out = torch.empty((*student.shape[:-1], 7), dtype=torch.float32)
     stats = stats_of(totals, torch.zeros(student.shape[:-1], dtype=torch.float64), inputs)
     _call("values", student, inputs, {"stats": stats, "values": out}, dtemperature=dtemperature)
@@ -125,7 +100,7 @@ def values(student: Tensor, inputs: Inputs, totals: Tensor, *, dtemperature: boo
 def fresh_gradient(student: Tensor) -> Tensor:
     """Memory for a gradient, in huge pages where the system has them."""
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    _core.advise_huge_pages(_view(grad))
+    _core.advise_huge_pages(view(grad))
     return grad
 
 
@@ -133,9 +108,4 @@ def scale(grad: Tensor, factor: Tensor) -> None:
     """``grad *= factor`` in place; nothing is done for a factor of 1."""
     value = factor.item()
     if value != 1.0:
-        _core.scale(_view(grad), value, torch.get_num_threads())
-
-
-def sort_rows(x: Tensor, values: Tensor, order: Tensor | None) -> None:
-    """Fills ``values``, and ``order`` where asked for, (n, V) contiguous each, with the rows of x sorted descending."""
-    _core.sort_rows(_view(x), _view(values), None if order is None else _view(order), torch.get_num_threads())
+        _core.scale(view(grad), value, torch.get_num_threads())

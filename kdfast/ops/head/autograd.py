@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.ops import dense_autograd, head
+from kdfast.ops.dense import autograd as dense_autograd
 from kdfast.ops.dense.autograd import PerToken, Spec, only_once
+from kdfast.ops.head import operators as head
+from kdfast.spec.head import LMHead
 from kdfast.spec.problem import Logits, Problem
-from kdfast.spec.reference import DistillTerms
-from kdfast.spec.sparse import LMHead
+from kdfast.spec.reduction import DistillTerms, assemble, coefficients, reduced_terms, token_weights, weighted
 
 _N_PER_TOKEN = len(PerToken._fields)
 
@@ -111,7 +111,7 @@ class _Fused(torch.autograd.Function):
         ctx.dtype = temperature.dtype
         ctx.mark_non_differentiable(*tokens)
         ctx.set_materialize_grads(False)
-        terms = [reference.weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
+        terms = [weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
         return sum(terms[1:], terms[0]), *tokens
 
     @staticmethod
@@ -127,7 +127,7 @@ class _Fused(torch.autograd.Function):
         ]
         to_temperature = None
         if ctx.needs_input_grad[1] and ctx.spec.dense.wants_dtau:
-            moved = upstream * reference.weighted(coefficients[0], dtau, "sum")
+            moved = upstream * weighted(coefficients[0], dtau, "sum")
             to_temperature = only_once(moved.to(ctx.dtype), *sources)
         to_tensors = _flat_gradients(Tensors.of(flat), ctx.wanted, scaled)
         return None, to_temperature, *to_coefficients, *[None] * _N_PER_TOKEN, *to_tensors
@@ -216,7 +216,7 @@ def distill_loss(problem: Problem, backend: str, over_ranks: Operators | None = 
     tensors = Tensors(inputs, weights, biases)
     spec = HeadSpec(dense_autograd.spec_of(problem, backend), softcaps, scales, problem.memory_budget or 0, over_ranks)
     per_token = PerToken.of(problem)
-    w = reference.token_weights(problem)
+    w = token_weights(problem)
     mine = [x for x in (inputs[0], weights[0], biases[0]) if x is not None]
     in_forward = (
         torch.is_grad_enabled()
@@ -226,8 +226,8 @@ def distill_loss(problem: Problem, backend: str, over_ranks: Operators | None = 
     )
     with torch.autocast(inputs[0].device.type, enabled=False):
         if in_forward:
-            c = reference.coefficients(problem, w)
+            c = coefficients(problem, w)
             loss, *out = _Fused.apply(spec, problem.temperature, *c, *per_token, *tensors.flat())  # type: ignore[no-untyped-call]
-            return DistillTerms(loss, *reference.reduced_terms(problem, dense_autograd.token_terms(problem, *out), w))
+            return DistillTerms(loss, *reduced_terms(problem, dense_autograd.token_terms(problem, *out), w))
         out = _Tokens.apply(spec, problem.temperature, *per_token, *tensors.flat())  # type: ignore[no-untyped-call]
-        return reference.assemble(problem, dense_autograd.token_terms(problem, *out), w)
+        return assemble(problem, dense_autograd.token_terms(problem, *out), w)

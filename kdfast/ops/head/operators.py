@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops import dense
+from kdfast.ops.dense import operators as dense
 from kdfast.ops.dense.operators import COEFFICIENTS, INPUTS, N_INPUTS, Inputs
 
 #: Bytes of logits in one chunk, all heads together: enough rows for the matrix products to run at full speed.

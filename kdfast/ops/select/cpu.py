@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.ops.dense.cpu import _contiguous_rows, _view
 from kdfast.spec.selection import Request, Selected, empty
+from kdfast.views import _core, contiguous_rows, view
 
 
 def select(logits: Tensor, request: Request, first_token: int) -> Selected:
     """What :func:`kdfast.spec.selection.select` computes, for fp32, bf16 and fp16 (..., V) on the CPU."""
-    from kdfast import _core
-
-    logits = _contiguous_rows(logits)
+    logits = contiguous_rows(logits)
     out = empty(logits, request)
     _core.select(
-        logits=_view(logits),
+        logits=view(logits),
         method=request.method,
         k=request.most,
         least=request.least,
@@ -25,6 +23,6 @@ def select(logits: Tensor, request: Request, first_token: int) -> Selected:
         seed=request.seed,
         first_token=first_token,
         threads=torch.get_num_threads(),
-        **{name: _view(x) for name, x in out._asdict().items() if x is not None},
+        **{name: view(x) for name, x in out._asdict().items() if x is not None},
     )
     return out

@@ -27,7 +27,7 @@ def declines(request: Request, columns: int) -> str | None:
 
 @torch.no_grad()
 def select(logits: Tensor, request: Request, first_token: int) -> Selected:
-    """What :func:`kdfast.spec.selection.select` computes, for fp32, bf16 and fp16 (..., V), without waiting for the GPU."""
+    """As :func:`kdfast.spec.selection.select`, for fp32, bf16 and fp16 (..., V), without waiting for the GPU."""
     out = empty(logits, request)
     _launcher().run(logits, request, first_token, out)
     return out

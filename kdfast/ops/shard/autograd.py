@@ -13,19 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.ops import dense, dense_autograd, head, head_autograd, shard_sparse
-from kdfast.ops import shard as shard_dense
-from kdfast.ops.dense.operators import N_INPUTS, Inputs
+from kdfast.ops.dense import autograd as dense_autograd
+from kdfast.ops.dense import operators as dense
 from kdfast.ops.dense.autograd import PerToken, Spec
+from kdfast.ops.dense.operators import N_INPUTS, Inputs
+from kdfast.ops.eager import outside_graphs
+from kdfast.ops.head import autograd as head_autograd
+from kdfast.ops.head import operators as head
 from kdfast.ops.head.operators import N_HEADS, Chunks, Gradients, Heads
+from kdfast.ops.shard import operators as shard_dense
+from kdfast.ops.shard import sparse as shard_sparse
 from kdfast.ops.shard.operators import Factors, Shard, Statistics
 from kdfast.ops.shard.sparse import SparseStatistics
 from kdfast.spec.problem import Problem
-from kdfast.spec.reference import DistillTerms
+from kdfast.spec.reduction import DistillTerms, assemble, token_weights
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@outside_graphs
 def distill_loss(problem: Problem, backend: str, shard: Shard) -> DistillTerms:
     """The loss over the columns of all ranks; labels and sparse targets are of the whole vocabulary.
 
@@ -36,7 +40,7 @@ def distill_loss(problem: Problem, backend: str, shard: Shard) -> DistillTerms:
     teachers: tuple[Tensor, ...] = problem.teachers  # type: ignore[assignment]
     spec, per_token = dense_autograd.spec_of(problem, backend), PerToken.of(problem)
     out = _Stored.apply(problem.student, problem.temperature, per_token, spec, shard, *teachers)  # type: ignore[no-untyped-call]
-    return reference.assemble(problem, dense_autograd.token_terms(problem, *out), reference.token_weights(problem))
+    return assemble(problem, dense_autograd.token_terms(problem, *out), token_weights(problem))
 
 
 def _statistics(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast.ops import dense
+from kdfast.ops.dense import operators as dense
 from kdfast.ops.dense.operators import Inputs
 from kdfast.spec.problem import NO_LABEL
 

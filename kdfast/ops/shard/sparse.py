@@ -24,10 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.spec.divergence import Term
-from kdfast.ops import dense, head
+from kdfast.ops.dense import operators as dense
 from kdfast.ops.dense.operators import Inputs
+from kdfast.ops.head import operators as head
 from kdfast.ops.shard.operators import (
     ELSEWHERE,
     LN2,
@@ -41,6 +40,8 @@ from kdfast.ops.shard.operators import (
     lost_labels,
     rounded,
 )
+from kdfast.spec import reference
+from kdfast.spec.divergence import Term
 from kdfast.spec.problem import NO_LABEL
 
 #: Bytes of logits that are copied at a time where they are not ours to change: a part of the cache.

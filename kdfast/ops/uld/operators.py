@@ -1,4 +1,4 @@
-"""Universal logit distillation, per token: operators, fakes and autograd.
+"""Universal logit distillation, per token: operators and fakes.
 
 With p = softmax(student / tau) and q = softmax(teacher / tau), both sorted descending and the shorter one padded with
 probability 0, the loss of a token is L = sum_j |p_j - q_j|. Three facts make it cheap:
@@ -12,15 +12,12 @@ probability 0, the loss of a token is L = sum_j |p_j - q_j|. Three facts make it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kdfast import reference
 from kdfast.ops.uld.sort import sort_rows
-from kdfast.spec.problem import Problem
 
 #: Elements of one chunk's rows: some 40 MB of temporaries on a CPU (fewer rows cost more in threads that wait for one
 #: another than caches save), enough rows to fill a GPU elsewhere.
@@ -39,65 +36,9 @@ _library.define(
     "uld_backward(Tensor student, Tensor temperature, Tensor? counted, Tensor signs, Tensor stats, Tensor upstream) "
     "-> Tensor"
 )
-_ops = torch.ops.kdfast
 
 
-def token_losses(student: Tensor, teacher: Tensor, problem: Problem) -> Tensor:
-    """The loss of every token, (...), differentiable in the student and in a temperature that requires grad."""
-    signed = torch.is_grad_enabled() and student.requires_grad
-    loss, *_ = _Tokens.apply(  # type: ignore[no-untyped-call]
-        student, teacher, problem.temperature, problem.counted, signed, problem.learns_temperature
-    )
-    return loss  # type: ignore[no-any-return]
-
-
-class _Tokens(torch.autograd.Function):
-    """(loss, signs, stats, dtau), with a backward that reads the student again."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _ops.uld_forward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        student, _, temperature, counted, _, _ = inputs
-        _, signs, stats, dtau = output
-        ctx.mark_non_differentiable(signs, stats, dtau)
-        ctx.save_for_backward(student, temperature, counted, signs, stats, dtau)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        student, temperature, counted, signs, stats, dtau = ctx.saved_tensors
-        to_student = to_temperature = None
-        if ctx.needs_input_grad[0]:
-            grad = _ops.uld_backward(student.detach(), temperature, counted, signs, stats, upstream.detach())
-            to_student = _only_once(grad, student, temperature, upstream)
-        if ctx.needs_input_grad[2]:
-            grad = (upstream * reference._keep(dtau, counted)).sum().to(temperature)
-            to_temperature = _only_once(grad, student, temperature, upstream)
-        return to_student, None, to_temperature, None, None, None
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that depends on what it was made from, but does not say how."""
-
-    @staticmethod
-    def forward(grad: Tensor, *_: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        msg = "kdfast: uld_loss has no second derivative (its gradient was made with create_graph=True): use the first"
-        raise RuntimeError(msg)
-
-
-def _only_once(grad: Tensor, *sources: Tensor) -> Tensor:
-    """The gradient, which raises where somebody differentiates it again."""
-    return _Once.apply(grad, *sources) if torch.is_grad_enabled() else grad  # type: ignore[no-untyped-call]
+forward, backward = torch.ops.kdfast.uld_forward, torch.ops.kdfast.uld_backward
 
 
 def _forward(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.ops import dense_cpu
+from kdfast.views import EXTENSION_MISSING, _core, view
 
 
 def sort_rows(x: Tensor, *, ordered: bool) -> tuple[Tensor, Tensor]:
@@ -23,11 +23,11 @@ def sort_rows(x: Tensor, *, ordered: bool) -> tuple[Tensor, Tensor]:
     Returns:
         The values, (n, V), and their columns, int64 (n, V), or (n, 0) where they are not wanted.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and dense_cpu.EXTENSION_MISSING is None:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and EXTENSION_MISSING is None:
         x = x.contiguous()
         values = torch.empty_like(x)
         order = torch.empty(x.shape if ordered else (x.shape[0], 0), dtype=torch.int64, device=x.device)
-        dense_cpu.sort_rows(x, values, order if ordered else None)
+        _core.sort_rows(view(x), view(values), view(order) if ordered else None, torch.get_num_threads())
         return values, order
     values, order = x.sort(dim=-1, descending=True, stable=True)
     return values, order if ordered else order[:, :0]

@@ -1,4 +1,4 @@
-"""Writes the golden caches of version 1 and what they hold: ``PYTHONPATH=tests python tests/cache/golden/make_cache.py``.
+"""Writes the golden caches of version 1 and what they hold: PYTHONPATH=tests/cache.
 
 Everything is fixed (ids, seeds, times), so that a second run changes nothing. A cache is a folder, what a reader must
 find in it a JSON file of the same name; ``invalid.json`` holds faults as patches of the cache ``base``, and

@@ -1,4 +1,4 @@
-"""Writes a cache with kdfast's own writer and what it holds: ``PYTHONPATH=tests python tests/cache/golden/make_written.py``.
+"""Writes a cache with kdfast's own writer and what it holds: PYTHONPATH=tests/cache.
 
 Unlike the other golden caches it is another one each time: writers, shards and times are named at random. It is kept so
 that what a version has written stays readable; the numbers are those of a fixed cache of the same targets.
