@@ -1,6 +1,10 @@
-"""The one error of the cache."""
+"""The errors of the cache."""
 
 from __future__ import annotations
+
+
+class JobError(ValueError):
+    """A teacher, data or options that a cache cannot be built from; the message says which and what would do."""
 
 
 class CacheError(ValueError):

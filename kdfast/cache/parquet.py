@@ -38,8 +38,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from kdfast.cache.error import CacheError
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import CacheError, JobError
 from kdfast.cache.keys import key_text, token_hash
 from kdfast.cache.reader import Reader
 from kdfast.cache.writer import Tier, Writer

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdfast.ops.dense import autograd as dense_autograd
 from kdfast.ops.dense import cpu as dense_cpu
-from kdfast.ops.dense.operators import KERNEL_DTYPES
+from kdfast.ops.dense.inputs import KERNEL_DTYPES
 from kdfast.ops.head import autograd as head_autograd
 from kdfast.ops.select import cpu as select_cpu
 from kdfast.ops.select import triton as select_triton

@@ -12,7 +12,7 @@ from machine import DEVICE, INTERPRETING, KERNEL, VARIANTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast import LMHead, distill_loss
-from kdfast.ops.dense import operators as dense
+from kdfast.ops.dense.inputs import Inputs
 from kdfast.ops.head import operators as head
 
 pytestmark = [
@@ -214,9 +214,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False]])
 def test_the_logits_never_exist(wanted):
     (h, w, b), (th, tw, tb) = parts(), parts()
-    inputs = dense.Inputs(
-        [th], None, labels(), None, torch.tensor(2.0), ["forward_kl"], [1.0], [0.0], False, V, 0.0, KERNEL
-    )
+    inputs = Inputs([th], None, labels(), None, torch.tensor(2.0), ["forward_kl"], [1.0], [0.0], False, V, 0.0, KERNEL)
     heads = ([w, tw], [b, tb], [0.0, 0.0], [1.0, 1.0], BUDGET)
     c = torch.ones(N)
     watch = Largest()
@@ -386,7 +384,7 @@ def test_reported_terms():
 
 def arguments(*, with_gradient):
     (h, w, b), (th, tw, _) = parts(), parts()
-    inputs = dense.Inputs(
+    inputs = Inputs(
         [th], None, labels(ignored=False), None, torch.tensor(2.0), ["forward_kl"], [1.0], [0.0], False, V, 0.0, KERNEL
     )
     heads = ([w, tw], [b, None], [0.0, 3.0], [1.0, 0.5], BUDGET)

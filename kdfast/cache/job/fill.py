@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.cache.error import CacheError
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import CacheError, JobError
 from kdfast.cache.job.samples import Sample
 from kdfast.cache.job.teacher import Teacher
 from kdfast.cache.reader import Reader

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import JobError
 from kdfast.integrations.factory import FactoryError, find
 from kdfast.spec.head import LMHead
 from kdfast.spec.problem import Logits

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.dense import operators as dense
-from kdfast.ops.dense.operators import Inputs
+from kdfast.ops.dense.inputs import KERNEL_DTYPES, Inputs
 from kdfast.spec import reference
 from kdfast.spec.divergence import Term
 from kdfast.spec.problem import Problem
@@ -281,7 +280,7 @@ def declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
         stored = x if isinstance(x, Tensor) else x.hidden
         if stored.device.type not in devices:
             return f"logits on {stored.device}"
-        if stored.dtype not in dense.KERNEL_DTYPES:
+        if stored.dtype not in KERNEL_DTYPES:
             return f"{stored.dtype} logits (it takes float32, bfloat16 and float16)"
     if problem.temperature.device.type not in ("cpu", *devices):
         return f"temperature on {problem.temperature.device}"

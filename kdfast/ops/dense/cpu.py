@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kdfast.ops.dense.operators import Inputs, stats_size
+from kdfast.ops.dense.inputs import Inputs, stats_size
 from kdfast.views import _core, contiguous_rows, view
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.dense import operators as dense
-from kdfast.ops.dense.operators import COEFFICIENTS, INPUTS, N_INPUTS, Inputs
+from kdfast.ops.dense.inputs import INPUTS, N_INPUTS, Inputs
+from kdfast.ops.dense.operators import COEFFICIENTS
 
 #: Bytes of logits in one chunk, all heads together: enough rows for the matrix products to run at full speed.
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}

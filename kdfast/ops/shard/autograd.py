@@ -16,7 +16,7 @@ from torch import Tensor
 from kdfast.ops.dense import autograd as dense_autograd
 from kdfast.ops.dense import operators as dense
 from kdfast.ops.dense.autograd import PerToken, Spec
-from kdfast.ops.dense.operators import N_INPUTS, Inputs
+from kdfast.ops.dense.inputs import N_INPUTS, Inputs
 from kdfast.ops.eager import outside_graphs
 from kdfast.ops.head import autograd as head_autograd
 from kdfast.ops.head import operators as head

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdfast.ops.dense import operators as dense
-from kdfast.ops.dense.operators import Inputs
+from kdfast.ops.dense.inputs import Inputs
 from kdfast.spec.problem import NO_LABEL
 
 #: Stands for a label in a column that another rank holds; the kernels know it.

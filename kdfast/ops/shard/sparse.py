@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.dense import operators as dense
-from kdfast.ops.dense.operators import Inputs
+from kdfast.ops.dense.inputs import Inputs
 from kdfast.ops.head import operators as head
 from kdfast.ops.shard.operators import (
     ELSEWHERE,
