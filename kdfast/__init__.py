@@ -83,7 +83,8 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         found: Any = importlib.import_module(f"kdfast.{_MODULES[name]}")
     elif name in _HOMES:
-        importlib.import_module("torch")  # first, see _Finder
+        importlib.import_module("torch")
+        _register()
         found = getattr(importlib.import_module(f"kdfast.{_HOMES[name]}"), name)
     else:
         msg = f"module 'kdfast' has no attribute {name!r}"
@@ -153,7 +154,8 @@ def _register() -> None:
     """Registers the operators, unless a module that is being imported is on its way to them."""
     waiting = (sys.modules[name] for name in list(sys.modules) if name.startswith("kdfast."))
     if not any(getattr(module.__spec__, "_initializing", False) for module in waiting):
-        importlib.import_module("kdfast.ops._registry")
+        for module in ("_registry", "uld.operators", "unpack.operators"):
+            importlib.import_module(f"kdfast.ops.{module}")
 
 
 sys.meta_path.insert(0, _Finder)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.unpack import operators as _unpack  # noqa: F401  # for who unpacks what is made here
 from kdfast.spec.packed import PackedTargets
 from kdfast.views import view
 

@@ -25,7 +25,6 @@ from kdfast.ops.dense.inputs import KERNEL_DTYPES
 from kdfast.ops.head import autograd as head_autograd
 from kdfast.ops.select import cpu as select_cpu
 from kdfast.ops.select import triton as select_triton
-from kdfast.ops.unpack import operators as _unpack  # noqa: F401  # registers who unpacks
 from kdfast.spec import reference, selection
 from kdfast.spec.problem import Logits, Problem, build_problem, device_of
 from kdfast.spec.reduction import DistillTerms
