@@ -13,7 +13,7 @@ WORKERS ?= 2
 INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed) \
   kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
 
-.PHONY: demo test lint bench docs tables nightly sanitize clean
+.PHONY: demo test environment lint bench docs tables nightly sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
@@ -25,6 +25,9 @@ test: $(VENV)/.test build/peers
 ifeq ($(shell uname),Linux)
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(INTERPRETED)
 endif
+
+# All that test and lint need, so that they can run side by side.
+environment: $(VENV)/.test $(VENV)/.dev build/peers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check kdfast kernels tests bench examples csrc docs/generate.py
