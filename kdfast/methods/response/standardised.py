@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdfast import reference
 from kdfast.divergence import DivergenceLike, divergence_terms
+from kdfast.methods.gate import gated
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
@@ -82,7 +83,7 @@ def standardised_loss(
     )
     tokens.several_columns(problem, "one logit has no standard deviation")
     w = reference.token_weights(problem)
-    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (student, teacher.detach()))
+    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (gated(student, alpha), teacher.detach()))
     soft = tokens.engine(problem, z, t, None, w, divergence=divergence, temperature=temperature)
     return tokens.blended(problem, student, labels, soft, w, alpha)
 
