@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdfast import reference
 from kdfast.cache.dataset import collate
 from kdfast.cache.reader import Reader
 from kdfast.methods.batch import Inputs, Split, accepted, split_batch
@@ -21,8 +20,10 @@ from kdfast.methods.loss import Loss, Term, Value
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
 from kdfast.methods.synchronise import GradientAverage
-from kdfast.packed import PackedTargets
-from kdfast.targets import LMHead, SparseTargets
+from kdfast.spec import reduction
+from kdfast.spec.head import LMHead
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.sparse import SparseTargets
 
 Teacher: TypeAlias = nn.Module | Reader
 LossLike: TypeAlias = Loss | Callable[[Step], Value] | tuple[Callable[[Step], Value], Setting]
@@ -352,7 +353,7 @@ class Distiller:
             if silent:  # logged, and no part of the objective: its gradient may be infinite
                 weighted = nothing_of(*_student_tensors(step.student), *loss.parameters())
             elif isinstance(weight, Tensor):
-                weighted = reference.weighted(weight.to(amount), amount, "none")
+                weighted = reduction.weighted(weight.to(amount), amount, "none")
             else:
                 weighted = amount * weight
             total = weighted if total is None else total + weighted
@@ -365,6 +366,9 @@ class Distiller:
             if self._calls == self.accumulation_steps:
                 self.number, self._calls = self.number + 1, 0
         return total, terms
+
+
+Distiller.__module__ = "kdfast"  # where it is for users, and for what they pickle
 
 
 def _as_loss(given: LossLike) -> Loss:

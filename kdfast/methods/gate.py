@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.methods.step import Outputs
-from kdfast.targets import LMHead
+from kdfast.spec.head import LMHead
 
 
 class _Gate(torch.autograd.Function):
