@@ -10,7 +10,7 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest
 # Processes that share the tests. Torch computes with several threads in each, which sleep where they would spin.
 WORKERS ?= 2
-INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed) \
+INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed shifts signs silence) \
   kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
 
 .PHONY: demo test environment lint bench docs tables nightly sanitize clean

@@ -161,7 +161,7 @@ def _passes(
             t_at, t_log2 = or_zero(t_top), tl.log2(t_sum)
             z_at, z_log2, one_at, one_log2, sum_student, present = finish_sums(
                 student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
-                rest_smooth, rest_present, t_at, t_log2, KINDS, TRUNCATED, SMOOTH,
+                rest_smooth, rest_present, t_log2, KINDS, TRUNCATED, SMOOTH,
             )  # fmt: skip
             if stats is not None and DISTRIBUTIONS == 1:
                 tl.store(stats + STATE, t_at)
@@ -240,7 +240,8 @@ def _passes(
             c_hard = tl.where(inside, c_hard, float("nan"))
             c_one = c_hard
         if factors.z is not None:
-            c_one += 2.0 * tl.load(factors.z + i) * (one_at + one_log2 * LN2)
+            c_z = tl.load(factors.z + i)
+            c_one += tl.where(c_z == 0.0, 0.0, 2.0 * c_z * (one_at + one_log2 * LN2))
         smoothed = scalar(0.0)
         if SMOOTH:
             smoothed = c_hard * given.label_smoothing
@@ -422,7 +423,12 @@ def combine_sums_kernel(
         tops = tl.load(at, mask=there, other=float("-inf"))
         z_top, at_tau = _together(tops, tl.load(at + 1, mask=there, other=0.0), c)
         z_top, at_one = _together(tops, tl.load(at + 2, mask=there, other=0.0), LOG2E)
-        z_top, cross = _together(tops, tl.load(at + 3, mask=there, other=0.0), c)
+        crosses = tl.load(at + 3, mask=there, other=0.0)
+        if DISTRIBUTIONS == 1:  # distances to a split's own maxima
+            t_tops = tl.load(at + SUMS, mask=there, other=float("-inf"))
+            apart = (or_zero(tl.max(t_tops, 0)) - or_zero(t_tops)) - (or_zero(z_top) - or_zero(tops))
+            crosses += tl.load(at + 1, mask=there, other=0.0) * apart
+        z_top, cross = _together(tops, crosses, c)
         present = tl.load(at + 5, mask=there, other=0.0)
         moved = tl.load(at + 4, mask=there, other=0.0) + present * (or_zero(tops) - or_zero(z_top))
         smooth, present = tl.sum(tl.where(present > 0.0, moved, 0.0), 0), tl.sum(present, 0)
@@ -441,7 +447,7 @@ def combine_sums_kernel(
             tl.store(stats + STATE + 2 * k + 1, t_log2)
         z_at, z_log2, _, _, _, _ = finish_sums(
             student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
-            rest_smooth, rest_present, t_at, t_log2, KINDS, TRUNCATED, SMOOTH,
+            rest_smooth, rest_present, t_log2, KINDS, TRUNCATED, SMOOTH,
         )  # fmt: skip
         if KEPT > 0:
             finish_kept(student, given, wanted, stats, i, c, z_at, z_log2, cross, KEPT, RULE, KINDS)

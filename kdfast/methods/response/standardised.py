@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kdfast.methods.gate import gated
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
@@ -83,7 +84,7 @@ def standardised_loss(
     )
     tokens.several_columns(problem, "one logit has no standard deviation")
     w = token_weights(problem)
-    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (student, teacher.detach()))
+    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (gated(student, alpha), teacher.detach()))
     soft = tokens.engine(problem, z, t, None, w, divergence=divergence, temperature=temperature)
     return tokens.blended(problem, student, labels, soft, w, alpha)
 

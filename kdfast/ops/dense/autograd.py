@@ -238,7 +238,8 @@ class _Tokens(torch.autograd.Function):
             grad = _ops.dense_fused(teachers[0], *swapped, False, False, g_soft, None, None)[-1]
             to_teachers[0] = only_once(grad, *upstream, student, teachers[0])
         if ctx.needs_input_grad[2] and spec.wants_dtau and g_soft is not None:
-            to_temperature = only_once((g_soft * dtau).sum().to(temperature.dtype), *upstream, student, temperature)
+            moved = weighted(g_soft, dtau, "sum").to(temperature.dtype)
+            to_temperature = only_once(moved, *upstream, student, temperature)
         if ctx.needs_input_grad[1] and upstream:
             if spec.overwrite:
                 with torch.no_grad():

@@ -173,7 +173,7 @@ class _Tokens(torch.autograd.Function):
             to_tensors = _flat_gradients(tensors, wanted, tuple(only_once(g, *sources) for g in grads))
         to_temperature = None
         if ctx.needs_input_grad[1] and spec.dense.wants_dtau and coefficients[0] is not None:
-            moved = (coefficients[0] * dtau).sum().to(temperature.dtype)
+            moved = weighted(coefficients[0], dtau, "sum").to(temperature.dtype)
             to_temperature = only_once(moved, *sources)
         return None, to_temperature, *others, *to_tensors
 

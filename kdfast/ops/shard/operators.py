@@ -139,7 +139,7 @@ def cross_entropy(inputs: Inputs, lost: Tensor, lse: Tensor, at_label: Tensor, m
     """Per token, nats."""
     smoothing, labels = inputs.label_smoothing, inputs.labels
     assert labels is not None
-    ce = lse - at_label
+    ce = (lse - at_label).clamp(min=0)  # where it is below, it is 0 to the rounding of fp32 sums
     if smoothing > 0:
         ce = (1 - smoothing) * ce + smoothing * (lse - mean_logit)
     return torch.where(labels == NO_LABEL, 0.0, torch.where(lost, math.nan, ce))
