@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,9 +36,15 @@ COMMANDS = {
     "tune": Command("kdfast.cli.tune", "tune"),
 }
 
+#: Commands that train for minutes. Threads that spin while they wait for one another make that an hour where other
+#: processes want the cores: they sleep instead. Not those that measure time alone.
+SHARING = ("demo", "tune")
+
 
 def main() -> None:
     """Runs the command line; the console script's entry point."""
+    if next((word for word in sys.argv[1:] if word in COMMANDS), None) in SHARING:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch's OpenMP is loaded
     try:
         import typer
     except ModuleNotFoundError as error:
@@ -52,7 +60,11 @@ def main() -> None:
     )
 
     @app.callback()
-    def root() -> None:  # a callback keeps the command's name necessary while there is only one
+    def root(
+        version: bool = typer.Option(
+            False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ) -> None:
         pass
 
     for name, command in COMMANDS.items():
@@ -62,6 +74,12 @@ def main() -> None:
         else:
             app.command(name)(loaded)
     app(prog_name="kdfast")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"kdfast {importlib.metadata.version('kdfast')}")
+        sys.exit(0)
 
 
 def _load(name: str, command: Command) -> Callable[..., Any]:

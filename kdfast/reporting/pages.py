@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from kdfast.reporting.words import counted
+
 
 def template(name: str) -> Template:
     """A page's template; a figure that is missing is an error."""
@@ -16,4 +18,5 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["counted"] = counted
     return environment.get_template(name)
