@@ -27,7 +27,7 @@ def key_text(key: object) -> str:
 
 
 def require_unicode(text: str, what: str) -> None:
-    """Raises ValueError for a text that UTF-8 cannot hold: half of a surrogate pair, as JSON's \\ud800 makes one."""
+    """Raises ValueError for a text that UTF-8 cannot hold: half of a surrogate pair, as an escape in JSON makes one."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -32,7 +32,8 @@ def tune(
     space: Annotated[
         list[str] | None,
         typer.Option(
-            help="name=low:high, with :log or :int; name=a,b,c; or name=value, which is not searched. May be repeated."
+            help="name=low:high, with :log or :int; name=a,b,c; or name=value, which is not searched. May be repeated.",
+            show_default="of the demonstration temperature=1:8:log, alpha=0:1",
         ),
     ] = None,
     baseline: Annotated[

@@ -33,7 +33,7 @@ class Display:
             self._live = Progress(
                 TextColumn("{task.description:<28}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[count]}"),
+                TextColumn("{task.fields[count]}", markup=False),
                 TextColumn("{task.fields[detail]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
