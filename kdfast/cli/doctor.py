@@ -32,13 +32,6 @@ def doctor(
     """Say what is available here, and what a call with these options would run on."""
     if dtype not in _DTYPES:
         raise typer.BadParameter(f"expected one of {', '.join(_DTYPES)}, got {dtype!r}", param_hint="--dtype")  # noqa: EM102
-    try:
-        logits = torch.zeros(1, 2, dtype=_DTYPES[dtype], device=device)
-        temperature = torch.ones((), requires_grad=True) if learn_temperature else 1.0
-        problem = build_problem(logits, [logits] * teachers, divergence=divergence, temperature=temperature)
-        answer = backends(problem)
-    except (RuntimeError, ValueError, AssertionError) as error:  # torch's word on a device that is not here, or ours
-        raise typer.BadParameter(str(error)) from error
     versions: dict[str, str | None] = {
         "kdfast": __version__,
         "python": platform.python_version(),
@@ -46,6 +39,21 @@ def doctor(
         **{name: _version(name) for name in _OPTIONAL},
     }
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    terminal = console()
+    if not as_json:  # also where the call is one that cannot be
+        table = Table(title="versions", show_header=False)
+        for name, version in versions.items():
+            table.add_row(name, version or "not installed")
+        table.add_row("machine", f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}")
+        table.add_row("GPU", gpu or "none that torch can use")
+        terminal.print(table)
+    try:
+        logits = torch.zeros(1, 2, dtype=_DTYPES[dtype], device=device)
+        temperature = torch.ones((), requires_grad=True) if learn_temperature else 1.0
+        problem = build_problem(logits, [logits] * teachers, divergence=divergence, temperature=temperature)
+        answer = backends(problem)
+    except (RuntimeError, ValueError, AssertionError) as error:  # torch's word on a device that is not here, or ours
+        raise typer.BadParameter(str(error)) from error
     refusal = None if any(row.chosen for row in answer.rows) else answer.refusal()
     if as_json:
         found: dict[str, Any] = {
@@ -60,13 +68,6 @@ def doctor(
         }
         typer.echo(json.dumps(found, indent=1))
         return
-    terminal = console()
-    table = Table(title="versions", show_header=False)
-    for name, version in versions.items():
-        table.add_row(name, version or "not installed")
-    table.add_row("machine", f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}")
-    table.add_row("GPU", gpu or "none that torch can use")
-    terminal.print(table)
     table = Table(title=f"distill_loss: {divergence}, {dtype} on {device}, {counted(teachers, 'teacher')}")
     for column in ("", "backend", "available", "what, or why not"):
         table.add_column(column)
