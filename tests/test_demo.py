@@ -511,7 +511,7 @@ def test_the_lead_says_whether_and_by_how_much_distillation_helped():
     helped = verdict(results_of([-0.2, -0.21, -0.19]))
     assert helped.startswith("Distillation helped: from labels only to distilled, forward_kl, the perplexity")
     assert "20.0 to 18.0 (-10.0 %), -0.200 [-0.225, -0.175] nats per token, over 3 seeds." in helped
-    assert f"With {TINY.divergence}: 20.0 to 18.0 (-10.0 %)" in helped
+    assert f"With {TINY.divergence} 20.0 to 18.0 (-10.0 %)" in helped
     assert verdict(results_of([0.2, 0.21, 0.19])).startswith("Distillation did not help: ")
     assert verdict(results_of([-0.2, 0.21, -0.1])).startswith("Whether distillation helped cannot be told: ")
     one = verdict(results_of([-0.2], quick=True))

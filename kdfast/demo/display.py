@@ -88,13 +88,13 @@ def results_table(results: dict[str, Any]) -> Table:
     several = len(results["settings"]["seeds"]) > 1
     title = "Held-out text" + (" (quick run: too short to mean anything)" if results["quick"] else "")
     caption = (
-        f"perplexity and agreement: mean ± standard deviation over {counted(len(results['settings']['seeds']), 'seed')}"
+        f"perplexity, agreement with the teacher: mean ± standard deviation over {counted(len(results['settings']['seeds']), 'seed')}"
         if several
         else "one seed"
     )
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
-    for name in ("para-\nmeters", "perplexity", "agrees with\nteacher, %", "ECE", "tokens\nper s", "loss, %\nof step"):
+    for name in ("para-\nmeters", "perplexity", "agree-\nment, %", "ECE", "tokens\nper s", "loss, %\nof step"):
         table.add_column(name, justify="right", no_wrap=True)
     teacher = results["teacher"]
     score = teacher["evaluation"]

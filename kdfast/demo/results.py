@@ -97,7 +97,7 @@ def verdict(results: Mapping[str, Any]) -> str:
         text += f" [{nats['low']:+.3f}, {nats['high']:+.3f}]"
     text += f" nats per token, {over}."
     if others:
-        text += f" With {', '.join(f'{_short(row)}: {change(row)}' for row in others)}."
+        text += f" With {'; with '.join(f'{_short(row)} {change(row)}' for row in others)}."
     return text
 
 
