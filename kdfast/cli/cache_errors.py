@@ -11,7 +11,7 @@ import typer
 
 from kdfast.cache import CacheError
 from kdfast.cache.remote.files import is_url
-from kdfast.cli import EXIT_USAGE, exit_missing
+from kdfast.cli.missing import EXIT_USAGE, exit_missing
 from kdfast.reporting.outputs import check_file, check_folder
 
 EXIT_FAULTY = 1

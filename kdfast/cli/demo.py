@@ -54,13 +54,13 @@ def demo(
     import matplotlib  # noqa: F401
     import torch
 
+    from kdfast.cli.interrupt import Interrupt
     from kdfast.cli.terminal import again, console
     from kdfast.demo.checkpoint import Interrupted
     from kdfast.demo.display import Display, cache_text, results_table
     from kdfast.demo.results import verdict
     from kdfast.demo.run import REPORT_NAME, RESULTS_NAME, run_demo
     from kdfast.demo.settings import DemoError, DemoSettings
-    from kdfast.interrupt import Interrupt
 
     terminal = console()
     if threads is not None:

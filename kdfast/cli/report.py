@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdfast.cli.cache_errors import EXIT_USAGE, fail
-from kdfast.factory import FactoryError, find
+from kdfast.integrations.factory import FactoryError, find
 
 if TYPE_CHECKING:
     from kdfast.demo.display import Display

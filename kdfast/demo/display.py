@@ -87,10 +87,9 @@ def results_table(results: dict[str, Any]) -> Table:
     """Returns the final table, one row for the teacher and one for each way of training."""
     several = len(results["settings"]["seeds"]) > 1
     title = "Held-out text" + (" (quick run: too short to mean anything)" if results["quick"] else "")
+    seeds = counted(len(results["settings"]["seeds"]), "seed")
     caption = (
-        f"perplexity, agreement with the teacher: mean ± standard deviation over {counted(len(results['settings']['seeds']), 'seed')}"
-        if several
-        else "one seed"
+        f"perplexity, agreement with the teacher: mean ± standard deviation over {seeds}" if several else "one seed"
     )
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
