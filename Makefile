@@ -65,7 +65,8 @@ nightly: test sanitize
 	$(MAKE) $(VENV)/.ray && $(PYTEST) tests/cache/test_cache_ray.py
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
 # Other libraries, for tests/docs/test_peers.py; without what they depend on, of which some would break
 # others, and seen by that test alone.
@@ -74,15 +75,17 @@ build/peers: $(VENV)/.test tests/docs/peers.txt
 
 # Built once for all sets of extras.
 $(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)
-	rm -rf build/wheel
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	touch $@
+	@echo "compiling kdfast: a few minutes of C++ the first time"
+	@rm -rf build/wheel
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	@touch $@
 
 # One stamp per set of extras; all share one environment.
 $(VENV)/.%: $(VENV)/.wheel
-	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[$*]"
-	touch $@
+	@echo "installing kdfast[$*] and what it needs, torch among it, into $(VENV)"
+	@$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[$*]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist kdfast-report
