@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kdfast.targets import Cap
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Arguments that the operators of every loss take. student (..., V); teachers (..., >= columns) each; teacher_weights
 # fp32, (n,) or (n, ...); labels (...) int64; counted (...) bool; temperature 0-d; backend a key of LAUNCHERS; c_soft,
@@ -80,14 +82,26 @@ class Inputs(NamedTuple):
     kept_packed: Tensor | None = None
     kept_size: int = 0
     kept_grid: int = 0
+    # Not an argument of the operators, whose logits are stored: the heads' operators give it to a launcher.
+    caps: tuple[Cap, ...] = ()  # of the student and each teacher, where the tensors hold products; () where none does
 
     @property
     def taught(self) -> bool:
         """Whether there is a distillation term."""
         return bool(self.teachers) or self.kept_ids is not None
 
+    @property
+    def student_cap(self) -> Cap:
+        """How the student's logits follow from its tensor."""
+        return self.caps[0] if self.caps else Cap()
 
-N_INPUTS = len(Inputs._fields)
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the operators take."""
+        return self[:N_INPUTS]
+
+
+N_INPUTS = len(Inputs._fields) - 1
 
 
 def stats_size(inputs: Inputs) -> int:
@@ -284,7 +298,7 @@ def _batched(op: Any, outputs: int) -> Any:
         )
         result = op(
             _to_front(student, in_dims[0], batch),
-            *moved,
+            *moved.arguments,
             *(_to_front(x, d, batch) for x, d in zip(rest, rest_dims, strict=True)),
         )
         return result, (0 if outputs == 1 else (0,) * outputs)

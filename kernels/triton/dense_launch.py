@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdfast.kernels.triton import dense, dense_rows, tiles
 from kdfast.kernels.triton.dense_kept import RULES
-from kdfast.kernels.triton.dense_rows import Factors, Given, Kept, Rows, Wanted
+from kdfast.kernels.triton.dense_rows import Cap, Factors, Given, Kept, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
 from kdfast.kernels.triton.unpack import packed_of
 from kdfast.reference import check_ids
@@ -42,6 +42,11 @@ def _rows(x: Tensor) -> Rows | None:
 
 def _readable_rows(x: Tensor) -> Rows:
     return _rows(x) or _rows(x.contiguous())  # type: ignore[return-value]
+
+
+def _cap(x: Any) -> Cap | None:
+    """What kernels are told of a :class:`kdfast.targets.Cap`."""
+    return None if x.plain else Cap(x.scale, x.softcap or None)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -137,6 +142,10 @@ class _Call:
         self.device, self.rows = student.device, student.numel() // vocab
         self.student, self.grad, self.factors = _readable_rows(student), grad, factors
         self.teachers = tuple(_readable_rows(t) for t in inputs.teachers)
+        if inputs.caps:
+            mine, *theirs = map(_cap, inputs.caps)
+            self.student = self.student._replace(cap=mine)
+            self.teachers = tuple(t._replace(cap=cap) for t, cap in zip(self.teachers, theirs, strict=True))
         self.distributions = min(1, n) if inputs.mix_logits else n
         # Whether pass 1 knows the sum of `student`, which the gradient needs.
         self.known = all(name == "forward_kl" for name in inputs.names) or (
