@@ -127,7 +127,10 @@ def test_the_student_is_stored(backend, dtype):
     (loss, grad), (want, exact) = results
     assert loss.item() == pytest.approx(want.item(), rel=3e-6)
     torch.testing.assert_close(
-        grad.double(), exact, rtol=torch.finfo(dtype).eps, atol=max(1e-6 * exact.abs().max().item(), 2.0**-25)  # half of the least fp16
+        grad.double(),
+        exact,
+        rtol=torch.finfo(dtype).eps,
+        atol=max(1e-6 * exact.abs().max().item(), 2.0**-25),  # half of the least fp16
     )
 
 

@@ -146,7 +146,9 @@ class _Fused(torch.autograd.Function):
             torch.autograd.graph.increment_version(student)
             ctx.grad = student.detach()
         else:
-            *tokens, dtau, ctx.grad = _ops.dense_fused(student, *inputs.arguments, spec.wants_z, spec.wants_dtau, *coefficients)
+            *tokens, dtau, ctx.grad = _ops.dense_fused(
+                student, *inputs.arguments, spec.wants_z, spec.wants_dtau, *coefficients
+            )
             ctx.save_for_backward(student, *inputs.teachers)
         ctx.spec, ctx.inputs, ctx.coefficients, ctx.tokens, ctx.dtau = spec, inputs, coefficients, tokens, dtau
         terms = [reference.weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
@@ -171,7 +173,9 @@ class _Fused(torch.autograd.Function):
                 msg = "kdfast: a second backward needs the logits that overwrite_logits=True gave away"
                 raise RuntimeError(msg)
             student, *_teachers = ctx.saved_tensors  # raises where one was changed since
-            grad = _ops.dense_fused(student, *ctx.inputs.arguments, ctx.spec.wants_z, ctx.spec.wants_dtau, *ctx.coefficients)[-1]
+            grad = _ops.dense_fused(
+                student, *ctx.inputs.arguments, ctx.spec.wants_z, ctx.spec.wants_dtau, *ctx.coefficients
+            )[-1]
         _ops.scale_(grad, upstream, ctx.spec.backend)
         to_coefficients = [
             None if c is None or not needed else upstream * torch.where((c != 0) | x.isfinite(), x, 0.0)

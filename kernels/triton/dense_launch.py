@@ -46,7 +46,11 @@ def _readable_rows(x: Tensor) -> Rows:
 
 def _cap(x: Any) -> Cap | None:
     """What kernels are told of a :class:`kdfast.targets.Cap`."""
-    return None if x.plain else Cap(x.scale, x.softcap or None)
+    if x.plain:
+        return None
+    return (
+        Cap(x.scale / x.softcap, x.scale, x.softcap, 1 / x.softcap) if x.softcap else Cap(x.scale, x.scale, None, None)
+    )
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -171,7 +175,8 @@ class _Call:
         light = inputs.names in ([], ["forward_kl"])
         self.kept = 0 if self.given.kept is None else padded(self.given.kept.size)
         many = self.distributions > 1 or len(inputs.names) > 1
-        work = "kept" if self.kept else "many" if many else "light" if light else "other"
+        capped = not all(cap.plain for cap in inputs.caps)
+        work = "kept" if self.kept else "capped" if capped else "many" if many else "light" if light else "other"
         self.tile = tiles.dense_tile(self.device, work, vocab)
         self.splits = tiles.dense_splits(self.device, self.rows, vocab, self.tile)
         needs_one = inputs.labels is not None or factors.hard is not None or factors.z is not None

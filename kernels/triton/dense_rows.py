@@ -28,13 +28,15 @@ VALUES = tl.constexpr(7)  # value; student, student u, p u; teacher, teacher v, 
 
 
 class Cap(NamedTuple):
-    """How logits follow from what is stored of them, x: softcap tanh(scale x / softcap), or scale x without a softcap.
+    """How logits follow from what is stored of them, x: softcap tanh(rate x), or rate x without a softcap.
 
     A column of -inf stays one, and has no gradient.
     """
 
+    rate: float  # scale / softcap, or scale
     scale: float
     softcap: Any  # None: none
+    inverse: Any  # 1 / softcap
 
 
 class Rows(NamedTuple):
@@ -125,11 +127,10 @@ def logits(rows, row, offsets, mask):
     """The same of a row of ``rows``, through its cap."""
     x = load(row, offsets, mask)
     if rows.cap is not None:
+        z = x * rows.cap.rate
         if rows.cap.softcap is not None:
-            capped = rows.cap.softcap * tanh(x * (rows.cap.scale / rows.cap.softcap))
-        else:
-            capped = x * rows.cap.scale
-        x = tl.where(x == -INF, -INF, capped)
+            z = rows.cap.softcap * tanh(z)
+        x = tl.where(x == -INF, -INF, z)
     return x
 
 
@@ -139,7 +140,7 @@ def to_stored(rows, g, z):
     if rows.cap is not None:
         slope = rows.cap.scale
         if rows.cap.softcap is not None:
-            y = z / rows.cap.softcap
+            y = z * rows.cap.inverse
             slope = slope * ((1.0 - y) * (1.0 + y))
         g = tl.where(z == -INF, 0.0, g * slope)
     return g
