@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.ops.uld import token_losses
-from kdfast.problem import Reduction, build_problem
+from kdfast.ops.uld.autograd import token_losses
+from kdfast.spec import reference
+from kdfast.spec.problem import Reduction, build_problem
+from kdfast.spec.reduction import keep, token_weights, weighted
 
 
 def uld_loss(
@@ -76,5 +77,5 @@ def uld_loss(
         vocab="truncate",  # sizes may differ; nothing is cut here
     )
     reference._check_values(problem, student)
-    loss = reference._keep(token_losses(student, teacher.detach(), problem), problem.counted)
-    return reference.weighted(reference.token_weights(problem), loss, reduction)
+    loss = keep(token_losses(student, teacher.detach(), problem), problem.counted)
+    return weighted(token_weights(problem), loss, reduction)

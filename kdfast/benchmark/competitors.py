@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kdfast
 from kdfast.benchmark.cases import ALPHA, DTYPES, TEMPERATURE, Case
 from kdfast.benchmark.errors import BenchError
+from kdfast.loss import distill_loss
 
 KDFAST = "kdfast"
 OVERWRITE = "kdfast-overwrite"
@@ -66,10 +66,10 @@ def eager_loss(divergence: str) -> Loss:
 
 def _kdfast_loss(divergence: str, *, overwrite_logits: bool = False) -> Loss:
     options = {"temperature": TEMPERATURE, "alpha": ALPHA, "overwrite_logits": overwrite_logits}
-    distill_loss: Callable[..., Any] = kdfast.distill_loss
+    function: Callable[..., Any] = distill_loss
 
     def loss(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        value: Tensor = distill_loss(s, t, y, divergence=divergence, **options)
+        value: Tensor = function(s, t, y, divergence=divergence, **options)
         return value
 
     return loss

@@ -17,7 +17,7 @@ from kdfast.kernels.triton.dense_kept import RULES
 from kdfast.kernels.triton.dense_rows import Cap, Factors, Given, Kept, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
 from kdfast.kernels.triton.unpack import packed_of
-from kdfast.reference import check_ids
+from kdfast.spec.reference import check_ids
 
 LOG2E = dense_rows.LOG2E.value
 NO_FACTORS = Factors(None, None, None)
@@ -45,7 +45,7 @@ def _readable_rows(x: Tensor) -> Rows:
 
 
 def _cap(x: Any) -> Cap | None:
-    """What kernels are told of a :class:`kdfast.targets.Cap`."""
+    """What kernels are told of a :class:`kdfast.spec.head.Cap`."""
     if x.plain:
         return None
     return (

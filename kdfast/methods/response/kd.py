@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kdfast.divergence import DivergenceLike
 from kdfast.loss import distill_loss
 from kdfast.methods.loss import Loss, Value
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
+from kdfast.spec.divergence import DivergenceLike
 
 
 class KD(Loss):

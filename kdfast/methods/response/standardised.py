@@ -7,13 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.divergence import DivergenceLike, divergence_terms
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Reduction
+from kdfast.spec import reference
+from kdfast.spec.divergence import DivergenceLike, divergence_terms
+from kdfast.spec.problem import Reduction
+from kdfast.spec.reduction import token_weights
 
 EPSILON = 1e-7  # the authors', added to the deviation
 
@@ -81,7 +82,7 @@ def standardised_loss(
         num_items=num_items,
     )
     tokens.several_columns(problem, "one logit has no standard deviation")
-    w = reference.token_weights(problem)
+    w = token_weights(problem)
     z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (student, teacher.detach()))
     soft = tokens.engine(problem, z, t, None, w, divergence=divergence, temperature=temperature)
     return tokens.blended(problem, student, labels, soft, w, alpha)
