@@ -4,7 +4,9 @@ from typing import TypedDict
 from kdfast.cache.error import CacheError
 
 class View:
-    def __init__(self, data: int, dtype: str, shape: Sequence[int], strides: Sequence[int]) -> None: ...
+    def __init__(
+        self, data: int, dtype: str, shape: Sequence[int], strides: Sequence[int], storage_bytes: int
+    ) -> None: ...
 
 def dense(
     *,

@@ -19,6 +19,7 @@ from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
 from kdfast.methods.synchronise import GradientAverage
 from kdfast.packed import PackedTargets
+from kdfast.problem import _scalar
 from kdfast.targets import LMHead, SparseTargets
 
 Teacher: TypeAlias = nn.Module | Reader
@@ -335,6 +336,8 @@ class Distiller:
 
     def _objective(self, step: Step, num_items: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         self._require_prepared()
+        if num_items is not None:
+            num_items = _scalar("num_items", num_items, open_low=True)
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
         for name, loss in self.losses.items():

@@ -82,7 +82,10 @@ def distill_loss(
     # Sparse targets have all columns, this rank's student a part of them: their sizes are compared over ranks.
     wider = vocab_group is not None and isinstance(teacher, SparseTargets)
     vocab: Literal["strict", "truncate"] = "truncate" if wider else "strict"
-    problem = build_problem(student, teacher, labels, return_terms=return_terms, vocab=vocab, **options)
+    shared = vocab_group is not None and dist.get_world_size(vocab_group) > 1
+    problem = build_problem(
+        student, teacher, labels, return_terms=return_terms, vocab=vocab, of_shard=shared, **options
+    )
     row = _registry.select(problem if vocab_group is None else _for_kernels(problem), backend)
     if vocab_group is not None and row.name == "reference":
         asked = _registry.backends(_for_kernels(problem)).rows

@@ -224,7 +224,9 @@ class DistillLoss(nn.Module):
                 self.register_buffer(name, value, persistent=False)
         self.options = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
         probe = torch.zeros(1, 2)
-        fixed = {k: v for k, v in self.options.items() if k not in ("teacher_weights", "backend")}
+        # of a number in a tensor the value is looked at, too; one per token is of the tokens that come
+        numbers = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.dim() == 0}
+        fixed = {k: v for k, v in (self.options | numbers).items() if k not in ("teacher_weights", "backend")}
         if self.options.get("backend") is not None:
             _registry.check_name(self.options["backend"], "backend")
         build_problem(

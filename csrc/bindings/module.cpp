@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "bindings/cache.h"
 #include "bindings/view.h"
@@ -181,8 +182,11 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Compiled core of kdfast; private, use the functions of the package.";
     py::class_<View>(m, "View", "A tensor: address, dtype, shape and strides in elements.")
-        .def(py::init<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>(),
-             py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+        .def(py::init([](std::uintptr_t data, std::string dtype, std::vector<std::int64_t> shape,
+                         std::vector<std::int64_t> strides, std::int64_t storage_bytes) {
+                 return View{data, std::move(dtype), std::move(shape), std::move(strides), storage_bytes};
+             }),
+             py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage_bytes"));
     m.def("dense", &dense, py::kw_only(), py::arg("passes"), py::arg("student"), py::arg("teachers"),
           py::arg("teacher_weights") = py::none(), py::arg("labels") = py::none(), py::arg("counted") = py::none(),
           py::arg("temperature"), py::arg("names"), py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"),

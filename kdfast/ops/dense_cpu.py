@@ -35,7 +35,8 @@ def detail() -> str:
 
 
 def _view(x: Tensor) -> _core.View:
-    return _core.View(x.data_ptr(), _DTYPE_NAMES[x.dtype], x.shape, x.stride())
+    there = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+    return _core.View(x.data_ptr(), _DTYPE_NAMES[x.dtype], x.shape, x.stride(), there)
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

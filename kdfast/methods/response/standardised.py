@@ -80,9 +80,8 @@ def standardised_loss(
         reduction=reduction,
         num_items=num_items,
     )
-    tokens.several_columns(problem, "one logit has no standard deviation")
     w = reference.token_weights(problem)
-    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (student, teacher.detach()))
+    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (student, tokens.teacher_of(problem)))
     soft = tokens.engine(problem, z, t, None, w, divergence=divergence, temperature=temperature)
     return tokens.blended(problem, student, labels, soft, w, alpha)
 
