@@ -1,5 +1,20 @@
 """kdfast: a distillation engine for PyTorch that reads each logit once and writes each gradient once."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("kdfast._core") is None:  # before anything runs, slowly and unasked, in plain PyTorch
+    _here = Path(__file__).parent
+    if (_here.parent / "CMakeLists.txt").exists():
+        _why = (
+            f"Python found the source tree at {_here}, which is not built: start it in another folder (or with "
+            'python -P), where the installed package is found; pip install ".[test]" there installs it'
+        )
+    else:
+        _why = f"{_here} was not built for this Python: pip install --force-reinstall kdfast"
+    _why = f"kdfast has no compiled extension kdfast._core. {_why}"
+    raise ImportError(_why)
+
 from kdfast import cache, methods, reference
 from kdfast.cache.error import CacheError
 from kdfast.distiller import Distiller

@@ -60,7 +60,7 @@ class Distiller:
         losses: the losses, in the order of the terms.
 
     Raises:
-        TypeError: a teacher or loss of another kind.
+        TypeError: a teacher or loss of another kind, or one loss in the place of a list.
         ValueError: no loss, a teacher that is the student; on entering, a layer pattern that matches nothing.
 
     Source:
@@ -99,6 +99,10 @@ class Distiller:
         if accumulation_steps < 1:
             msg = f"accumulation_steps must be at least 1, got {accumulation_steps}"
             raise ValueError(msg)
+        if isinstance(losses, Loss) or callable(losses):
+            one = f"{type(losses).__name__}(...)" if isinstance(losses, Loss) else getattr(losses, "__name__", "it")
+            msg = f"losses must be a list of losses, got a single {type(losses).__name__}: give [{one}]"
+            raise TypeError(msg)
         self.student = student
         self.teachers: tuple[Teacher, ...] = tuple(teachers)
         self.split = split
@@ -232,6 +236,7 @@ class Distiller:
 
         Raises:
             RuntimeError: outside the context, or before :meth:`prepare` where a loss needs it.
+            ValueError: a loss that returned a tensor with axes, or a ``num_items`` that is not above 0.
         """
         self._entered()
         self._require_prepared()  # before the models run, and change their statistics
@@ -343,6 +348,10 @@ class Distiller:
         for name, loss in self.losses.items():
             found = loss(step)
             amount, parts = found if isinstance(found, tuple) else (found, {})
+            if not isinstance(amount, Tensor) or amount.dim() != 0:
+                got = f"shape {tuple(amount.shape)}" if isinstance(amount, Tensor) else type(amount).__name__
+                msg = f"loss {name!r} must return one number, a 0-d tensor, got {got}: reduce it, as with .mean()"
+                raise (ValueError if isinstance(amount, Tensor) else TypeError)(msg)
             terms[name] = amount.detach()
             terms |= {f"{name}.{part}": part_value.detach() for part, part_value in parts.items()}
             weighted = amount * value(loss.weight, step.number)
@@ -367,6 +376,9 @@ def _as_loss(given: LossLike) -> Loss:
             msg = f"{type(function).__name__} takes its weight itself: {type(function).__name__}(weight=...)"
             raise TypeError(msg)
         return Term(function, weight=weight)
+    if isinstance(given, type):
+        msg = f"a loss must be an object, got the class {given.__name__}: give {given.__name__}()"
+        raise TypeError(msg)
     if callable(given):
         return Term(given)
     msg = f"a loss must be a kdfast.methods.Loss, a callable, or (callable, weight), got {type(given).__name__}"

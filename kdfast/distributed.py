@@ -59,7 +59,7 @@ def distill_loss(
             (``DistributedDataParallel`` averages: multiply the loss by its number of ranks). None: this rank has all.
         backend: "cpu", "triton", or None for the one that serves the call.
         return_terms: return :class:`kdfast.DistillTerms`.
-        **options: those of :func:`kdfast.distill_loss` but ``overwrite_logits``, ``teacher_grad`` and
+        **options: those of :func:`kdfast.distill_loss` but ``overwrite_logits``, ``teacher_grad``, ``class_dim`` and
             ``vocab="truncate"``, which raise.
 
     Returns:
@@ -76,6 +76,9 @@ def distill_loss(
             raise ValueError(msg)
     if options.pop("vocab", "strict") != "strict":
         msg = "vocab='truncate' is not served by kdfast.distributed: cut both vocabularies before they are sharded"
+        raise ValueError(msg)
+    if options.get("class_dim", -1) != -1:
+        msg = "class_dim is not served by kdfast.distributed: make the classes the last axis, x.movedim(class_dim, -1)"
         raise ValueError(msg)
     if isinstance(teacher, PackedTargets):
         teacher = teacher.unpack()

@@ -169,14 +169,18 @@ def device_of(x: Logits | SparseTargets | PackedTargets) -> torch.device:
     return x.ids.device if isinstance(x, SparseTargets) else x.device
 
 
-def _check_per_token(name: str, value: object, leading: torch.Size, device: torch.device) -> None:
+def _check_per_token(name: str, value: object, student: Logits) -> None:
+    leading, device = student.shape[:-1], device_of(student)
     if not isinstance(value, Tensor):
         msg = f"{name} must be a tensor, got {type(value).__name__}"
         raise TypeError(msg)
     if value.shape != leading:
         msg = f"{name} must have the student's leading axes {tuple(leading)}, got {tuple(value.shape)}"
+        axes = [k for k in range(len(leading)) if value.shape == (*leading[:k], *leading[k + 1 :], student.shape[-1])]
         if name == "labels" and value.dim() == len(leading) + 1:
             msg += ": pass class indices; for class probabilities pass a teacher"
+        elif axes:
+            msg += f": pass class_dim={axes[-1]} where the classes are that axis of the logits {tuple(student.shape)}"
         raise ValueError(msg)
     if value.device != device:
         msg = f"{name} is on {value.device}, the student on {device}: move it with .to(student.device)"
@@ -235,6 +239,40 @@ def _check_values_of_tokens(name: str, x: Tensor, high: float, *, may_be_nan: bo
         bound = f">= 0 and {'finite' if high == math.inf else f'<= {high:g}'}"
         msg = f"{name} must be {bound}, got {x[bad][0].item()}"
         raise ValueError(msg)
+
+
+def checked_class_dim(class_dim: object, axes: int | None = None) -> int:
+    """The axis of the classes, from 0; of tensors with any number of axes as it was given."""
+    if isinstance(class_dim, bool) or not isinstance(class_dim, (int, numbers.Integral)):
+        msg = f"class_dim must be an int, the axis of the classes, got {class_dim!r}"
+        raise TypeError(msg)
+    if axes is None:
+        return int(class_dim)
+    if not -axes <= class_dim < axes:
+        msg = f"class_dim must be an axis of the student, {-axes} to {axes - 1}, got {class_dim}"
+        raise ValueError(msg)
+    return int(class_dim) % axes
+
+
+def _classes_last(student: Logits, teacher: Teacher | None, class_dim: int) -> tuple[Logits, Teacher | None]:
+    """Both with the axis of the classes as the last: views, of which a kernel copies what it cannot read."""
+    axes = len(student.shape) if isinstance(student, (Tensor, LMHead)) else 0
+    if not axes:
+        return student, teacher  # to be refused
+    dim = checked_class_dim(class_dim, axes)
+    if dim == axes - 1:
+        return student, teacher
+
+    def moved(name: str, x: Logits | SparseTargets | PackedTargets) -> Tensor:
+        if isinstance(x, LMHead | SparseTargets | PackedTargets):
+            msg = f"class_dim: {name} is {type(x).__name__}, whose classes are the last axis: pass class_dim=-1"
+            raise ValueError(msg)
+        return x.movedim(dim, -1) if isinstance(x, Tensor) and x.dim() == axes else x
+
+    several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
+    if several:
+        return moved("student", student), [moved(f"teacher[{k}]", t) for k, t in enumerate(teacher)]
+    return moved("student", student), None if teacher is None else moved("teacher", teacher)
 
 
 def _check_writable(student: Tensor) -> None:
@@ -311,7 +349,7 @@ def _teacher_weights(weights: object, n: int, counted: Tensor | None, student: L
     return w / w.sum(0) if n > 1 else None
 
 
-def _alpha(alpha: object, *, labelled: bool, taught: bool, leading: torch.Size, device: torch.device) -> Tensor | float:
+def _alpha(alpha: object, *, labelled: bool, taught: bool, student: Logits) -> Tensor | float:
     default = 0.5 if labelled and taught else 1.0 if taught else 0.0
     if alpha is None:
         return default
@@ -323,7 +361,7 @@ def _alpha(alpha: object, *, labelled: bool, taught: bool, leading: torch.Size, 
             raise ValueError(msg)
         return default
     if isinstance(alpha, Tensor) and alpha.dim() > 0:
-        _check_per_token("alpha", alpha, leading, device)
+        _check_per_token("alpha", alpha, student)
         _check_values_of_tokens("alpha", alpha, 1.0, may_be_nan=False)
         return recordable(alpha)
     return recorded(_scalar("alpha", alpha, 0.0, 1.0))
@@ -352,6 +390,7 @@ def build_problem(
     overwrite_logits: bool = False,
     memory_budget: int | None = None,
     return_terms: bool = False,
+    class_dim: int = -1,
     of_shard: bool = False,
 ) -> Problem:
     """Check the arguments of ``distill_loss`` and normalise them; the errors raised here are its errors.
@@ -362,6 +401,7 @@ def build_problem(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a shape, size, name or value that cannot be meant, with what was expected and the remedy.
     """
+    student, teacher = _classes_last(student, teacher, class_dim)
     _check_logits("student", student, of_shard=of_shard)
     student = with_tensors(student, recordable)
     teachers, sparse = _split_teacher(teacher, of_shard=of_shard)
@@ -408,15 +448,15 @@ def build_problem(
         msg = "teacher_grad: sparse targets carry no gradient: pass the teacher's logits"
         raise ValueError(msg)
     if weights is not None:
-        _check_per_token("weights", weights, leading, device)
+        _check_per_token("weights", weights, student)
         if not weights.is_floating_point():
             weights = weights.to(torch.float32)
         _check_values_of_tokens("weights", weights, math.inf, may_be_nan=True)
         weights = recordable(weights)
-    a = _alpha(alpha, labelled=labels is not None, taught=bool(everyone or sparse), leading=leading, device=device)
+    a = _alpha(alpha, labelled=labels is not None, taught=bool(everyone or sparse), student=student)
     counted = None if weights is None else weights != 0
     if labels is not None:
-        _check_per_token("labels", labels, leading, device)
+        _check_per_token("labels", labels, student)
         if labels.dtype != torch.int64:
             msg = f"labels must be int64, got {labels.dtype}: pass labels.long()"
             raise TypeError(msg)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from kdfast.packed import PackedTargets
-from kdfast.targets import LMHead, SparseTargets
+if TYPE_CHECKING:
+    from kdfast.packed import PackedTargets
+    from kdfast.targets import LMHead, SparseTargets
 
-Described = TypeVar("Described", Tensor, LMHead, SparseTargets, PackedTargets)
+Described = TypeVar("Described", Tensor, "LMHead", "SparseTargets", "PackedTargets")
 
 
 def at_hand(device: torch.device) -> bool:
@@ -42,13 +43,7 @@ def tensors_of(name: str, x: Tensor | LMHead | SparseTargets | PackedTargets) ->
     if isinstance(x, Tensor):
         yield name, x
         return
-    if isinstance(x, LMHead):
-        parts: dict[str, Tensor | None] = {f"LMHead.{k}": getattr(x, k) for k in ("hidden", "weight", "bias")}
-    elif isinstance(x, SparseTargets):
-        parts = x._tensors() | {f"lse[{t:g}]": v for t, v in (x.lse or {}).items()}
-    else:
-        parts = {"data": x.data, **x._per_token()} | {f"lse[{t:g}]": v for t, v in (x.lse or {}).items()}
-    for part, tensor in parts.items():
+    for part, tensor in x._parts().items():
         if tensor is not None:
             yield f"{name}: {part}", tensor
 
@@ -92,7 +87,4 @@ def with_tensors(x: Described, fn: Callable[[Tensor], Tensor]) -> Described:
         return fn(x)
     if all(fn(tensor) is tensor for _, tensor in tensors_of("", x)):
         return x
-    if isinstance(x, LMHead):
-        bias = None if x.bias is None else fn(x.bias)
-        return LMHead(fn(x.hidden), fn(x.weight), bias, softcap=x.softcap, scale=x.scale)
     return x.map(fn)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -420,3 +426,201 @@ def test_inference_tensors_under_transforms():
     want = torch.func.grad(lambda s: distill_loss(s, teacher, y, backend=KERNEL))(student)
     got = torch.func.grad(lambda s: distill_loss(s, inferred, y, backend=KERNEL))(student)
     assert torch.equal(got, want)
+
+
+# --- The source tree --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_a_package_without_its_extension_says_so(tmp_path, source):
+    """Not the reference in silence: from the source tree, or where the wheel was built for another Python."""
+    here = Path(kdfast.__file__).parent
+    shutil.copytree(here, tmp_path / "kdfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if source:
+        (tmp_path / "CMakeLists.txt").touch()
+    command = [sys.executable, "-c", "import kdfast"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "ImportError: kdfast has no compiled extension" in done.stderr
+    assert str(tmp_path / "kdfast") in done.stderr
+    assert ("source tree" in done.stderr and "python -P" in done.stderr) is source
+
+
+# --- Outputs of models, and sparse targets of other forms -------------------------------------------------------------
+
+
+class Output(OrderedDict):
+    """As ``transformers.utils.ModelOutput`` has it: a mapping whose entries are attributes, too."""
+
+    def __getattr__(self, name):
+        return self[name] if name in self else super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("form", [lambda x: SimpleNamespace(logits=x), lambda x: Output(logits=x)])
+def test_a_models_output_is_told_of_its_logits(form):
+    student, teacher, y = batch()
+    with pytest.raises(TypeError, match=r"student must be .*: it is a model's output, pass student\.logits"):
+        distill_loss(form(student), teacher, y)
+    with pytest.raises(TypeError, match=r"teacher must be .*: it is a model's output, pass teacher\.logits"):
+        distill_loss(student, form(teacher), y)
+    with pytest.raises(TypeError, match=r"teacher\[1\] must be .*: it is a model's output, pass teacher\[1\]\.logits"):
+        distill_loss(student, [teacher, form(teacher)], y)
+    for loss in (uld_loss, method("ttm")):
+        with pytest.raises(TypeError, match=r"teacher\.logits"):
+            loss(student, form(teacher))
+    with pytest.raises(TypeError, match=r"logits_or_head\.logits"):
+        soft_targets(form(teacher))
+
+
+def test_a_tuple_and_a_dict_are_told_of_their_logits():
+    student, teacher, y = batch()
+    with pytest.raises(TypeError, match=r'pass student\["logits"\]'):
+        distill_loss({"logits": student}, teacher, y)
+    with pytest.raises(TypeError, match=r"student must be .*got tuple: .*student\.logits or the element"):
+        distill_loss((student, None), teacher, y)
+    with pytest.raises(TypeError, match=r"teacher\[1\] must be .*got dict: .*teacher\.logits or the element"):
+        distill_loss(student, (teacher, {}), y)
+    with pytest.raises(TypeError, match=r"student\.logits\(\) of a kdfast\.LMHead"):
+        uld_loss(LMHead(torch.randn(N, H), torch.randn(V, H)), teacher)
+
+
+def test_ids_of_64_bits(backend):
+    student, targets = torch.randn(N, V), sparse()
+    wide = SparseTargets(targets.ids.long(), targets.logprobs, vocab_size=V)
+    assert wide.ids.dtype == torch.int32
+    assert torch.equal(wide.ids, targets.ids)
+    assert torch.equal(distill_loss(student, wide, backend=backend), distill_loss(student, targets, backend=backend))
+    for wrong in (V, -2, 2**32, -(2**32)):  # the last two would be 0 in 32 bits
+        ids = targets.ids.long()
+        ids[1, 1] = wrong
+        with pytest.raises(ValueError, match=rf"ids must be in \[0, {V}\), or -1 beyond k_eff, got {wrong}"):
+            SparseTargets(ids, targets.logprobs, vocab_size=V)
+
+
+def test_cat(backend):
+    """Targets of different K in one: each token's loss is what it was."""
+    logits, student = torch.randn(7, 3, V), torch.randn(7, 3, V)
+    for options in ({"method": "topk"}, {"method": "topp", "p": 0.5}, {"method": "pps"}, {"method": "sample"}):
+        tau = {"temperatures": (2.0,)}
+        parts = [soft_targets(x, **options, **tau, k=k) for k, x in ((9, logits[:2]), (4, logits[2:3]), (1, logits[3:]))]
+        together = SparseTargets.cat(parts)
+        assert together.shape == (7, 3, 9)
+        assert together.temperatures == (1.0, 2.0)
+        assert torch.equal(together.k_eff, together.valid.sum(-1))
+        got = distill_loss(student, together, temperature=2.0, reduction="none", backend=backend)
+        each = zip(student.split([2, 1, 4]), parts, strict=True)
+        want = [distill_loss(s, t, temperature=2.0, reduction="none", backend=backend) for s, t in each]
+        torch.testing.assert_close(got, torch.cat(want), rtol=1e-5, atol=1e-6)
+
+
+def test_cat_without_a_number_of_entries():
+    """Where all K are in use k_eff may be left out; it is made where others have it or K differs."""
+    made = [sparse(), soft_targets(torch.randn(2, V), k=K + 2)]
+    a, b = (SparseTargets(t.ids, t.logprobs, lse=t.lse, vocab_size=V) for t in made)
+    assert SparseTargets.cat([a, a]).k_eff is None
+    assert SparseTargets.cat([a, b]).k_eff.tolist() == [K] * N + [K + 2] * 2
+    assert SparseTargets.cat([a, made[0]]).k_eff.tolist() == [K] * 2 * N
+    assert torch.equal(SparseTargets.cat([a, b])[N:].ids, b.ids)
+
+
+def test_what_cannot_be_joined():
+    a = sparse()
+    one = SparseTargets(a.ids, a.logprobs, vocab_size=V + 1)
+    two = soft_targets(torch.randn(N, V), k=K, temperatures=(1.0, 2.0))
+    drawn = soft_targets(torch.randn(N, V), k=K, method="pps")
+    for other in (one, two, drawn):
+        for join in (SparseTargets.cat, SparseTargets.stack):
+            with pytest.raises(ValueError, match=r"\(method, vocab_size, temperatures\) must agree"):
+                join([a, other])
+    for join in (SparseTargets.cat, SparseTargets.stack):
+        with pytest.raises(ValueError, match="needs at least one"):
+            join([])
+    gold = SparseTargets(a.ids, a.logprobs, vocab_size=V, lse=a.lse, gold_logprob=torch.zeros(N))
+    with pytest.raises(ValueError, match="gold_logprob is there in some targets and missing in others"):
+        SparseTargets.cat([gold, a])
+    for shapes in ([a, a.map(lambda t: t[None])], [a[0], a[0]]):
+        with pytest.raises(ValueError, match=r"cat: shapes \(n, \.\.\., K\) must agree but in n and K"):
+            SparseTargets.cat(shapes)
+
+
+# --- The axis of the classes ------------------------------------------------------------------------------------------
+
+
+def images():
+    return torch.randn(2, V, 3, 4), torch.randn(2, V, 3, 4), torch.randint(V, (2, 3, 4))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("class_dim", [1, -3, 2])
+def test_class_dim(backend, class_dim, reduction, layout):
+    """Values and gradients are those of the classes moved last, in fp64; what is per token is (B, H, W)."""
+    student, teacher, y = images()
+    y[0, 1, 2] = -100
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    s, t = (x.movedim(1, class_dim).contiguous(memory_format=memory) for x in (student, teacher))
+    tokens = {"weights": torch.rand(2, 3, 4), "alpha": torch.rand(2, 3, 4)}
+    options = {"temperature": 2.0, "z_loss": 0.01, "reduction": reduction, **tokens}
+    s.requires_grad_()
+    exact = s.detach().double().requires_grad_()
+    double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    want = distill_loss(exact.movedim(class_dim, -1), t.double().movedim(class_dim, -1), y, **double)
+    loss = distill_loss(s, t, y, class_dim=class_dim, backend=backend, **options)
+    assert loss.shape == ((2, 3, 4) if reduction == "none" else ())
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    upstream = torch.rand(loss.shape)
+    (grad,) = torch.autograd.grad(loss, s, upstream)
+    torch.testing.assert_close(grad.double(), torch.autograd.grad(want, exact, upstream.double())[0], rtol=1e-4, atol=1e-7)
+    assert torch.equal(DistillLoss(class_dim=class_dim, backend=backend, **options)(s, t, y), loss)
+
+
+def test_class_dim_as_cross_entropy_has_it(backend):
+    student, _, y = images()
+    got = distill_loss(student, labels=y, class_dim=1, label_smoothing=0.1, backend=backend)
+    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(student, y, label_smoothing=0.1))
+
+
+def test_class_dim_of_an_ensemble_and_of_one_axis(backend):
+    student, teacher, y = images()
+    several = distill_loss(student, [teacher, student], y, class_dim=1, backend=backend)
+    last = [x.movedim(1, -1) for x in (student, teacher)]
+    torch.testing.assert_close(several, distill_loss(last[0], last[::-1], y, backend=backend))
+    one = distill_loss(student[0, :, 0, 0], teacher[0, :, 0, 0], class_dim=0, backend=backend)
+    torch.testing.assert_close(one, distill_loss(student[0, :, 0, 0], teacher[0, :, 0, 0], backend=backend))
+
+
+def test_overwriting_images_takes_channels_last():
+    student, teacher, y = images()
+    options = {"class_dim": 1, "overwrite_logits": True, "backend": KERNEL}
+    with pytest.raises(ValueError, match="overwrite_logits needs rows that are contiguous"):
+        distill_loss(student, teacher, y, **options)
+    last = student.contiguous(memory_format=torch.channels_last).requires_grad_()
+    (want,) = torch.autograd.grad(distill_loss(last, teacher, y, class_dim=1), last)
+    got = torch.autograd.grad(distill_loss(last, teacher, y, **options), last)[0]
+    assert torch.equal(got, want)
+    assert got.data_ptr() == last.data_ptr()
+
+
+def test_wrong_class_dims():
+    student, teacher, y = images()
+    for wrong, error in ((4, ValueError), (-5, ValueError), (1.0, TypeError), (True, TypeError), ("C", TypeError)):
+        with pytest.raises(error, match="class_dim must be an"):
+            distill_loss(student, teacher, y, class_dim=wrong)
+    with pytest.raises(TypeError, match="class_dim must be an int"):
+        DistillLoss(class_dim="C")
+    head, targets = LMHead(torch.randn(2, 3, 4, H), torch.randn(V, H)), soft_targets(torch.randn(2, 3, 4, V), k=K)
+    for call in ((head, teacher), (student, head), (student, [teacher, head]), (student, targets)):
+        with pytest.raises(ValueError, match=r"class_dim: (student|teacher.*) is (LMHead|SparseTargets), whose classes"):
+            distill_loss(*call, class_dim=1)
+    assert distill_loss(head, targets, y, class_dim=3).isfinite()  # the last
+    with pytest.raises(ValueError, match="student has 1 column"):
+        distill_loss(student[:, :1], None, y, class_dim=1)
+
+
+def test_shapes_that_show_the_axis_name_it():
+    student, teacher, y = images()
+    for call in ({"labels": y}, {"weights": torch.ones(2, 3, 4)}, {"labels": y, "alpha": torch.ones(2, 3, 4)}):
+        with pytest.raises(ValueError, match=r"pass class_dim=1 where the classes are that axis of .*\(2, 23, 3, 4\)"):
+            distill_loss(student, teacher, **call)
+    with pytest.raises(ValueError, match=r"leading axes \(2, 23, 3\), got \(2, 4\)$"):
+        distill_loss(student, teacher, y[:, 0])
