@@ -100,8 +100,9 @@ class Distiller:
             msg = f"accumulation_steps must be at least 1, got {accumulation_steps}"
             raise ValueError(msg)
         if isinstance(losses, Loss) or callable(losses):
-            one = f"{type(losses).__name__}(...)" if isinstance(losses, Loss) else getattr(losses, "__name__", "it")
-            msg = f"losses must be a list of losses, got a single {type(losses).__name__}: give [{one}]"
+            name = getattr(losses, "__name__", "it")
+            given = f"{type(losses).__name__}(...)" if isinstance(losses, Loss) else name
+            msg = f"losses must be a list of losses, got a single {type(losses).__name__}: give [{given}]"
             raise TypeError(msg)
         self.student = student
         self.teachers: tuple[Teacher, ...] = tuple(teachers)

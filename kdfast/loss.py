@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kdfast.divergence import DivergenceLike
 from kdfast.ops import _registry
-from kdfast.problem import Logits, Reduction, Teacher, build_problem, checked_class_dim
+from kdfast.ops.classes import check_class_dim, classes_last
+from kdfast.problem import Logits, Reduction, Teacher, build_problem
 from kdfast.reference import DistillTerms
 from kdfast.targets import LMHead
 
@@ -155,6 +156,8 @@ def distill_loss(
     """
     if type(student) is not Tensor and _is_dtensor(student.hidden if isinstance(student, LMHead) else student):
         return _of_dtensors(**locals())
+    if class_dim != -1:
+        student, teacher = classes_last(student, teacher, class_dim, views=overwrite_logits)
     problem = build_problem(
         student,
         teacher,
@@ -177,7 +180,6 @@ def distill_loss(
         overwrite_logits=overwrite_logits,
         memory_budget=memory_budget,
         return_terms=return_terms,
-        class_dim=class_dim,
     )
     terms = _registry.select(problem, backend).distill_loss(problem)
     return terms if return_terms else terms.loss
@@ -239,7 +241,7 @@ class DistillLoss(nn.Module):
         numbers = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.dim() == 0}
         of_tensors = ("teacher_weights", "class_dim", "backend")
         fixed = {k: v for k, v in (self.options | numbers).items() if k not in of_tensors}
-        checked_class_dim(self.options.get("class_dim", -1))
+        check_class_dim(self.options.get("class_dim", -1))
         if self.options.get("backend") is not None:
             _registry.check_name(self.options["backend"], "backend")
         build_problem(

@@ -121,7 +121,7 @@ def hint_of_output(name: str, value: object) -> str:
     """What to pass in the place of a model's output, as the end of an error; "" where it is none."""
     logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
     if isinstance(logits, Tensor):
-        access = f'["logits"]' if isinstance(value, dict) and not hasattr(value, "logits") else ".logits"
+        access = '["logits"]' if isinstance(value, dict) and not hasattr(value, "logits") else ".logits"
         return f": it is a model's output, pass {name}{access}"
     if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) and x.is_floating_point() for x in value):
         return f": of a model's output pass the logits, {name}.logits or the element of the tuple that holds them"
@@ -241,40 +241,6 @@ def _check_values_of_tokens(name: str, x: Tensor, high: float, *, may_be_nan: bo
         raise ValueError(msg)
 
 
-def checked_class_dim(class_dim: object, axes: int | None = None) -> int:
-    """The axis of the classes, from 0; of tensors with any number of axes as it was given."""
-    if isinstance(class_dim, bool) or not isinstance(class_dim, (int, numbers.Integral)):
-        msg = f"class_dim must be an int, the axis of the classes, got {class_dim!r}"
-        raise TypeError(msg)
-    if axes is None:
-        return int(class_dim)
-    if not -axes <= class_dim < axes:
-        msg = f"class_dim must be an axis of the student, {-axes} to {axes - 1}, got {class_dim}"
-        raise ValueError(msg)
-    return int(class_dim) % axes
-
-
-def _classes_last(student: Logits, teacher: Teacher | None, class_dim: int) -> tuple[Logits, Teacher | None]:
-    """Both with the axis of the classes as the last: views, of which a kernel copies what it cannot read."""
-    axes = len(student.shape) if isinstance(student, (Tensor, LMHead)) else 0
-    if not axes:
-        return student, teacher  # to be refused
-    dim = checked_class_dim(class_dim, axes)
-    if dim == axes - 1:
-        return student, teacher
-
-    def moved(name: str, x: Logits | SparseTargets | PackedTargets) -> Tensor:
-        if isinstance(x, LMHead | SparseTargets | PackedTargets):
-            msg = f"class_dim: {name} is {type(x).__name__}, whose classes are the last axis: pass class_dim=-1"
-            raise ValueError(msg)
-        return x.movedim(dim, -1) if isinstance(x, Tensor) and x.dim() == axes else x
-
-    several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
-    if several:
-        return moved("student", student), [moved(f"teacher[{k}]", t) for k, t in enumerate(teacher)]
-    return moved("student", student), None if teacher is None else moved("teacher", teacher)
-
-
 def _check_writable(student: Tensor) -> None:
     if any(step == 0 and size > 1 for size, step in zip(student.shape, student.stride(), strict=True)):
         msg = "overwrite_logits: the student's tokens share memory (an expanded view): pass student.contiguous()"
@@ -390,7 +356,6 @@ def build_problem(
     overwrite_logits: bool = False,
     memory_budget: int | None = None,
     return_terms: bool = False,
-    class_dim: int = -1,
     of_shard: bool = False,
 ) -> Problem:
     """Check the arguments of ``distill_loss`` and normalise them; the errors raised here are its errors.
@@ -401,7 +366,6 @@ def build_problem(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a shape, size, name or value that cannot be meant, with what was expected and the remedy.
     """
-    student, teacher = _classes_last(student, teacher, class_dim)
     _check_logits("student", student, of_shard=of_shard)
     student = with_tensors(student, recordable)
     teachers, sparse = _split_teacher(teacher, of_shard=of_shard)

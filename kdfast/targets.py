@@ -75,7 +75,8 @@ class LMHead:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> LMHead:
         """The head with ``fn`` applied to each of its tensors."""
-        return replace(self, **{k: None if v is None else fn(v) for k, v in self._tensors().items()})
+        bias = None if self.bias is None else fn(self.bias)
+        return replace(self, hidden=fn(self.hidden), weight=fn(self.weight), bias=bias)
 
     def _tensors(self) -> dict[str, Tensor | None]:
         return {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
@@ -260,12 +261,11 @@ class SparseTargets:
 
     def _padded(self, most: int) -> SparseTargets:
         """The same targets with ``most`` entries a token, of which those added are not in use."""
-
-        def wider(x: Tensor | None, fill: float) -> Tensor | None:
-            return None if x is None else torch.nn.functional.pad(x, (0, most - x.shape[-1]), value=fill)
-
-        ids, logprobs, mass = wider(self.ids, -1), wider(self.logprobs, -math.inf), wider(self.mass, 0.0)
-        return replace(self, ids=ids, logprobs=logprobs, mass=mass, k_eff=self._all_k_eff())
+        more = (0, most - self.shape[-1])
+        ids = torch.nn.functional.pad(self.ids, more, value=-1)
+        fills = {"logprobs": (self.logprobs, -math.inf), "mass": (self.mass, 0.0)}
+        wider = {k: None if x is None else torch.nn.functional.pad(x, more, value=y) for k, (x, y) in fills.items()}
+        return replace(self, ids=ids, k_eff=self._all_k_eff(), **wider)  # type: ignore[arg-type]  # Tensor | None
 
     def _all_k_eff(self) -> Tensor:
         return self.valid.sum(-1, dtype=torch.int32) if self.k_eff is None else self.k_eff

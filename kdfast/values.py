@@ -1,4 +1,4 @@
-"""What may be asked of a tensor beside its shape: whether its values are at hand, its memory there, its history kept."""
+"""What may be asked of a tensor beside its shape: are its values at hand, is its memory there, can it be saved?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kdfast.packed import PackedTargets
     from kdfast.targets import LMHead, SparseTargets
 
-Described = TypeVar("Described", Tensor, "LMHead", "SparseTargets", "PackedTargets")
+Described = TypeVar("Described", bound="Tensor | LMHead | SparseTargets | PackedTargets")
 
 
 def at_hand(device: torch.device) -> bool:
@@ -28,10 +28,10 @@ def at_hand(device: torch.device) -> bool:
 
 def readable(x: Tensor) -> bool:
     """Whether Python may look at the values of ``x``: they are at hand, and nobody traces or transforms the call."""
-    return _plain(x) and at_hand(x.device)
+    return plain(x) and at_hand(x.device)
 
 
-def _plain(x: Tensor) -> bool:
+def plain(x: Tensor) -> bool:
     """Whether ``x`` is a tensor with memory of its own, in a call that nobody traces, transforms or only pretends."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -55,7 +55,7 @@ def check_memory(name: str, x: Tensor) -> None:
         name: of the argument.
         x: any tensor; what has no memory of its own is left alone.
     """
-    if not _plain(x) or x.layout != torch.strided or x.device.type not in ("cpu", "cuda") or not x.numel():
+    if not plain(x) or x.layout != torch.strided or x.device.type not in ("cpu", "cuda") or not x.numel():
         return
     last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
     needed, there = (last + 1) * x.element_size(), x.untyped_storage().nbytes()
@@ -84,7 +84,7 @@ def recordable(x: Tensor) -> Tensor:
 def with_tensors(x: Described, fn: Callable[[Tensor], Tensor]) -> Described:
     """``x`` with a function applied to its tensors, or itself where the function leaves them as they are."""
     if isinstance(x, Tensor):
-        return fn(x)
+        return fn(x)  # type: ignore[return-value]  # of a tensor, a tensor
     if all(fn(tensor) is tensor for _, tensor in tensors_of("", x)):
         return x
-    return x.map(fn)
+    return x.map(fn)  # type: ignore[return-value]  # of its own kind

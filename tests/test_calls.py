@@ -1,4 +1,4 @@
-"""Call forms: scores instead of logits, values in tensors, tensors that change, were freed, or come from inference mode."""
+"""Call forms: scores for logits, values in tensors, tensors that change, were freed, or come from inference mode."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_num_items_of_a_distiller():
 
 
 def test_right_values_in_tensors_pass(backend):
-    """The bounds themselves, a weight of NaN, which is that token's loss, and weights of teachers of a dropped token."""
+    """The bounds themselves, a weight of NaN, which is that token's loss, and teachers' weights of a dropped token."""
     student, teacher, y = batch()
     for alpha in (0.0, 1.0):
         assert distill_loss(student, teacher, y, alpha=torch.tensor(alpha), backend=backend).isfinite()
@@ -154,7 +154,9 @@ def test_right_values_in_tensors_pass(backend):
     of_tokens = torch.rand(2, N) + 0.1
     of_tokens[:, 1] = 0.0
     kept = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
-    assert distill_loss(student, [teacher, student], y, teacher_weights=of_tokens, weights=kept, backend=backend).isfinite()
+    assert distill_loss(
+        student, [teacher, student], y, teacher_weights=of_tokens, weights=kept, backend=backend
+    ).isfinite()
 
 
 @pytest.mark.skipif(TRITON, reason="the kernels under a tracer are the CPU's here")
@@ -165,7 +167,9 @@ def test_tracers_do_not_look_at_values():
     want = distill_loss(student, teacher, y, **options)
     torch.testing.assert_close(compiled(student, teacher, y, **options), want)
     torch.testing.assert_close(torch.func.functional_call(DistillLoss(**options), {}, (student, teacher, y)), want)
-    got = torch.func.vmap(lambda s, w: distill_loss(s, teacher, y, weights=w))(torch.stack([student] * 2), torch.ones(2, N))
+    got = torch.func.vmap(lambda s, w: distill_loss(s, teacher, y, weights=w))(
+        torch.stack([student] * 2), torch.ones(2, N)
+    )
     torch.testing.assert_close(got, torch.stack([distill_loss(student, teacher, y)] * 2))
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         fake = distill_loss(torch.empty(N, V), torch.empty(N, V), alpha=None, weights=torch.empty(N))
@@ -502,7 +506,9 @@ def test_cat(backend):
     logits, student = torch.randn(7, 3, V), torch.randn(7, 3, V)
     for options in ({"method": "topk"}, {"method": "topp", "p": 0.5}, {"method": "pps"}, {"method": "sample"}):
         tau = {"temperatures": (2.0,)}
-        parts = [soft_targets(x, **options, **tau, k=k) for k, x in ((9, logits[:2]), (4, logits[2:3]), (1, logits[3:]))]
+        parts = [
+            soft_targets(x, **options, **tau, k=k) for k, x in ((9, logits[:2]), (4, logits[2:3]), (1, logits[3:]))
+        ]
         together = SparseTargets.cat(parts)
         assert together.shape == (7, 3, 9)
         assert together.temperatures == (1.0, 2.0)
@@ -570,7 +576,9 @@ def test_class_dim(backend, class_dim, reduction, layout):
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
     upstream = torch.rand(loss.shape)
     (grad,) = torch.autograd.grad(loss, s, upstream)
-    torch.testing.assert_close(grad.double(), torch.autograd.grad(want, exact, upstream.double())[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        grad.double(), torch.autograd.grad(want, exact, upstream.double())[0], rtol=1e-4, atol=1e-7
+    )
     assert torch.equal(DistillLoss(class_dim=class_dim, backend=backend, **options)(s, t, y), loss)
 
 
@@ -610,7 +618,9 @@ def test_wrong_class_dims():
         DistillLoss(class_dim="C")
     head, targets = LMHead(torch.randn(2, 3, 4, H), torch.randn(V, H)), soft_targets(torch.randn(2, 3, 4, V), k=K)
     for call in ((head, teacher), (student, head), (student, [teacher, head]), (student, targets)):
-        with pytest.raises(ValueError, match=r"class_dim: (student|teacher.*) is (LMHead|SparseTargets), whose classes"):
+        with pytest.raises(
+            ValueError, match=r"class_dim: (student|teacher.*) is (LMHead|SparseTargets), whose classes"
+        ):
             distill_loss(*call, class_dim=1)
     assert distill_loss(head, targets, y, class_dim=3).isfinite()  # the last
     with pytest.raises(ValueError, match="student has 1 column"):

@@ -488,12 +488,14 @@ def test_options_that_kd_does_not_have():
             KD(**{wrong: 4})
     with pytest.raises(TypeError, match="'label_smooth': did you mean label_smoothing"):
         KD(label_smooth=0.1)
-    with pytest.raises(TypeError, match="'xyz'; it takes temperature, alpha, divergence, .*z_loss"):
+    with pytest.raises(TypeError, match=r"'xyz'; it takes temperature, alpha, divergence, .*z_loss"):
         KD(xyz=1)
     assert KD(label_smoothing=0.1, tail="renorm").options == {"label_smoothing": 0.1, "tail": "renorm"}
 
 
-@pytest.mark.parametrize("wrong", [lambda s: s.student_logits().square(), lambda s: s.student_logits().square().sum(-1)])
+@pytest.mark.parametrize(
+    "wrong", [lambda s: s.student_logits().square(), lambda s: s.student_logits().square().sum(-1)]
+)
 def test_a_loss_that_returns_a_matrix(wrong):
     student, teacher = pair()
     with (

@@ -14,6 +14,7 @@
 #include "core/pages.h"
 #include "cpu/dispatch.h"
 #include "cpu/sort.h"
+#include "cpu/transpose.h"
 
 namespace py = pybind11;
 
@@ -231,6 +232,20 @@ PYBIND11_MODULE(_core, m) {
                                       static_cast<std::size_t>(data.count()) * size);
         },
         py::arg("data"), "Asks for huge pages behind fresh, untouched memory.");
+    m.def(
+        "transpose",
+        [](const View& from, const View& to, int threads) {
+            if (from.shape.size() != 3 || to.shape.size() != 3 || from.dtype != to.dtype)
+                throw ArgumentError("from and to must be (matrices, rows, columns) of one dtype");
+            const std::int64_t count = from.shape[0], rows = from.shape[1], columns = from.shape[2];
+            const Rows source = from.rows("from", {count, rows}), target = to.rows("to", {count, columns});
+            if (target.columns != rows) throw ArgumentError("to must be (matrices, columns, rows) of from");
+            const py::gil_scoped_release release;
+            kdfast::cpu::transpose({source.data, from.strides[0], from.strides[1]},
+                                   {target.data, to.strides[0], to.strides[1]}, count, rows, columns,
+                                   static_cast<int>(kdfast::size_of(source.dtype)), std::max(1, threads));
+        },
+        py::arg("from_"), py::arg("to"), py::arg("threads"), "Fills to[k][j][i] with from[k][i][j].");
     m.def(
         "sort_rows",
         [](const View& x, const View& values, const Optional& order, int threads) {

@@ -35,7 +35,7 @@ def detail() -> str:
 
 
 def _view(x: Tensor) -> _core.View:
-    there = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+    there = int(x.untyped_storage().nbytes()) - int(x.storage_offset()) * x.element_size()
     return _core.View(x.data_ptr(), _DTYPE_NAMES[x.dtype], x.shape, x.stride(), there)
 
 
@@ -140,3 +140,8 @@ def scale(grad: Tensor, factor: Tensor) -> None:
 def sort_rows(x: Tensor, values: Tensor, order: Tensor | None) -> None:
     """Fills ``values``, and ``order`` where asked for, (n, V) contiguous each, with the rows of x sorted descending."""
     _core.sort_rows(_view(x), _view(values), None if order is None else _view(order), torch.get_num_threads())
+
+
+def transpose(x: Tensor, out: Tensor) -> None:
+    """Fills ``out`` (n, columns, rows) with the transposed matrices of ``x`` (n, rows, columns)."""
+    _core.transpose(_view(x), _view(out), torch.get_num_threads())

@@ -13,7 +13,6 @@ from kdfast.methods.loss import Loss, Value
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
 
-
 #: What options are called elsewhere.
 _MEANT = dict.fromkeys(("T", "t", "tau", "temp"), "temperature")
 _OWN = ("temperature", "alpha", "divergence", "weight", "name")
