@@ -10,7 +10,8 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest
 # Processes that share the tests. Torch computes with several threads in each, which sleep where they would spin.
 WORKERS ?= 2
-INTERPRETED = dense modes edges operators head sparse packed triton distributed distributed_heads soft_targets gpu_suite
+INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed) \
+  kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
 
 .PHONY: demo test lint bench docs tables nightly sanitize clean
 
@@ -20,9 +21,9 @@ demo: $(VENV)/.demo
 # The Triton kernels go through the same tests in a process of their own: its interpreter is chosen before it is imported.
 test: $(VENV)/.test build/peers
 	$(PYTEST) -n $(WORKERS) tests $(PYTEST_ARGS)
-	PYTHONPATH=build/peers $(PYTEST) tests/test_peers.py
+	PYTHONPATH=build/peers $(PYTEST) tests/docs/test_peers.py
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,$(INTERPRETED)))
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(INTERPRETED)
 endif
 
 lint: $(VENV)/.dev
@@ -55,18 +56,18 @@ nightly: test sanitize
 	$(MAKE) $(VENV)/.examples && for example in digits fashion_mnist sentences language_model; do \
 	  $(BIN)/python -m examples.$$example --out build/examples/$$example || exit 1; done
 	mkdir -p build/suite && $(BIN)/python -m examples.suite --results build/suite --page build/suite/methods-results.md
-	KDFAST_TEST_CRASH_STATES=200 $(PYTEST) tests/test_cache_reliability.py -k power_cut
+	KDFAST_TEST_CRASH_STATES=200 $(PYTEST) tests/cache/test_cache_reliability.py -k power_cut
 	cmake --preset fuzz && cmake --build --preset fuzz
 	mkdir -p build/fuzzed && build/fuzz/kdfast_fuzz -max_total_time=600 build/fuzzed csrc/fuzz/corpus
-	$(MAKE) $(VENV)/.ray && $(PYTEST) tests/test_cache_ray.py
+	$(MAKE) $(VENV)/.ray && $(PYTEST) tests/cache/test_cache_ray.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Other libraries, for tests/test_peers.py; without what they depend on, of which some would break
+# Other libraries, for tests/docs/test_peers.py; without what they depend on, of which some would break
 # others, and seen by that test alone.
-build/peers: $(VENV)/.test tests/peers.txt
-	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ -r tests/peers.txt
+build/peers: $(VENV)/.test tests/docs/peers.txt
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ -r tests/docs/peers.txt
 
 # Built once for all sets of extras.
 $(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)

@@ -18,9 +18,10 @@ from kdfast.methods.loss import Loss, Term, Value
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
 from kdfast.methods.synchronise import GradientAverage
-from kdfast.packed import PackedTargets
-from kdfast.problem import _scalar
-from kdfast.targets import LMHead, SparseTargets
+from kdfast.spec.head import LMHead
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.problem import _scalar
+from kdfast.spec.sparse import SparseTargets
 
 Teacher: TypeAlias = nn.Module | Reader
 LossLike: TypeAlias = Loss | Callable[[Step], Value] | tuple[Callable[[Step], Value], Setting]
@@ -366,6 +367,9 @@ class Distiller:
             if self._calls == self.accumulation_steps:
                 self.number, self._calls = self.number + 1, 0
         return total, terms
+
+
+Distiller.__module__ = "kdfast"  # where it is for users, and for what they pickle
 
 
 def _as_loss(given: LossLike) -> Loss:

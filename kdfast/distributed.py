@@ -14,14 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.divergence import Term
-from kdfast.ops import _registry, head_autograd, shard_autograd
-from kdfast.ops.shard import Shard
-from kdfast.packed import PackedTargets
-from kdfast.problem import Logits, Problem, Teacher, build_problem, device_of
-from kdfast.reference import DistillTerms
-from kdfast.targets import LMHead, SparseTargets
+from kdfast.ops import _registry
+from kdfast.ops.head import autograd as head_autograd
+from kdfast.ops.shard import autograd as shard_autograd
+from kdfast.ops.shard.operators import Shard
+from kdfast.spec.divergence import Term
+from kdfast.spec.head import LMHead
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.problem import Logits, Problem, Teacher, build_problem, device_of
+from kdfast.spec.reduction import DistillTerms, token_weights
+from kdfast.spec.sparse import SparseTargets
 
 
 def distill_loss(
@@ -274,7 +276,7 @@ class _Rows:
 
 def _count_tokens(problem: Problem, group: dist.ProcessGroup) -> Tensor:
     """Weight of the tokens of all ranks; 1 where there are none, so that the loss is 0 / 1."""
-    total = reference.token_weights(dataclasses.replace(problem, reduction="sum")).sum(dtype=torch.float64)
+    total = token_weights(dataclasses.replace(problem, reduction="sum")).sum(dtype=torch.float64)
     dist.all_reduce(total, group=group)
     return torch.where(total != 0, total, 1.0).float()
 

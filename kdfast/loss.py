@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from kdfast.divergence import DivergenceLike
 from kdfast.ops import _registry
 from kdfast.ops.classes import check_class_dim, classes_last
-from kdfast.problem import Logits, Reduction, Teacher, build_problem
-from kdfast.reference import DistillTerms
-from kdfast.targets import LMHead
+from kdfast.spec.divergence import DivergenceLike
+from kdfast.spec.head import LMHead
+from kdfast.spec.problem import Logits, Reduction, Teacher, build_problem
+from kdfast.spec.reduction import DistillTerms
 
 if TYPE_CHECKING:  # what follows tells a type checker which of two types a call returns
     from typing_extensions import Unpack
@@ -260,3 +260,6 @@ class DistillLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options that were set."""
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+DistillLoss.__module__ = "kdfast"  # where it is for users, and for what they pickle

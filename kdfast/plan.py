@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdfast.ops import head
+from kdfast.ops.head import operators as head
 
 #: Full-size fp32 tensors that the eager formula of forward KL and cross-entropy holds at its peak, as measured by
 #: ``kdfast bench``; the compiled one holds 2 of fp32 logits.

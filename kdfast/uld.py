@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.ops.uld import token_losses
-from kdfast.problem import Reduction, build_problem, check_plain_logits
+from kdfast.ops.uld.autograd import token_losses
+from kdfast.spec import reference
+from kdfast.spec.problem import Reduction, build_problem, check_plain_logits
+from kdfast.spec.reduction import keep, token_weights, weighted
 
 
 def uld_loss(
@@ -74,5 +75,5 @@ def uld_loss(
     assert isinstance(problem.student, Tensor)
     assert isinstance(problem.teachers[0], Tensor)
     reference._check_values(problem, problem.student)
-    loss = reference._keep(token_losses(problem.student, problem.teachers[0], problem), problem.counted)
-    return reference.weighted(reference.token_weights(problem), loss, reduction)
+    loss = keep(token_losses(problem.student, problem.teachers[0], problem), problem.counted)
+    return weighted(token_weights(problem), loss, reduction)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kdfast.ops import head
+from kdfast.ops.head import operators as head
 from kdfast.plan import plan
 
 N, V, H = 2048, 151936, 256

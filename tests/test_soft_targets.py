@@ -12,7 +12,8 @@ from machine import DEVICE, INTERPRETING, KERNEL, TRITON, VARIANTS, choose
 from scipy.special import logsumexp
 
 import kdfast.ops._registry as registry
-from kdfast import LMHead, SparseTargets, distill_loss, selection, soft_targets
+from kdfast import LMHead, SparseTargets, distill_loss, soft_targets
+from kdfast.spec import selection
 
 INF = math.inf
 MODULE = sys.modules[soft_targets.__module__]
@@ -525,7 +526,7 @@ def test_temperatures_that_repeat_are_one():
 
 def test_named_backends(monkeypatch):
     monkeypatch.setenv("KDFAST_BACKEND", "cuda")
-    with pytest.raises(RuntimeError, match=r"cuda.*no kernel for soft_targets"):
+    with pytest.raises(RuntimeError, match=r"cuda.*no CUDA kernels"):
         soft_targets(X)
     monkeypatch.setenv("KDFAST_BACKEND", "gpu")
     with pytest.raises(ValueError, match="KDFAST_BACKEND must be one of"):

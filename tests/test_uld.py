@@ -11,8 +11,8 @@ from machine import DEVICE
 from scipy.special import softmax
 
 from kdfast import LMHead, uld_loss
-from kdfast.ops import uld
-from kdfast.ops.sort import sort_rows
+from kdfast.ops.uld import operators as uld
+from kdfast.ops.uld.sort import sort_rows
 
 SIZES = {"equal": (50, 50), "longer student": (61, 37), "longer teacher": (37, 61), "two columns": (2, 9)}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -38,14 +38,14 @@ OPERATORS = (
 
 #: Tests whose inputs follow the default device.
 TESTS = (
-    "tests/test_dense.py",
-    "tests/test_sparse.py",
-    "tests/test_packed.py",
-    "tests/test_modes.py",
-    "tests/test_edges.py",
-    "tests/test_head.py",
+    "tests/ops/test_dense.py",
+    "tests/ops/test_sparse.py",
+    "tests/ops/test_packed.py",
+    "tests/ops/test_modes.py",
+    "tests/ops/test_edges.py",
+    "tests/ops/test_head.py",
     "tests/test_soft_targets.py",
-    "tests/test_gpu.py",
+    "tests/kernels/test_gpu.py",
 )
 
 VERSIONS = ("torch", "triton", "liger-kernel", "speculators", "fla-core", "trl", "cut-cross-entropy")

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cache/reader.h"
+#include "cache/store/reader.h"
 #include "core/error.h"
 
 namespace kdfast::bindings {

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 if TYPE_CHECKING:
-    import kdfast
+    from kdfast.spec.packed import PackedTargets
 
 #: By the names of the tiles' table: Triton's target, 32-bit registers of a processor, its shared memory in bytes, and
 #: the most warps on it.
@@ -64,7 +64,7 @@ class Compiled:
 
 def _dense_calls() -> dict[str, dict[str, Any]]:
     """Arguments of ``distill_loss``, by name, whose launches are the production ones."""
-    from kdfast.divergence import PARAMETERS, Divergence
+    from kdfast.spec.divergence import PARAMETERS, Divergence
 
     calls: dict[str, dict[str, Any]] = {name: {"divergence": name} for name in PARAMETERS}
     calls["alpha_div"]["divergence"] = Divergence("alpha_div", a=0.5)
@@ -110,20 +110,20 @@ def _select_calls() -> dict[str, dict[str, Any]]:
 
 
 def _select(*, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
-    import kdfast
+    from kdfast.soft_targets import soft_targets
 
     with mock.patch.dict(os.environ, {"KDFAST_BACKEND": "triton"}):
-        kdfast.soft_targets(torch.zeros(4, VOCAB, dtype=dtype), **options)
+        soft_targets(torch.zeros(4, VOCAB, dtype=dtype), **options)
 
 
-def _packed(rows: int, kept: int, lse: Mapping[float, torch.Tensor]) -> kdfast.PackedTargets:
+def _packed(rows: int, kept: int, lse: Mapping[float, torch.Tensor]) -> PackedTargets:
     """Targets whose bytes, which nobody reads, are zeros."""
-    import kdfast
+    from kdfast.spec.packed import PackedTargets
 
     size = -(-(kept * (VOCAB - 1).bit_length() + 7) // 8 + kept // 2) // 4 * 4
     offset = torch.arange(rows, dtype=torch.int32) * (size // 4)
     data = torch.zeros(rows * size, dtype=torch.uint8)
-    return kdfast.PackedTargets(data, offset, torch.zeros(rows), kept=kept, vocab_size=VOCAB, grid=4, lse=lse)
+    return PackedTargets(data, offset, torch.zeros(rows), kept=kept, vocab_size=VOCAB, grid=4, lse=lse)
 
 
 def _unpack(kept: int) -> None:
@@ -153,8 +153,9 @@ def _distill(
     processors: int = 1,
     **options: Any,
 ) -> None:
-    import kdfast
     from kdfast.kernels.triton import tiles
+    from kdfast.loss import distill_loss
+    from kdfast.spec.sparse import SparseTargets
 
     rows = 4
     student = torch.zeros(rows, VOCAB, dtype=dtype, requires_grad=True)
@@ -169,9 +170,9 @@ def _distill(
         teacher = _packed(rows, kept, lse)
         if not packed:
             ids = torch.arange(kept, dtype=torch.int32).expand(rows, kept)
-            teacher = kdfast.SparseTargets(ids, torch.zeros(rows, kept), vocab_size=VOCAB, lse=lse)
+            teacher = SparseTargets(ids, torch.zeros(rows, kept), vocab_size=VOCAB, lse=lse)
     with mock.patch.object(tiles, "processors", return_value=processors):
-        loss = kdfast.distill_loss(student, teacher, labels, backend="triton", **options)
+        loss = distill_loss(student, teacher, labels, backend="triton", **options)
         loss.sum().backward()
 
 

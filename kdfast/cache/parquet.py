@@ -38,12 +38,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from kdfast.cache.error import CacheError
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import CacheError, JobError
 from kdfast.cache.keys import key_text, token_hash
 from kdfast.cache.reader import Reader
 from kdfast.cache.writer import Tier, Writer
-from kdfast.targets import SAMPLED, SparseTargets
+from kdfast.spec.sparse import SAMPLED, SparseTargets
 
 #: What the mass of a token may exceed 1 by: that of fp32 log-probabilities that were rounded, not computed in bf16.
 MASS_ROUNDING = 1e-5

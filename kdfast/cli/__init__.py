@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-EXIT_USAGE = 2
+from kdfast.cli.missing import exit_missing
 
 
 class Command(NamedTuple):
@@ -88,14 +88,3 @@ def _load(name: str, command: Command) -> Callable[..., Any]:
             exit_missing(f"kdfast {name}", error, command.extra)
 
     return run
-
-
-def exit_missing(who: str, error: ModuleNotFoundError, extra: str) -> Any:
-    """Names the extra and exits; a missing module of our own is a broken installation and stays a traceback."""
-    package = (error.name or "").partition(".")[0]
-    if package in {"", "kdfast"}:
-        raise error
-    print(
-        f'{who} needs the package "{package}", which is not installed: pip install "kdfast[{extra}]"', file=sys.stderr
-    )
-    sys.exit(EXIT_USAGE)

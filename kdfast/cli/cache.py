@@ -75,7 +75,7 @@ def info(
         if not tiers:
             fail("--plot: no samples to draw", EXIT_FAULTY)
         with needs("kdfast cache info", {"matplotlib": "demo"}):
-            from kdfast.reporting.cache import write_plot
+            from kdfast.cache.plot import write_plot
         teacher = reader.metadata.get("teacher")
         title = f"{Path(path).resolve().name}" + (f", teacher {teacher}" if teacher else "")
         looked = sum(one.samples for one in tiers.values())

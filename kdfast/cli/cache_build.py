@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from kdfast.cache import CacheError
 from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_INTERRUPTED, EXIT_USAGE, fail, needs
-from kdfast.interrupt import Interrupt
+from kdfast.cli.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from kdfast.cache.job import Filled, Job

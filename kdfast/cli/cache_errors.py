@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import typer
 
 from kdfast.cache import CacheError
-from kdfast.cli import EXIT_USAGE, exit_missing
+from kdfast.cli.missing import EXIT_USAGE, exit_missing
 
 EXIT_FAULTY = 1
 EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C

@@ -47,11 +47,11 @@ def demo(
     import torch
     from rich.console import Console
 
+    from kdfast.cli.interrupt import Interrupt
     from kdfast.demo.checkpoint import Interrupted
     from kdfast.demo.display import Display, cache_text, results_table
     from kdfast.demo.run import REPORT_NAME, RESULTS_NAME, run_demo
     from kdfast.demo.settings import DemoError, DemoSettings
-    from kdfast.interrupt import Interrupt
 
     console = Console()
     if threads is not None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kdfast import __version__
 from kdfast.ops._registry import backends
-from kdfast.problem import build_problem
+from kdfast.spec.problem import build_problem
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _OPTIONAL = ("triton", "transformers", "tokenizers", "safetensors", "matplotlib", "jinja2", "pytest_benchmark")

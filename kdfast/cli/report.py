@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kdfast.cli.cache_errors import EXIT_USAGE, fail
-from kdfast.factory import FactoryError, find
+from kdfast.integrations.factory import FactoryError, find
 
 DEFAULT_OUT = Path("distillation-report")
 NEEDED = ("student", "teacher", "loader")

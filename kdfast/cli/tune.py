@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kdfast.cli.cache_errors import EXIT_INTERRUPTED, EXIT_USAGE, fail
-from kdfast.factory import FactoryError, find
+from kdfast.integrations.factory import FactoryError, find
 
 DEFAULT_OUT = Path("kdfast-tune")
 QUICK = {"trials": 4, "seeds": 2, "confirm": 2, "finalists": 2}
@@ -61,10 +61,10 @@ def tune(
     from rich.console import Console
 
     from kdfast import tuning
+    from kdfast.cli.interrupt import Interrupt
     from kdfast.demo.display import Display
     from kdfast.demo.settings import DemoError
-    from kdfast.interrupt import Interrupt
-    from kdfast.reporting.tuning import finalists_table, trials_table
+    from kdfast.tuning.page import finalists_table, trials_table
 
     console = Console(stderr=as_json)
     if threads is not None:

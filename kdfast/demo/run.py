@@ -22,13 +22,13 @@ from kdfast.demo.data import places, sequences
 from kdfast.demo.display import Display, terms_text
 from kdfast.demo.evaluate import compare_loss_time, evaluate, inference_speed
 from kdfast.demo.model import GPT
+from kdfast.demo.page import write_report
 from kdfast.demo.results import comparison, summary
 from kdfast.demo.settings import DemoError, DemoSettings, Method
 from kdfast.demo.student import Student
 from kdfast.demo.targets import Stored, Targets, Written
 from kdfast.demo.teacher import check_memory, label, load_teacher
 from kdfast.demo.tokenizer import encode
-from kdfast.reporting.demo import write_report
 from kdfast.reporting.environment import environment
 
 RESULTS_NAME = "results.json"

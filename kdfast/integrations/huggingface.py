@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.targets import LMHead
+from kdfast.spec.head import LMHead
 
 #: Factors of the logits, by the name of their option in a model's configuration; what it means where it is there.
 _FACTORS = {

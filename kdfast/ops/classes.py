@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops import dense_cpu
-from kdfast.ops.dense import KERNEL_DTYPES
-from kdfast.packed import PackedTargets
-from kdfast.problem import Logits, Teacher
-from kdfast.targets import LMHead, SparseTargets
-from kdfast.values import check_memory, plain
+from kdfast.ops.dense.cpu import fresh_gradient
+from kdfast.ops.dense.inputs import KERNEL_DTYPES
+from kdfast.spec.head import LMHead
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.problem import Logits, Teacher
+from kdfast.spec.sparse import SparseTargets
+from kdfast.spec.values import check_memory, plain
+from kdfast.views import EXTENSION_MISSING, _core, view
 
 
 def check_class_dim(class_dim: object) -> None:
@@ -60,10 +62,10 @@ def classes_last(
 
 def _to_last(x: Tensor, dim: int) -> Tensor:
     """``x.movedim(dim, -1)``, contiguous where the CPU's kernel moves it: torch takes several times a loss for that."""
-    view = x.movedim(dim, -1)
-    served = x.device.type == "cpu" and x.dtype in KERNEL_DTYPES and dense_cpu.EXTENSION_MISSING is None
-    if not served or not plain(x) or not x.is_contiguous() or view.is_contiguous():
-        return view
+    last = x.movedim(dim, -1)
+    served = x.device.type == "cpu" and x.dtype in KERNEL_DTYPES and EXTENSION_MISSING is None
+    if not served or not plain(x) or not x.is_contiguous() or last.is_contiguous():
+        return last
     return _Moved.apply(x, dim, x.dim() - 1)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -74,11 +76,12 @@ class _Moved(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, source: int, target: int) -> Tensor:
         ctx.places = target, source
         x = x.contiguous()
-        out = dense_cpu.fresh_gradient(x.movedim(source, target))
+        out = fresh_gradient(x.movedim(source, target))
         outer = x.shape[: min(source, target)].numel()
         columns = x.shape[source:].numel() // x.shape[source] if source < target else x.shape[source]
         if out.numel():
-            dense_cpu.transpose(x.view(outer, -1, columns), out.view(outer, columns, -1))
+            whole, moved = x.view(outer, -1, columns), out.view(outer, columns, -1)
+            _core.transpose(view(whole), view(moved), torch.get_num_threads())
         return out
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kdfast.reporting import plots
@@ -24,7 +25,7 @@ def render(figures: dict[str, Any]) -> str:
         figures: of a :class:`kdfast.reporting.report.Report`.
     """
     models = figures["models"]
-    return template("report.html.j2").render(
+    return template(Path(__file__).parent / "templates" / "report.html.j2").render(
         r=figures,
         teacher=models[0],
         students=[model for model in models if model["role"] == "student"],

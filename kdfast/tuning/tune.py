@@ -142,7 +142,7 @@ def tune(
 
 
 def _write(figures: dict[str, Any], out: Path) -> None:
-    from kdfast.reporting.tuning import render
+    from kdfast.tuning.page import render
 
     text = json.dumps(_without_nan(figures), indent=1, allow_nan=False)
     (out / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")

@@ -16,8 +16,8 @@ from kdfast.kernels.triton.dense_kept import RULES
 from kdfast.kernels.triton.dense_rows import Factors, Given, Kept, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
 from kdfast.kernels.triton.unpack import packed_of
-from kdfast.reference import check_ids
-from kdfast.values import at_hand
+from kdfast.spec.reference import check_ids
+from kdfast.spec.values import at_hand
 
 LOG2E = dense_rows.LOG2E.value
 NO_FACTORS = Factors(None, None, None)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import JobError
 from kdfast.cache.job.samples import Document
 from kdfast.cache.job.turns import Turns
 

@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast import reference
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Reduction
+from kdfast.spec.problem import Reduction
+from kdfast.spec.reduction import token_weights
 
 
 def adaptive_kl_loss(
@@ -82,7 +82,7 @@ def adaptive_kl_loss(
         num_items=num_items,
     )
     checked("head", head, 0.0, 1.0, open_low=True)
-    w, teacher = reference.token_weights(problem), tokens.teacher_of(problem)
+    w, teacher = token_weights(problem), tokens.teacher_of(problem)
     with torch.no_grad():
         z, t = (tokens.arithmetic(problem, x.detach()) for x in (student, teacher))
         tau = tokens.temperature(problem, z)

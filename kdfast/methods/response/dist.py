@@ -7,11 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast import reference
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
+from kdfast.spec import reference
+from kdfast.spec.reduction import token_weights
 
 #: Deviations below so many roundings of the mean are none: what is left of equal values that were centred.
 ROUNDINGS = 8.0
@@ -164,7 +165,7 @@ def _terms(
         student, teacher, labels, temperature=temperature, ignore_index=ignore_index, weights=weights
     )
     tokens.not_negative(beta=beta, gamma=gamma)
-    w = reference.token_weights(problem)  # sums to 1, or to 0 where no token counts
+    w = token_weights(problem)  # sums to 1, or to 0 where no token counts
     by = w.reshape(-1, 1)
     z, t = (
         tokens.arithmetic(problem, x).reshape(-1, problem.vocab_size) for x in (student, tokens.teacher_of(problem))

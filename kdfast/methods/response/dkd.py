@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from kdfast import reference
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Problem, Reduction
+from kdfast.spec import reference
+from kdfast.spec.problem import Problem, Reduction
+from kdfast.spec.reduction import soft_scale, token_weights
 
 
 def dkd_loss(
@@ -165,12 +166,12 @@ def _parts(
         reduction=reduction,
         num_items=num_items,
     )
-    w, teacher = reference.token_weights(problem), tokens.teacher_of(problem)
+    w, teacher = token_weights(problem), tokens.teacher_of(problem)
     y = tokens.column_of_label(problem)
     z, t = student.scatter(-1, y, -reference.INF), teacher.scatter(-1, y, -reference.INF)
     others = tokens.engine(problem, z, t, None, w, temperature=temperature)
     kl = reference.kl(_label_or_not(problem, teacher, t, y), _label_or_not(problem, student, z, y))
-    target = tokens.reduced(problem, w, kl) * reference.soft_scale(problem, w)
+    target = tokens.reduced(problem, w, kl) * soft_scale(problem, w)
     return target, others
 
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kdfast.divergence import DivergenceLike
 from kdfast.loss import distill_loss, option_names
 from kdfast.methods.loss import Loss, Value
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
+from kdfast.spec.divergence import DivergenceLike
 
 #: What options are called elsewhere.
 _MEANT = dict.fromkeys(("T", "t", "tau", "temp"), "temperature")

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.divergence import DivergenceLike
 from kdfast.loss import distill_loss
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import Step
-from kdfast.problem import Problem, _scalar, build_problem, check_plain_logits
+from kdfast.spec import reference
+from kdfast.spec.divergence import DivergenceLike
+from kdfast.spec.problem import Problem, _scalar, build_problem, check_plain_logits
+from kdfast.spec.reduction import weighted
 
 
 def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> Problem:
@@ -95,7 +96,7 @@ def engine(
 
 def reduced(problem: Problem, weights: Tensor, x: Tensor) -> Tensor:
     """Sum of weights * x over the tokens, or the products themselves, as the problem's reduction says."""
-    return reference.weighted(weights, x, problem.reduction)
+    return weighted(weights, x, problem.reduction)
 
 
 def blended(

@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast import reference
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Reduction, _scalar
+from kdfast.spec.problem import Reduction, _scalar
+from kdfast.spec.reduction import token_weights
 
 
 def ttm_loss(
@@ -78,7 +78,7 @@ def ttm_loss(
         num_items=num_items,
     )
     _scalar("gamma", gamma, open_low=True)
-    w = reference.token_weights(problem)
+    w = token_weights(problem)
     t = tokens.arithmetic(problem, tokens.teacher_of(problem))
     power = gamma * t
     by = w
