@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "bindings/cache.h"
 #include "bindings/view.h"
@@ -13,6 +14,7 @@
 #include "core/pages.h"
 #include "cpu/dispatch.h"
 #include "cpu/sort.h"
+#include "cpu/transpose.h"
 
 namespace py = pybind11;
 
@@ -188,8 +190,11 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Compiled core of kdfast; private, use the functions of the package.";
     py::class_<View>(m, "View", "A tensor: address, dtype, shape and strides in elements.")
-        .def(py::init<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>(),
-             py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+        .def(py::init([](std::uintptr_t data, std::string dtype, std::vector<std::int64_t> shape,
+                         std::vector<std::int64_t> strides, std::int64_t storage_bytes) {
+                 return View{data, std::move(dtype), std::move(shape), std::move(strides), storage_bytes};
+             }),
+             py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage_bytes"));
     m.def("dense", &dense, py::kw_only(), py::arg("passes"), py::arg("student"), py::arg("teachers"),
           py::arg("teacher_weights") = py::none(), py::arg("labels") = py::none(), py::arg("counted") = py::none(),
           py::arg("temperature"), py::arg("names"), py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"),
@@ -235,6 +240,20 @@ PYBIND11_MODULE(_core, m) {
                                       static_cast<std::size_t>(data.count()) * size);
         },
         py::arg("data"), "Asks for huge pages behind fresh, untouched memory.");
+    m.def(
+        "transpose",
+        [](const View& from, const View& to, int threads) {
+            if (from.shape.size() != 3 || to.shape.size() != 3 || from.dtype != to.dtype)
+                throw ArgumentError("from and to must be (matrices, rows, columns) of one dtype");
+            const std::int64_t count = from.shape[0], rows = from.shape[1], columns = from.shape[2];
+            const Rows source = from.rows("from", {count, rows}), target = to.rows("to", {count, columns});
+            if (target.columns != rows) throw ArgumentError("to must be (matrices, columns, rows) of from");
+            const py::gil_scoped_release release;
+            kdfast::cpu::transpose({source.data, from.strides[0], from.strides[1]},
+                                   {target.data, to.strides[0], to.strides[1]}, count, rows, columns,
+                                   static_cast<int>(kdfast::size_of(source.dtype)), std::max(1, threads));
+        },
+        py::arg("from_"), py::arg("to"), py::arg("threads"), "Fills to[k][j][i] with from[k][i][j].");
     m.def(
         "sort_rows",
         [](const View& x, const View& values, const Optional& order, int threads) {

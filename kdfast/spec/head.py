@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -103,6 +104,14 @@ class LMHead:
     def cap(self) -> Cap:
         """Scale and softcap."""
         return Cap(float(self.scale), float(self.softcap or 0.0))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> LMHead:
+        """The head with ``fn`` applied to each of its tensors."""
+        bias = None if self.bias is None else fn(self.bias)
+        return replace(self, hidden=fn(self.hidden), weight=fn(self.weight), bias=bias)
+
+    def _parts(self) -> dict[str, Tensor | None]:
+        return {f"LMHead.{k}": getattr(self, k) for k in ("hidden", "weight", "bias")}
 
     def logits(self) -> Tensor:
         """The logits, (..., V): this makes the tensor that the head exists to avoid.

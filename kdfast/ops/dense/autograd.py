@@ -156,7 +156,7 @@ class _Fused(torch.autograd.Function):
             *tokens, dtau, ctx.grad = _ops.dense_fused(
                 student, *inputs.arguments, spec.wants_z, spec.wants_dtau, *coefficients
             )
-            ctx.save_for_backward(student, *inputs.teachers)
+            ctx.save_for_backward(student, *inputs.tensors)
         ctx.spec, ctx.inputs, ctx.coefficients, ctx.tokens, ctx.dtau = spec, inputs, coefficients, tokens, dtau
         terms = [weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
         ctx.mark_non_differentiable(*tokens)
@@ -179,7 +179,7 @@ class _Fused(torch.autograd.Function):
             if ctx.spec.overwrite:
                 msg = "kdfast: a second backward needs the logits that overwrite_logits=True gave away"
                 raise RuntimeError(msg)
-            student, *_teachers = ctx.saved_tensors  # raises where one was changed since
+            student, *_ = ctx.saved_tensors  # raises where one was changed since
             grad = _ops.dense_fused(
                 student, *ctx.inputs.arguments, ctx.spec.wants_z, ctx.spec.wants_dtau, *ctx.coefficients
             )[-1]

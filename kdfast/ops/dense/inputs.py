@@ -51,6 +51,12 @@ class Inputs(NamedTuple):
     caps: tuple[Cap, ...] = ()  # of the student and each teacher, where the tensors hold products; () where none does
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that are there: what a second backward reads, and autograd must know the version of."""
+        given = (x for x in self if isinstance(x, Tensor))
+        return (*self.teachers, *given)
+
+    @property
     def taught(self) -> bool:
         """Whether there is a distillation term."""
         return bool(self.teachers) or self.kept_ids is not None

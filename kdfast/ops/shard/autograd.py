@@ -72,14 +72,14 @@ class _Stored(torch.autograd.Function):
         found, sparse = _statistics(
             student, inputs, shard, wants_z=spec.wants_z, wants_dtau=spec.wants_dtau, ours=False
         )
-        ctx.save_for_backward(student, *teachers)
+        ctx.save_for_backward(student, *inputs.tensors)
         ctx.spec, ctx.inputs, ctx.shard, ctx.found, ctx.sparse = spec, inputs, shard, found, sparse
         ctx.set_materialize_grads(False)
         return found.terms(per_token.counted)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        student, *teachers = ctx.saved_tensors
+        student, *_ = ctx.saved_tensors  # raises where one was changed since
         spec, inputs, found = ctx.spec, ctx.inputs, ctx.found
         there = (inputs.taught, inputs.labels is not None, spec.wants_z)
         soft, hard, z = (g if yes else None for g, yes in zip(upstream, there, strict=True))
@@ -93,7 +93,7 @@ class _Stored(torch.autograd.Function):
             counted = soft if inputs.counted is None else soft.masked_fill(~inputs.counted, 0.0)
             moved = (counted * torch.where(counted == 0, 0.0, found.dtau)).sum().to(inputs.temperature)
             to_temperature = dense_autograd.only_once(moved, soft, student)
-        return to_student, to_temperature, *[None] * (3 + len(teachers))
+        return to_student, to_temperature, *[None] * (3 + len(inputs.teachers))
 
 
 def _gradient(ctx: Any, student: Tensor, factors: Factors) -> Tensor:
