@@ -53,7 +53,8 @@ class Machine:
         commit = "" if self.commit is None else f", commit {self.commit}"
         return (
             f"{self.cpu}, {self.isa}, {self.threads} thread{'s' * (self.threads != 1)}, "
-            f"huge pages: {self.huge_pages}; {self.system}, Python {self.python}, torch {self.torch}, kdfast {self.kdfast} ({self.backend}{commit})"
+            f"huge pages: {self.huge_pages}; {self.system}, Python {self.python}, "
+            f"torch {self.torch}, kdfast {self.kdfast} ({self.backend}{commit})"
         )
 
     def differences(self, other: Machine) -> list[str]:
