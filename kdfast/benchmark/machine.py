@@ -52,8 +52,9 @@ class Machine:
     def __str__(self) -> str:
         commit = "" if self.commit is None else f", commit {self.commit}"
         return (
-            f"{self.cpu}, {self.isa}, {self.threads} threads, huge pages: {self.huge_pages}; {self.system}, "
-            f"Python {self.python}, torch {self.torch}, kdfast {self.kdfast} ({self.backend}{commit})"
+            f"{self.cpu}, {self.isa}, {self.threads} thread{'s' * (self.threads != 1)}, "
+            f"huge pages: {self.huge_pages}; {self.system}, Python {self.python}, "
+            f"torch {self.torch}, kdfast {self.kdfast} ({self.backend}{commit})"
         )
 
     def differences(self, other: Machine) -> list[str]:

@@ -71,6 +71,7 @@ def finalists_table(figures: dict[str, Any]) -> Table:
     found = figures["recommendation"]
     table = Table(
         title=f"on {counted(len(figures['confirm_seeds']), 'fresh seed')}, ± half a 95 % interval",
+        min_width=44,  # of the title
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )

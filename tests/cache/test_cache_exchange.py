@@ -192,7 +192,7 @@ class TestCommands:
         filled(tmp_path / "a", {"x": (captured("topk"), None, None)}, teacher="t")
         code, output, _ = kdfast("export", "a", "a.parquet")
         assert code == 0
-        assert "1 samples, 30 tokens" in output
+        assert "1 sample, 30 tokens" in output
         code, output, _ = kdfast("import", "a.parquet", "b", "--teacher", "other")
         assert code == 0
         assert "1 sample written" in output

@@ -182,6 +182,13 @@ def test_doctor_as_json(kdfast):
     assert {"cpu", "triton", "reference"} <= {row["name"] for row in found["backends"]}
 
 
+def test_one_thread_is_one(kdfast, threads):
+    threads(1)
+    output = kdfast("doctor")[1]
+    assert len(re.findall(r"\b1 thread\b", output)) == 2  # of the machine, and of the kernel
+    assert "1 threads" not in output
+
+
 def test_version(kdfast):
     assert kdfast("--version")[:2] == (0, f"kdfast {package.__version__}\n")
 

@@ -14,7 +14,8 @@ from kdfast.views import _core, contiguous_rows, view
 def detail() -> str:
     """What the kernel runs with."""
     isas = ", ".join(_core.supported_isas())
-    return f"C++ kernel, {_core.isa()} of {isas}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"C++ kernel, {_core.isa()} of {isas}, {threads} thread{'s' * (threads != 1)}"
 
 
 def _call(
