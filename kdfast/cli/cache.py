@@ -14,9 +14,9 @@ from rich.table import Table
 import kdfast.cache as store
 from kdfast.cache.remote.files import is_url
 from kdfast.cli.cache_build import build
-from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_USAGE, fail, guarded, needs, writable
 from kdfast.cli.cache_parquet import export, import_
 from kdfast.cli.cache_push import push
+from kdfast.cli.ending import EXIT_FAULTY, EXIT_USAGE, fail, guarded, needs, writable
 from kdfast.cli.terminal import console
 from kdfast.reporting.words import counted, were_there
 

@@ -15,7 +15,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from kdfast.cache import CacheError
-from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_INTERRUPTED, EXIT_USAGE, fail, needs, writable
+from kdfast.cli.ending import EXIT_FAULTY, EXIT_INTERRUPTED, EXIT_USAGE, fail, needs, writable
 from kdfast.cli.interrupt import Interrupt
 from kdfast.cli.terminal import console, program
 from kdfast.reporting.words import counted, were_there

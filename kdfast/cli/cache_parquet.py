@@ -9,7 +9,7 @@ import typer
 
 from kdfast.cache import CacheError, Reader
 from kdfast.cache.writer import Tier
-from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_USAGE, fail, guarded, needs, writable
+from kdfast.cli.ending import EXIT_FAULTY, EXIT_USAGE, fail, guarded, needs, writable
 from kdfast.reporting.words import counted, were_there
 
 

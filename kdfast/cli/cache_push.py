@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import kdfast.cache as store
-from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_USAGE, fail, needs
+from kdfast.cli.ending import EXIT_FAULTY, EXIT_USAGE, fail, needs
 from kdfast.reporting.words import counted, were_there
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kdfast.cli.cache_errors import EXIT_INTERRUPTED, EXIT_USAGE, fail
+from kdfast.cli.ending import EXIT_INTERRUPTED, EXIT_USAGE, fail
 
 DEFAULT_OUT = Path("kdfast-report")
 

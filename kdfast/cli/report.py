@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdfast.cli.cache_errors import EXIT_USAGE, fail
+from kdfast.cli.ending import EXIT_USAGE, fail
 from kdfast.integrations.factory import FactoryError, find
 
 if TYPE_CHECKING:

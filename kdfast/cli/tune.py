@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdfast.cli.cache_errors import EXIT_INTERRUPTED, EXIT_USAGE, fail
+from kdfast.cli.ending import EXIT_INTERRUPTED, EXIT_USAGE, fail
 from kdfast.integrations.factory import FactoryError, find
 
 DEFAULT_OUT = Path("kdfast-tune")

@@ -24,8 +24,16 @@ MODULES = sorted(
 )
 
 
+class Finder(doctest.DocTestFinder):
+    """Finds the examples of public classes, too, which call the package their module."""
+
+    def _from_module(self, module, found):
+        return getattr(found, "__module__", None) == "kdfast" or super()._from_module(module, found)
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
+def test_docstring_examples(name, monkeypatch):
+    monkeypatch.setattr(doctest, "DocTestFinder", Finder)
     module = importlib.import_module(name)
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0

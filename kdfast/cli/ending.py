@@ -1,4 +1,4 @@
-"""How the commands of ``kdfast cache`` end."""
+"""How commands end: exit codes, and messages in the place of tracebacks."""
 
 from __future__ import annotations
 
