@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
     from kdfast.spec.reduction import DistillTerms
     from kdfast.spec.sparse import SparseTargets
     from kdfast.uld import uld_loss
+
+if importlib.util.find_spec("kdfast._core") is None:  # before anything runs in plain PyTorch, slowly and unasked
+    _here = Path(__file__).parent
+    if (_here.parent / "CMakeLists.txt").exists():
+        _why = (
+            f"Python found the source tree at {_here}, which is not built: start it in another folder (or with "
+            'python -P), where the installed package is found; pip install ".[test]" there installs it'
+        )
+    else:
+        _why = f"{_here} was not built for this Python: pip install --force-reinstall kdfast"
+    _why = f"kdfast has no compiled extension kdfast._core. {_why}"
+    raise ImportError(_why)
 
 __version__ = "0.1.0"
 

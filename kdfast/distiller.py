@@ -23,6 +23,7 @@ from kdfast.methods.synchronise import GradientAverage
 from kdfast.spec import reduction
 from kdfast.spec.head import LMHead
 from kdfast.spec.packed import PackedTargets
+from kdfast.spec.problem import _scalar
 from kdfast.spec.sparse import SparseTargets
 
 Teacher: TypeAlias = nn.Module | Reader
@@ -63,7 +64,7 @@ class Distiller:
         losses: the losses, in the order of the terms.
 
     Raises:
-        TypeError: a teacher or loss of another kind.
+        TypeError: a teacher or loss of another kind, or one loss in the place of a list.
         ValueError: no loss, a teacher that is the student; on entering, a layer pattern that matches nothing.
 
     Source:
@@ -102,6 +103,11 @@ class Distiller:
         if accumulation_steps < 1:
             msg = f"accumulation_steps must be at least 1, got {accumulation_steps}"
             raise ValueError(msg)
+        if isinstance(losses, Loss) or callable(losses):
+            name = getattr(losses, "__name__", "it")
+            given = f"{type(losses).__name__}(...)" if isinstance(losses, Loss) else name
+            msg = f"losses must be a list of losses, got a single {type(losses).__name__}: give [{given}]"
+            raise TypeError(msg)
         self.student = student
         self.teachers: tuple[Teacher, ...] = tuple(teachers)
         self.split = split
@@ -235,6 +241,7 @@ class Distiller:
 
         Raises:
             RuntimeError: outside the context, or before :meth:`prepare` where a loss needs it.
+            ValueError: a loss that returned a tensor with axes, or a ``num_items`` that is not above 0.
         """
         self._entered()
         self._require_prepared()  # before the models run, and change their statistics
@@ -339,6 +346,8 @@ class Distiller:
 
     def _objective(self, step: Step, num_items: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         self._require_prepared()
+        if num_items is not None:
+            num_items = _scalar("num_items", num_items, open_low=True)
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
@@ -348,6 +357,10 @@ class Distiller:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not silent):
                 found = loss(seen)
             amount, parts = found if isinstance(found, tuple) else (found, {})
+            if not isinstance(amount, Tensor) or amount.dim() != 0:
+                got = f"shape {tuple(amount.shape)}" if isinstance(amount, Tensor) else type(amount).__name__
+                msg = f"loss {name!r} must return one number, a 0-d tensor, got {got}: reduce it, as with .mean()"
+                raise (ValueError if isinstance(amount, Tensor) else TypeError)(msg)
             terms[name] = amount.detach()
             terms |= {f"{name}.{part}": part_value.detach() for part, part_value in parts.items()}
             if silent:  # logged, and no part of the objective: its gradient may be infinite
@@ -380,6 +393,9 @@ def _as_loss(given: LossLike) -> Loss:
             msg = f"{type(function).__name__} takes its weight itself: {type(function).__name__}(weight=...)"
             raise TypeError(msg)
         return Term(function, weight=weight)
+    if isinstance(given, type):
+        msg = f"a loss must be an object, got the class {given.__name__}: give {given.__name__}()"
+        raise TypeError(msg)
     if callable(given):
         return Term(given)
     msg = f"a loss must be a kdfast.methods.Loss, a callable, or (callable, weight), got {type(given).__name__}"

@@ -61,7 +61,7 @@ def distill_loss(
             (``DistributedDataParallel`` averages: multiply the loss by its number of ranks). None: this rank has all.
         backend: "cpu", "triton", or None for the one that serves the call.
         return_terms: return :class:`kdfast.DistillTerms`.
-        **options: those of :func:`kdfast.distill_loss` but ``overwrite_logits``, ``teacher_grad`` and
+        **options: those of :func:`kdfast.distill_loss` but ``overwrite_logits``, ``teacher_grad``, ``class_dim`` and
             ``vocab="truncate"``, which raise.
 
     Returns:
@@ -79,12 +79,18 @@ def distill_loss(
     if options.pop("vocab", "strict") != "strict":
         msg = "vocab='truncate' is not served by kdfast.distributed: cut both vocabularies before they are sharded"
         raise ValueError(msg)
+    if options.get("class_dim", -1) != -1:
+        msg = "class_dim is not served by kdfast.distributed: make the classes the last axis, x.movedim(class_dim, -1)"
+        raise ValueError(msg)
     if isinstance(teacher, PackedTargets):
         teacher = teacher.unpack()
     # Sparse targets have all columns, this rank's student a part of them: their sizes are compared over ranks.
     wider = vocab_group is not None and isinstance(teacher, SparseTargets)
     vocab: Literal["strict", "truncate"] = "truncate" if wider else "strict"
-    problem = build_problem(student, teacher, labels, return_terms=return_terms, vocab=vocab, **options)
+    shared = vocab_group is not None and dist.get_world_size(vocab_group) > 1
+    problem = build_problem(
+        student, teacher, labels, return_terms=return_terms, vocab=vocab, of_shard=shared, **options
+    )
     row = _registry.select(problem if vocab_group is None else _for_kernels(problem), backend)
     if vocab_group is not None and row.name == "reference":
         asked = _registry.backends(_for_kernels(problem)).rows

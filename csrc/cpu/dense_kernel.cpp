@@ -488,6 +488,7 @@ class Call : CallTiles {
             if (a_.c_hard && labelled(i)) {
                 if (in_tile(a_.labels[i], start, n)) b.g[a_.labels[i] - start] -= a_.c_hard[i] - smoothed;
             }
+            if (!plain(a_.student_cap)) apply_derivative(a_.student_cap, b.z, padded(n), b.g);
             store_tile(a_.grad.dtype, a_.grad.row(i), start, b.g, n, b.z, streamed_);
         };
         for_segment(
@@ -543,11 +544,15 @@ class Call : CallTiles {
         const float smoothed = hard ? a_.c_hard[i] * a_.label_smoothing : 0;
         for (std::size_t k = 0; k < g.size(); ++k) {
             if (kept.ids[k] < 0) continue;
-            float x = g[k];
-            if (c.c_soft != 0) x += c.c_soft * kept.gradient[k];
-            if (smoothed != 0 && kept.z[k] > -infinity) x -= smoothed / row.state.present;
-            if (hard && kept.ids[k] == a_.labels[i]) x -= a_.c_hard[i] - smoothed;
-            b.g[0] = x;  // whole vectors are read from there
+            if (c.c_soft != 0) g[k] += c.c_soft * kept.gradient[k];
+            if (smoothed != 0 && kept.z[k] > -infinity) g[k] -= smoothed / row.state.present;
+            if (hard && kept.ids[k] == a_.labels[i]) g[k] -= a_.c_hard[i] - smoothed;
+        }
+        if (!plain(a_.student_cap))
+            apply_derivative(a_.student_cap, kept.z.data(), static_cast<std::int64_t>(g.size()), g.data());
+        for (std::size_t k = 0; k < g.size(); ++k) {
+            if (kept.ids[k] < 0) continue;
+            b.g[0] = g[k];  // whole vectors are read from there
             store_tile(a_.grad.dtype, a_.grad.row(i), kept.ids[k], b.g, 1, b.z, false);
         }
     }

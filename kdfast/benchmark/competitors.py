@@ -172,10 +172,11 @@ class TriadStep:
 
     def __init__(self, work: Workload) -> None:
         from kdfast import _core
+        from kdfast.views import view
 
         a, b = _as_floats(work.student.detach()), _as_floats(work.teacher)
         self._held = (a, b, work.written)
-        a_view, b_view, out_view = (_core.View(x.data_ptr(), "float32", x.shape, x.stride()) for x in self._held)
+        a_view, b_view, out_view = (view(x) for x in self._held)
         self._triad: Callable[[], None] = lambda: _core.triad(a_view, b_view, out_view, torch.get_num_threads())
 
     def prepare(self) -> None:

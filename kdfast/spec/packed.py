@@ -131,6 +131,9 @@ class PackedTargets:
         tensors = [self.data, *self._per_token().values(), *(self.lse or {}).values()]
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
+    def _parts(self) -> dict[str, Tensor | None]:
+        return {"data": self.data, **self._per_token()} | {f"lse[{t:g}]": v for t, v in (self.lse or {}).items()}
+
     def _per_token(self) -> dict[str, Tensor | None]:
         return {k: getattr(self, k) for k in ("offset", "top", "k_eff", "gold_logprob")}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from kdfast.spec.divergence import DivergenceLike, Term, divergence_terms
 from kdfast.spec.head import LMHead
 from kdfast.spec.packed import PackedTargets
 from kdfast.spec.sparse import SparseTargets
+from kdfast.spec.values import check_memory, readable, recordable, tensors_of, with_tensors
 
 Logits: TypeAlias = Tensor | LMHead
 Teacher: TypeAlias = Logits | SparseTargets | PackedTargets | Sequence[Logits]
@@ -94,19 +95,47 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(msg)
 
 
-def _check_logits(name: str, value: object) -> None:
+def _check_logits(name: str, value: object, *, of_shard: bool = False) -> None:
+    """Raise for what is no logits; those of a shard are some of the columns, and may be one."""
     if isinstance(value, LMHead):
         _check_head(name, value)
-        return
-    if not isinstance(value, Tensor):
+    elif not isinstance(value, Tensor):
         msg = f"{name} must be a tensor of logits (..., V) or a kdfast.LMHead, got {type(value).__name__}"
-        raise TypeError(msg)
-    if not value.is_floating_point():
+        raise TypeError(msg + hint_of_output(name, value))
+    elif not value.is_floating_point():
         msg = f"{name} must be floating point logits, got {value.dtype}: pass logits, not token ids"
         raise TypeError(msg)
-    if value.dim() < 1 or value.shape[-1] == 0:
-        msg = f"{name} must be (..., V) with V >= 1, got shape {tuple(value.shape)}"
+    elif value.dim() < 1 or value.shape[-1] == 0:
+        msg = f"{name} must be (..., V) with V >= 2, got shape {tuple(value.shape)}"
         raise ValueError(msg)
+    if value.shape[-1] == 1 and not of_shard:
+        msg = (
+            f"{name} has 1 column, whose probability is 1 whatever its logit: the loss would be 0, without a gradient; "
+            "for scores, as of rewards or a regression, use torch.nn.functional.mse_loss"
+        )
+        raise ValueError(msg)
+    for part, tensor in tensors_of(name, value):
+        check_memory(part, tensor)
+
+
+def hint_of_output(name: str, value: object) -> str:
+    """What to pass in the place of a model's output, as the end of an error; "" where it is none."""
+    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
+    if isinstance(logits, Tensor):
+        access = '["logits"]' if isinstance(value, dict) and not hasattr(value, "logits") else ".logits"
+        return f": it is a model's output, pass {name}{access}"
+    if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) and x.is_floating_point() for x in value):
+        return f": of a model's output pass the logits, {name}.logits or the element of the tuple that holds them"
+    return ""
+
+
+def check_plain_logits(name: str, value: object) -> None:
+    """Raise TypeError for what is no tensor, of losses that take logits in no other form."""
+    if isinstance(value, Tensor):
+        return
+    msg = f"{name} must be a tensor of logits (..., V), got {type(value).__name__}"
+    hint = f": pass {name}.logits() of a kdfast.LMHead" if isinstance(value, LMHead) else hint_of_output(name, value)
+    raise TypeError(msg + hint)
 
 
 def _check_head(name: str, head: LMHead) -> None:
@@ -141,40 +170,76 @@ def device_of(x: Logits | SparseTargets | PackedTargets) -> torch.device:
     return x.ids.device if isinstance(x, SparseTargets) else x.device
 
 
-def _check_per_token(name: str, value: object, leading: torch.Size, device: torch.device) -> None:
+def _check_per_token(name: str, value: object, student: Logits) -> None:
+    leading, device = student.shape[:-1], device_of(student)
     if not isinstance(value, Tensor):
         msg = f"{name} must be a tensor, got {type(value).__name__}"
         raise TypeError(msg)
     if value.shape != leading:
         msg = f"{name} must have the student's leading axes {tuple(leading)}, got {tuple(value.shape)}"
+        axes = [k for k in range(len(leading)) if value.shape == (*leading[:k], *leading[k + 1 :], student.shape[-1])]
         if name == "labels" and value.dim() == len(leading) + 1:
             msg += ": pass class indices; for class probabilities pass a teacher"
+        elif axes:
+            msg += f": pass class_dim={axes[-1]} where the classes are that axis of the logits {tuple(student.shape)}"
         raise ValueError(msg)
     if value.device != device:
         msg = f"{name} is on {value.device}, the student on {device}: move it with .to(student.device)"
         raise ValueError(msg)
+    check_memory(name, value)
 
 
 def _scalar(
     name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False
 ) -> Tensor | float:
-    """A number in [low, high] (or above low), NumPy's made Python's, or a 0-d tensor, whose value is left unread."""
+    """A number in [low, high] (or above low), NumPy's made Python's, or a 0-d tensor, looked at where it is at hand."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             msg = f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}"
             raise ValueError(msg)
+        if readable(value):
+            check_memory(name, value)
+            _check_range(name, value.item(), low, high, open_low=open_low)
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         msg = f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
         raise TypeError(msg)
     number = value if isinstance(value, (int, float)) else float(value)
+    _check_range(name, number, low, high, open_low=open_low)
+    return number
+
+
+def recorded(number: Tensor | float) -> Tensor | float:
+    """A number as it is, a tensor as autograd can save it."""
+    return recordable(number) if isinstance(number, Tensor) else number
+
+
+def _check_range(name: str, number: float, low: float, high: float, *, open_low: bool) -> None:
     # comparisons alone: a compiler may have made the number a symbol, which math.isfinite does not take
     inside = (low < number if open_low else low <= number) and number <= high and -math.inf < number < math.inf
-    if not inside:
+    if inside:
+        return
+    bound = "finite"
+    if low > -math.inf:
         bound = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else " and finite")
-        msg = f"{name} must be {bound}, got {value!r}"
+    msg = f"{name} must be {bound}, got {number!r}"
+    raise ValueError(msg)
+
+
+def _check_values_of_tokens(name: str, x: Tensor, high: float, *, may_be_nan: bool) -> None:
+    """Raise for values per token outside [0, high], or infinite, where they are at hand.
+
+    A NaN that may be one comes out as that token's loss, as a NaN of its logits does.
+    """
+    if not readable(x):
+        return
+    bad = (x < 0) | (x > high) | x.isinf()
+    if not may_be_nan:
+        bad = bad | x.isnan()
+    if bool(bad.any()):
+        bound = f">= 0 and {'finite' if high == math.inf else f'<= {high:g}'}"
+        msg = f"{name} must be {bound}, got {x[bad][0].item()}"
         raise ValueError(msg)
-    return number
 
 
 def _check_writable(student: Tensor) -> None:
@@ -189,26 +254,33 @@ def _check_writable(student: Tensor) -> None:
         raise ValueError(msg)
 
 
-def _split_teacher(teacher: Teacher | None) -> tuple[tuple[Logits, ...], SparseTargets | PackedTargets | None]:
+def _split_teacher(
+    teacher: Teacher | None, *, of_shard: bool
+) -> tuple[tuple[Logits, ...], SparseTargets | PackedTargets | None]:
     if teacher is None:
         return (), None
     if isinstance(teacher, SparseTargets | PackedTargets):
-        return (), teacher
+        for part, tensor in tensors_of("teacher", teacher):
+            check_memory(part, tensor)
+        return (), with_tensors(teacher, recordable)
     if isinstance(teacher, (Tensor, LMHead)):
-        _check_logits("teacher", teacher)
+        _check_logits("teacher", teacher, of_shard=of_shard)
         return (teacher,), None
     if not isinstance(teacher, Sequence) or not teacher:
         msg = (
             "teacher must be logits (..., V), a kdfast.LMHead, kdfast.SparseTargets, kdfast.PackedTargets or a "
             f"non-empty sequence of logits or LMHeads, got {type(teacher).__name__}"
         )
-        raise TypeError(msg)
+        raise TypeError(msg + hint_of_output("teacher", teacher))
     for k, t in enumerate(teacher):
-        _check_logits(f"teacher[{k}]", t)
+        if isinstance(teacher, tuple) and not isinstance(t, (Tensor, LMHead)):
+            msg = f"teacher[{k}] must be a tensor of logits (..., V) or a kdfast.LMHead, got {type(t).__name__}"
+            raise TypeError(msg + hint_of_output("teacher", teacher))
+        _check_logits(f"teacher[{k}]", t, of_shard=of_shard)
     return tuple(teacher), None
 
 
-def _columns(student: Logits, sizes: dict[str, int], vocab: str) -> int:
+def _columns(student: Logits, sizes: dict[str, int], vocab: str, *, of_shard: bool) -> int:
     v = student.shape[-1]
     for name, size in sizes.items():
         if size != v and vocab == "strict":
@@ -216,10 +288,14 @@ def _columns(student: Logits, sizes: dict[str, int], vocab: str) -> int:
                 f'{name} has {size} columns, student {v}: pass vocab="truncate" to distil over the first {min(size, v)}'
             )
             raise ValueError(msg)
+        if size == 1 and not of_shard:
+            msg = f"{name} has 1 column, and vocab={vocab!r} leaves nothing to compare the student's {v} with"
+            raise ValueError(msg)
     return min([v, *sizes.values()])
 
 
-def _teacher_weights(weights: object, n: int, leading: torch.Size, device: torch.device) -> Tensor | None:
+def _teacher_weights(weights: object, n: int, counted: Tensor | None, student: Logits) -> Tensor | None:
+    leading, device = student.shape[:-1], device_of(student)
     if weights is None:
         return torch.full((n,), 1.0 / n, device=device) if n > 1 else None
     if n == 0:
@@ -229,13 +305,18 @@ def _teacher_weights(weights: object, n: int, leading: torch.Size, device: torch
     if w.shape not in ((n,), (n, *leading)):
         msg = f"teacher_weights must be ({n},) or {(n, *leading)} for {n} teachers, got {tuple(w.shape)}"
         raise ValueError(msg)
-    if not isinstance(weights, Tensor) and not (bool((w >= 0).all()) and bool((w.sum(0) > 0).all())):
-        msg = f"teacher_weights must be >= 0 with a positive sum, got {weights!r}"
-        raise ValueError(msg)
+    if isinstance(weights, Tensor):
+        check_memory("teacher_weights", w)
+        w = recordable(w)
+    if not isinstance(weights, Tensor) or readable(w):
+        read = w if counted is None or w.dim() == 1 else w[:, counted]  # those of a dropped token are not looked at
+        if not (bool((read >= 0).all()) and bool((read.sum(0) > 0).all())):
+            msg = f"teacher_weights must be >= 0 with a positive sum, got {weights!r}"
+            raise ValueError(msg)
     return w / w.sum(0) if n > 1 else None
 
 
-def _alpha(alpha: object, *, labelled: bool, taught: bool, leading: torch.Size, device: torch.device) -> Tensor | float:
+def _alpha(alpha: object, *, labelled: bool, taught: bool, student: Logits) -> Tensor | float:
     default = 0.5 if labelled and taught else 1.0 if taught else 0.0
     if alpha is None:
         return default
@@ -247,9 +328,10 @@ def _alpha(alpha: object, *, labelled: bool, taught: bool, leading: torch.Size, 
             raise ValueError(msg)
         return default
     if isinstance(alpha, Tensor) and alpha.dim() > 0:
-        _check_per_token("alpha", alpha, leading, device)
-        return alpha
-    return _scalar("alpha", alpha, 0.0, 1.0)
+        _check_per_token("alpha", alpha, student)
+        _check_values_of_tokens("alpha", alpha, 1.0, may_be_nan=False)
+        return recordable(alpha)
+    return recorded(_scalar("alpha", alpha, 0.0, 1.0))
 
 
 def build_problem(
@@ -275,15 +357,19 @@ def build_problem(
     overwrite_logits: bool = False,
     memory_budget: int | None = None,
     return_terms: bool = False,
+    of_shard: bool = False,
 ) -> Problem:
     """Check the arguments of ``distill_loss`` and normalise them; the errors raised here are its errors.
+
+    ``of_shard``: other ranks have more columns, and this one may have one.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a shape, size, name or value that cannot be meant, with what was expected and the remedy.
     """
-    _check_logits("student", student)
-    teachers, sparse = _split_teacher(teacher)
+    _check_logits("student", student, of_shard=of_shard)
+    student = with_tensors(student, recordable)
+    teachers, sparse = _split_teacher(teacher, of_shard=of_shard)
     if not teachers and sparse is None and labels is None:
         msg = "distill_loss needs a teacher, labels or both, got neither"
         raise ValueError(msg)
@@ -301,15 +387,15 @@ def build_problem(
             msg = f"{name} is on {device_of(t)}, the student on {device}: move it with .to(student.device)"
             raise ValueError(msg)
     sizes = {name: t.shape[-1] for name, t in everyone.items()}
-    columns = _columns(student, sizes if sparse is None else {"teacher": sparse.vocab_size}, vocab)
-    temperature = _scalar("temperature", temperature, open_low=True)
-    z_loss = _scalar("z_loss", z_loss)
+    columns = _columns(student, sizes if sparse is None else {"teacher": sparse.vocab_size}, vocab, of_shard=of_shard)
+    temperature = recorded(_scalar("temperature", temperature, open_low=True))
+    z_loss = recorded(_scalar("z_loss", z_loss))
     if isinstance(label_smoothing, Tensor):
         msg = "label_smoothing must be a float, got a tensor"
         raise TypeError(msg)
     label_smoothing = float(_scalar("label_smoothing", label_smoothing, 0.0, 1.0))
     if num_items is not None:
-        num_items = _scalar("num_items", num_items, open_low=True)
+        num_items = recorded(_scalar("num_items", num_items, open_low=True))
         if reduction != "mean":
             msg = f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}'
             raise ValueError(msg)
@@ -327,21 +413,24 @@ def build_problem(
         msg = "teacher_grad: sparse targets carry no gradient: pass the teacher's logits"
         raise ValueError(msg)
     if weights is not None:
-        _check_per_token("weights", weights, leading, device)
+        _check_per_token("weights", weights, student)
         if not weights.is_floating_point():
             weights = weights.to(torch.float32)
-    a = _alpha(alpha, labelled=labels is not None, taught=bool(everyone or sparse), leading=leading, device=device)
+        _check_values_of_tokens("weights", weights, math.inf, may_be_nan=True)
+        weights = recordable(weights)
+    a = _alpha(alpha, labelled=labels is not None, taught=bool(everyone or sparse), student=student)
     counted = None if weights is None else weights != 0
     if labels is not None:
-        _check_per_token("labels", labels, leading, device)
+        _check_per_token("labels", labels, student)
         if labels.dtype != torch.int64:
             msg = f"labels must be int64, got {labels.dtype}: pass labels.long()"
             raise TypeError(msg)
+        labels = recordable(labels)
         kept = labels != ignore_index
         counted = kept if counted is None else counted & kept
         if isinstance(a, Tensor) and a.dim() > 0:
             labels = torch.where(a == 1, NO_LABEL, labels)
-    w = _teacher_weights(teacher_weights, len(teachers), leading, device)
+    w = _teacher_weights(teacher_weights, len(teachers), counted, student)
     if not isinstance(a, Tensor) and not return_terms and labels is not None and (teachers or sparse is not None):
         # A term whose weight is the number 0 is not there, unless somebody asks for its value or a gradient of zeros.
         learns = isinstance(temperature, Tensor) and temperature.requires_grad
@@ -352,7 +441,7 @@ def build_problem(
     tau = temperature if isinstance(temperature, Tensor) else torch.tensor(temperature, dtype=torch.float64)
     return Problem(
         student=student,
-        teachers=teachers if teacher_grad else tuple(_detached(t) for t in teachers),
+        teachers=tuple(with_tensors(t if teacher_grad else _detached(t), recordable) for t in teachers),
         sparse=sparse if isinstance(sparse, SparseTargets) else None,
         packed=sparse if isinstance(sparse, PackedTargets) else None,
         teacher_weights=w,

@@ -24,6 +24,7 @@ from kdfast.spec.packed import PackedTargets
 from kdfast.spec.problem import NO_LABEL, Logits, Problem
 from kdfast.spec.reduction import DistillTerms, TokenTerms, assemble, keep, token_weights
 from kdfast.spec.sparse import SAMPLED, SparseTargets
+from kdfast.spec.values import readable
 
 INF = float("inf")
 #: What a teacher's tail has that ought to be there, however little its entries leave of it; of fp32 kernels, too.
@@ -141,13 +142,9 @@ def _logits(x: Logits, counted: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _check_values(problem: Problem, z: Tensor) -> None:
-    """Raise for values that cannot be meant, where looking at them is free: on the CPU, outside a traced graph."""
-    if z.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Raise for labels and ids that cannot be meant, where they are at hand: the others were looked at before."""
+    if not readable(z):
         return
-    tau = problem.temperature
-    if tau.device.type == "cpu" and not tau > 0:
-        msg = f"temperature must be > 0, got {tau.item()}"
-        raise ValueError(msg)
     if problem.sparse is not None:
         check_ids(problem.sparse.ids, problem.sparse.vocab_size)
     if problem.labels is not None:

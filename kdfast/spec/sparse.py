@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -10,9 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.spec.values import readable
+
 #: Methods whose entries are drawn, not chosen: their weights are unbiased estimates, not probabilities.
 SAMPLED = ("sample", "pps")
 METHODS = ("topk", "topp", *SAMPLED)
+
+
+def _narrowed(ids: Tensor, vocab_size: int) -> Tensor:
+    """Int64 ids as int32; what is out of range stays so, where it cannot be looked at."""
+    if readable(ids) and ids.numel():
+        least, most = (int(x) for x in ids.aminmax())
+        if least < -1 or most >= vocab_size:
+            worst = most if most >= vocab_size else least
+            msg = f"SparseTargets: ids must be in [0, {vocab_size}), or -1 beyond k_eff, got {worst}"
+            raise ValueError(msg)
+    return ids.clamp(-2, torch.iinfo(torch.int32).max).int()
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +35,8 @@ class SparseTargets:
 
     Args:
         ids: (..., K) int32, column numbers; -1 in the places from ``k_eff`` on. Anywhere in a token -1 is no entry:
-            what stands beside it in ``logprobs`` and ``mass`` is not read, and its mass is the tail's.
+            what stands beside it in ``logprobs`` and ``mass`` is not read, and its mass is the tail's. int64 becomes
+            int32.
         logprobs: (..., K) fp32, nats, at temperature 1 over the full vocabulary; None only for sampled methods.
         vocab_size: V, the number of columns the teacher had.
         lse: {T: (...)} fp32, logsumexp over the vocabulary of (full logprobs / T), so that
@@ -35,8 +50,8 @@ class SparseTargets:
 
     Raises:
         TypeError: a ``vocab_size`` that is no int.
-        ValueError: an unknown method, a ``vocab_size`` below 1, shapes that do not fit, or a method without the fields
-            it needs.
+        ValueError: an unknown method, a ``vocab_size`` below 1, shapes that do not fit, a method without the fields
+            it needs, or int64 ids out of range (on the CPU; on a GPU the loss is NaN there).
     """
 
     ids: Tensor
@@ -63,9 +78,11 @@ class SparseTargets:
             raise ValueError(msg)
         if not isinstance(size, int):  # NumPy's
             object.__setattr__(self, "vocab_size", int(size))
-        if self.ids.dtype != torch.int32 or self.ids.dim() < 1:
-            msg = f"SparseTargets: ids must be (..., K) int32, got {tuple(self.ids.shape)} {self.ids.dtype}"
+        if self.ids.dtype not in (torch.int32, torch.int64) or self.ids.dim() < 1:
+            msg = f"SparseTargets: ids must be (..., K) int32 or int64, got {tuple(self.ids.shape)} {self.ids.dtype}"
             raise ValueError(msg)
+        if self.ids.dtype == torch.int64:
+            object.__setattr__(self, "ids", _narrowed(self.ids, self.vocab_size))
         if self.method in SAMPLED:
             if self.mass is None or self.neg_entropy is None:
                 msg = f"SparseTargets: method {self.method!r} needs mass and neg_entropy"
@@ -121,6 +138,9 @@ class SparseTargets:
         changed["lse"] = None if self.lse is None else {t: fn(v) for t, v in self.lse.items()}
         return replace(self, **changed)
 
+    def _parts(self) -> dict[str, Tensor | None]:
+        return self._tensors() | {f"lse[{t:g}]": v for t, v in (self.lse or {}).items()}
+
     def _tensors(self) -> dict[str, Tensor | None]:
         return {k: getattr(self, k) for k in ("ids", "logprobs", "k_eff", "mass", "neg_entropy", "gold_logprob")}
 
@@ -141,34 +161,66 @@ class SparseTargets:
         """Join targets of equal shape along a new leading axis.
 
         Raises:
-            ValueError: nothing to stack, or targets that differ in shape, method, vocabulary or the fields they carry.
+            ValueError: nothing to stack, or targets that differ in shape, method, vocabulary, temperatures or the
+                fields they carry.
         """
-        if not targets:
-            msg = "SparseTargets.stack: needs at least one"
-            raise ValueError(msg)
-        first = targets[0]
-        kinds = {(t.method, t.vocab_size, tuple(t.lse or ())) for t in targets}
-        if len(kinds) > 1:
-            msg = f"SparseTargets.stack: (method, vocab_size, temperatures) must agree, got {sorted(kinds)}"
-            raise ValueError(msg)
-
         shapes = {tuple(t.shape) for t in targets}
         if len(shapes) > 1:
             msg = f"SparseTargets.stack: shapes (..., K) must agree, got {sorted(shapes)}"
             if len({shape[:-1] for shape in shapes}) == 1:
                 msg += ": pad ids with -1, logprobs and mass with 0, to the largest K"
             raise ValueError(msg)
+        return cls._joined("stack", targets, torch.stack)
 
-        def joined(values: list[Tensor | None]) -> Tensor | None:
-            present = [v for v in values if v is not None]
-            if len(present) not in (0, len(values)):
-                msg = "SparseTargets.stack: a field is there in some targets and missing in others"
+    @classmethod
+    def cat(cls, targets: Sequence[SparseTargets]) -> SparseTargets:
+        """Join targets (n, ..., K) along their first axis; those of a smaller K are padded with ids of -1.
+
+        Raises:
+            ValueError: nothing to join, or targets that differ in the axes between the first and K, in method,
+                vocabulary, temperatures or the fields they carry.
+        """
+        shapes = {tuple(t.shape) for t in targets}
+        if min(map(len, shapes), default=2) < 2 or len({shape[1:-1] for shape in shapes}) > 1:
+            msg = f"SparseTargets.cat: shapes (n, ..., K) must agree but in n and K, got {sorted(shapes)}"
+            raise ValueError(msg)
+        most = max((shape[-1] for shape in shapes), default=0)
+        return cls._joined("cat", [t if t.shape[-1] == most else t._padded(most) for t in targets], torch.cat)
+
+    def _padded(self, most: int) -> SparseTargets:
+        """The same targets with ``most`` entries a token, of which those added are not in use."""
+        more = (0, most - self.shape[-1])
+        ids = torch.nn.functional.pad(self.ids, more, value=-1)
+        fills = {"logprobs": (self.logprobs, -math.inf), "mass": (self.mass, 0.0)}
+        wider = {k: None if x is None else torch.nn.functional.pad(x, more, value=y) for k, (x, y) in fills.items()}
+        return replace(self, ids=ids, k_eff=self._all_k_eff(), **wider)  # type: ignore[arg-type]  # Tensor | None
+
+    def _all_k_eff(self) -> Tensor:
+        return self.valid.sum(-1, dtype=torch.int32) if self.k_eff is None else self.k_eff
+
+    @classmethod
+    def _joined(cls, name: str, targets: Sequence[SparseTargets], join: Callable[..., Tensor]) -> SparseTargets:
+        if not targets:
+            msg = f"SparseTargets.{name}: needs at least one"
+            raise ValueError(msg)
+        first = targets[0]
+        kinds = {(t.method, t.vocab_size, tuple(sorted(t.lse or ()))) for t in targets}
+        if len(kinds) > 1:
+            msg = f"SparseTargets.{name}: (method, vocab_size, temperatures) must agree, got {sorted(kinds)}"
+            raise ValueError(msg)
+
+        def joined(field: str) -> Tensor | None:
+            present = [v for v in (t._tensors()[field] for t in targets) if v is not None]
+            if field == "k_eff" and present:  # without, a token has K
+                present = [t._all_k_eff() for t in targets]
+            if len(present) not in (0, len(targets)):
+                msg = f"SparseTargets.{name}: {field} is there in some targets and missing in others"
                 raise ValueError(msg)
-            return torch.stack(present) if present else None
+            return join(present) if present else None
 
-        changed: dict[str, Any] = {k: joined([t._tensors()[k] for t in targets]) for k in first._tensors()}
+        changed: dict[str, Any] = {field: joined(field) for field in first._tensors()}
         if first.lse is not None:
-            changed["lse"] = {t: torch.stack([s.lse[t] for s in targets if s.lse]) for t in first.lse}
+            changed["lse"] = {t: join([s.lse[t] for s in targets if s.lse]) for t in first.lse}
         return replace(first, **changed)
 
     def dense(self) -> Tensor:

@@ -28,7 +28,8 @@ _DTYPE_NAMES = {
 
 def view(x: Tensor) -> _core.View:
     """What the extension is given of a tensor on the CPU; it must outlive the call."""
-    return _core.View(x.data_ptr(), _DTYPE_NAMES[x.dtype], x.shape, x.stride())
+    there = int(x.untyped_storage().nbytes()) - int(x.storage_offset()) * x.element_size()
+    return _core.View(x.data_ptr(), _DTYPE_NAMES[x.dtype], x.shape, x.stride(), there)
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

@@ -37,12 +37,13 @@ from kdfast.kernels.triton.dense_rows import (
     TAU_TWO,
     VALUES,
     exponent_scale,
-    load,
+    logits,
     or_zero,
     row_of,
     scalar,
     teacher_tile,
     tiles_of,
+    to_stored,
 )
 from kdfast.kernels.triton.dense_sums import finish_sums, sum_rest, sum_taught, sum_teacher
 from kdfast.kernels.triton.divergences import LN2
@@ -194,7 +195,7 @@ def _passes(
         for back in range(last - first):
             offsets = (last - 1 - back) * BLOCK + tl.arange(0, BLOCK)
             mask = offsets < given.columns
-            u = (load(row, offsets, mask) - z_at) * c - z_log2
+            u = (logits(student, row, offsets, mask) - z_at) * c - z_log2
             v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
             p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
             value += divergences.sum_terms(divergences.value, given, p, q, u, v, d, KINDS)
@@ -266,7 +267,7 @@ def _passes(
                     j = last - 1 - step
                 offsets = j * BLOCK + tl.arange(0, BLOCK)
                 mask = offsets < given.columns
-                z = load(row, offsets, mask)
+                z = logits(student, row, offsets, mask)
                 u = (z - z_at) * c - z_log2
                 if KEPT > 0:
                     p = tl.exp2(u)
@@ -282,6 +283,7 @@ def _passes(
                 if factors.hard is not None or factors.z is not None:
                     g += of_softmax(z, p, c_one, one_at, one_log2, one_from_p, TAU, TRUNCATED)
                 g = less_target(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
+                g = to_stored(student, g, z)
                 tl.store(g_row + offsets, g.to(grad.data.dtype.element_ty), mask=mask)
             begin = given.columns
         else:
@@ -291,9 +293,10 @@ def _passes(
             for step in range(r_last - r_first):
                 offsets = begin + (r_last - 1 - step) * BLOCK + tl.arange(0, BLOCK)
                 mask = offsets < given.vocab
-                z = load(row, offsets, mask)
+                z = logits(student, row, offsets, mask)
                 g = c_one * tl.exp2((z - one_at) * LOG2E - one_log2)
                 g = less_target(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
+                g = to_stored(student, g, z)
                 tl.store(g_row + offsets, g.to(grad.data.dtype.element_ty), mask=mask)
         if KEPT > 0:
             tl.debug_barrier()  # what they have as columns like any other is in memory

@@ -14,7 +14,7 @@ from kdfast.kernels.triton.dense_rows import (
     TAU_ONE,
     TAU_OTHER,
     TAU_TWO,
-    load,
+    logits,
     or_zero,
     row_of,
     scalar,
@@ -60,7 +60,7 @@ def sum_taught(
     for j in range(first, last):
         offsets = j * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < given.columns
-        z = load(row, offsets, mask)
+        z = logits(student, row, offsets, mask)
         top = tl.maximum(z_top, tl.max(z, 0))
         at = or_zero(top)
         e = tl.exp2((z - at) * c)
@@ -105,7 +105,7 @@ def sum_rest(student, given, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr
     first, last = tiles_of(given.vocab - given.columns, split, BLOCK, SPLITS)
     for j in range(first, last):
         offsets = j * BLOCK + tl.arange(0, BLOCK)
-        z = load(row, offsets, offsets < given.vocab - given.columns)
+        z = logits(student, row, offsets, offsets < given.vocab - given.columns)
         new = tl.maximum(top, tl.max(z, 0))
         at = or_zero(new)
         total = total * tl.exp2((top - at) * LOG2E) + tl.exp2((z - at) * LOG2E)
@@ -188,7 +188,7 @@ def finish_sums(
     if wanted.hard is not None:
         label = tl.load(given.labels + i)
         inside = (label >= 0) & (label < given.vocab)
-        z = tl.load(row_of(student, i) + tl.where(inside, label, 0)).to(tl.float32)
+        z = logits(student, row_of(student, i), tl.where(inside, label, 0), True)
         ce = (one_at - z) + one_log2 * LN2
         if SMOOTH:
             ce += given.label_smoothing * ((z - one_at) - smooth / present)

@@ -514,7 +514,7 @@ def test_wrong_tensors_raise(name):
 
 @pytest.mark.parametrize("name", ["dkd", "nkd", "standardised"])
 def test_one_column_is_too_few(name):
-    with pytest.raises(ValueError, match="at least 2 columns"):
+    with pytest.raises(ValueError, match=r"1 column.*mse_loss"):
         function(name)(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
 
 

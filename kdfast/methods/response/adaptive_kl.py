@@ -84,7 +84,7 @@ def adaptive_kl_loss(
         num_items=num_items,
     )
     checked("head", head, 0.0, 1.0, open_low=True)
-    w, teacher = token_weights(problem), teacher.detach()
+    w, teacher = token_weights(problem), tokens.teacher_of(problem)
     with torch.no_grad():
         z, t = (tokens.arithmetic(problem, x.detach()) for x in (student, teacher))
         tau = tokens.temperature(problem, z)

@@ -168,8 +168,8 @@ def _terms(
     tokens.not_negative(beta=beta, gamma=gamma)
     w = token_weights(problem)  # sums to 1, or to 0 where no token counts
     by = w.reshape(-1, 1)
-    distilled = gated(student, alpha)
-    z, t = (tokens.arithmetic(problem, x).reshape(-1, problem.vocab_size) for x in (distilled, teacher.detach()))
+    given = (gated(student, alpha), tokens.teacher_of(problem))
+    z, t = (tokens.arithmetic(problem, x).reshape(-1, problem.vocab_size) for x in given)
     tau = tokens.temperature(problem, z)
     p, q = torch.softmax(reference._over(z, tau), -1), torch.softmax(reference._over(t, tau), -1)
     even = torch.full_like(p[:1], 1 / problem.vocab_size)

@@ -167,8 +167,7 @@ def _parts(
         reduction=reduction,
         num_items=num_items,
     )
-    tokens.several_columns(problem, "DKD compares the label with the others")
-    w, teacher = token_weights(problem), teacher.detach()
+    w, teacher = token_weights(problem), tokens.teacher_of(problem)
     y = tokens.column_of_label(problem)
     z, t = student.scatter(-1, y, -reference.INF), teacher.scatter(-1, y, -reference.INF)
     others = tokens.engine(problem, z, t, None, w, temperature=temperature)

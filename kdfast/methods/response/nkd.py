@@ -154,8 +154,7 @@ def _parts(
         reduction=reduction,
         num_items=num_items,
     )
-    tokens.several_columns(problem, "NKD sets the label apart from the others")
-    w, teacher = token_weights(problem), teacher.detach()
+    w, teacher = token_weights(problem), tokens.teacher_of(problem)
     y = tokens.column_of_label(problem)
     t_y = torch.log_softmax(tokens.arithmetic(problem, teacher), -1).gather(-1, y).squeeze(-1).exp()
     target = tokens.engine(problem, student, None, labels, w * t_y)

@@ -82,9 +82,9 @@ def standardised_loss(
         reduction=reduction,
         num_items=num_items,
     )
-    tokens.several_columns(problem, "one logit has no standard deviation")
     w = token_weights(problem)
-    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (gated(student, alpha), teacher.detach()))
+    given = (gated(student, alpha), tokens.teacher_of(problem))
+    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in given)
     soft = tokens.engine(problem, z, t, None, w, divergence=divergence, temperature=temperature)
     return tokens.blended(problem, student, labels, soft, w, alpha)
 

@@ -13,7 +13,7 @@ from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import Step
 from kdfast.spec import reference
 from kdfast.spec.divergence import DivergenceLike
-from kdfast.spec.problem import Problem, _scalar, build_problem
+from kdfast.spec.problem import Problem, _scalar, build_problem, check_plain_logits
 from kdfast.spec.reduction import weighted
 
 
@@ -25,22 +25,18 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
         ValueError: a shape, device, name or value that cannot be meant.
     """
     for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            msg = f"{name} must be a tensor of logits (..., V), got {type(x).__name__}"
-            if hasattr(x, "logits"):
-                msg += f": pass {name}.logits() of a kdfast.LMHead, {name}.logits of a model's output"
-            raise TypeError(msg)
+        check_plain_logits(name, x)
     # Terms are asked for so that the labels stay, though their own term has no weight here.
     problem = build_problem(student, teacher, labels, alpha=1.0, return_terms=True, **options)
     reference._check_values(problem, student)
     return problem
 
 
-def several_columns(problem: Problem, why: str) -> None:
-    """Raises ValueError for logits of one column."""
-    if problem.vocab_size < 2:
-        msg = f"student must have at least 2 columns, got {problem.vocab_size}: {why}"
-        raise ValueError(msg)
+def teacher_of(problem: Problem) -> Tensor:
+    """The teacher's logits (..., V), detached."""
+    (teacher,) = problem.teachers
+    assert isinstance(teacher, Tensor)
+    return teacher
 
 
 def not_negative(**factors: float) -> None:

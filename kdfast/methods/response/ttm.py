@@ -80,7 +80,7 @@ def ttm_loss(
     )
     _scalar("gamma", gamma, open_low=True)
     w = token_weights(problem)
-    t = tokens.arithmetic(problem, teacher.detach())
+    t = tokens.arithmetic(problem, tokens.teacher_of(problem))
     power = gamma * t
     by = w
     if weighted:

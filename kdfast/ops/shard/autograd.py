@@ -72,14 +72,14 @@ class _Stored(torch.autograd.Function):
         found, sparse = _statistics(
             student, inputs, shard, wants_z=spec.wants_z, wants_dtau=spec.wants_dtau, ours=False
         )
-        ctx.save_for_backward(student, *teachers)
+        ctx.save_for_backward(student, *inputs.tensors)
         ctx.spec, ctx.inputs, ctx.shard, ctx.found, ctx.sparse = spec, inputs, shard, found, sparse
         ctx.set_materialize_grads(False)
         return found.terms(per_token.counted)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        student, *teachers = ctx.saved_tensors
+        student, *_ = ctx.saved_tensors  # raises where one was changed since
         spec, inputs, found = ctx.spec, ctx.inputs, ctx.found
         there = (inputs.taught, inputs.labels is not None, spec.wants_z)
         soft, hard, z = (g if yes else None for g, yes in zip(upstream, there, strict=True))
@@ -93,7 +93,7 @@ class _Stored(torch.autograd.Function):
             counted = soft if inputs.counted is None else soft.masked_fill(~inputs.counted, 0.0)
             moved = (counted * torch.where(counted == 0, 0.0, found.dtau)).sum().to(inputs.temperature)
             to_temperature = dense_autograd.only_once(moved, soft, student)
-        return to_student, to_temperature, *[None] * (3 + len(teachers))
+        return to_student, to_temperature, *[None] * (3 + len(inputs.teachers))
 
 
 def _gradient(ctx: Any, student: Tensor, factors: Factors) -> Tensor:
@@ -126,7 +126,7 @@ class HeadsOverRanks:
         """Terms of each token; arguments as in ``head_forward``."""
         inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
         wants_z, wants_dtau = args[N_INPUTS + N_HEADS :]
-        chunks = Chunks(student, inputs, heads, keeps_logits=False, columns=self.shard.widest)
+        chunks = Chunks(student, inputs, heads, columns=self.shard.widest)
         out = chunks.token_outputs(wants_z, wants_dtau)
         for tokens in chunks:
             z, part = chunks.logits(0, tokens), chunks.inputs_of(tokens)
@@ -138,7 +138,7 @@ class HeadsOverRanks:
         """Terms of each token and finished gradients; arguments as in ``head_fused``."""
         inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
         wants_z, wants_dtau, *coefficients, wanted = args[N_INPUTS + N_HEADS :]
-        chunks = Chunks(student, inputs, heads, keeps_logits=True, columns=self.shard.widest)
+        chunks = Chunks(student, inputs, heads, columns=self.shard.widest)
         out = chunks.token_outputs(wants_z, wants_dtau)
         factors = [None if x is None else chunks.compact(x).float() for x in coefficients]
         gradients = _SummedGradients(chunks, wanted, self.shard.group)
@@ -152,9 +152,7 @@ class HeadsOverRanks:
                 shard_dense.gradient_into(g, z, part, self.shard, found, (c_soft, c_hard, c_z))
             else:
                 shard_sparse.gradient_into(g, z, part, self.shard, sparse, (c_soft, c_hard, c_z))
-                if g is not z:  # the derivative of the soft cap reads them
-                    sparse.kept.put_back(z)
-            gradients.add(z, g, tokens)
+            gradients.add(g, tokens)
         return *head.finished(chunks, out), *gradients.finished()
 
 
@@ -176,8 +174,8 @@ class _SummedGradients(Gradients):
         self.group = group
         self.on_its_way: tuple[Any, Tensor, slice] | None = None
 
-    def add(self, z: Tensor, g: Tensor, tokens: slice) -> None:
-        super().add(z, g, tokens)
+    def add(self, g: Tensor, tokens: slice) -> None:
+        super().add(g, tokens)
         if self.weight is None or self.d_student is None:
             return
         self._arrive()
