@@ -72,8 +72,22 @@ def sums(student: Tensor, inputs: Inputs) -> Tensor:
     def together(high: Tensor, low: Tensor) -> Tensor:  # -inf, of columns without mass, has no low part
         return torch.where(high == -math.inf, high, high + low)
 
-    parts = [together(s[..., 0], s[..., 1]), together(s[..., 2], s[..., 3]), logit_sum.double(), s[..., 5]]
-    return torch.stack([*parts, *together(s[..., 6::2], s[..., 7::2]).unbind(-1)], -1)
+    at_tau, at_one = _scales(inputs)
+    logs = [together(s[..., 0], s[..., 1]) * at_tau, together(s[..., 2], s[..., 3]) * at_one]
+    teachers = together(s[..., 6::2], s[..., 7::2]) * at_tau
+    return torch.stack([*logs, logit_sum.double(), s[..., 5], *teachers.unbind(-1)], -1)
+
+
+def _scales(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """What the kernel's log-sums at tau and at 1 are multiplied by to be those of the exact log2(e) / tau, fp64.
+
+    It has that in fp32. Its own numbers agree with each other; of large logits, whose level times the rounding shows,
+    they do not agree with anybody else's.
+    """
+    log2e = torch.tensor(math.log2(math.e), dtype=torch.float64)
+    tau = inputs.temperature.double() if inputs.taught else torch.ones((), dtype=torch.float64)
+    ours = (1 / tau.float()) * log2e.float()
+    return log2e / tau / ours.double(), log2e / log2e.float().double()
 
 
 def stats_of(totals: Tensor, sum_student: Tensor, inputs: Inputs) -> Tensor:
@@ -85,9 +99,10 @@ def stats_of(totals: Tensor, sum_student: Tensor, inputs: Inputs) -> Tensor:
 
     weight = inputs.weights[0] if len(inputs.weights) == 1 else 1.0  # the kernel multiplies by a single term's later on
     known = (sum_student / weight if weight else sum_student).float()
-    columns = [*halves(totals[..., 0]), *halves(totals[..., 1]), known, totals[..., 3].float()]
+    at_tau, at_one = _scales(inputs)
+    columns = [*halves(totals[..., 0] / at_tau), *halves(totals[..., 1] / at_one), known, totals[..., 3].float()]
     for k in range(4, totals.shape[-1]):
-        columns += halves(totals[..., k])
+        columns += halves(totals[..., k] / at_tau)
     return torch.stack(columns, -1)
 
 
