@@ -10,10 +10,10 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest
 # Processes that share the tests. Torch computes with several threads in each, which sleep where they would spin.
 WORKERS ?= 2
-INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed) \
+INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed shifts signs silence) \
   kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
 
-.PHONY: demo test lint bench docs tables nightly sanitize clean
+.PHONY: demo test environment lint bench docs tables nightly sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
@@ -25,6 +25,9 @@ test: $(VENV)/.test build/peers
 ifeq ($(shell uname),Linux)
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(INTERPRETED)
 endif
+
+# All that test and lint need, so that they can run side by side.
+environment: $(VENV)/.test $(VENV)/.dev build/peers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check kdfast kernels tests bench examples csrc docs/generate.py
@@ -62,7 +65,8 @@ nightly: test sanitize
 	$(MAKE) $(VENV)/.ray && $(PYTEST) tests/cache/test_cache_ray.py
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
 # Other libraries, for tests/docs/test_peers.py; without what they depend on, of which some would break
 # others, and seen by that test alone.
@@ -71,15 +75,17 @@ build/peers: $(VENV)/.test tests/docs/peers.txt
 
 # Built once for all sets of extras.
 $(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)
-	rm -rf build/wheel
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	touch $@
+	@echo "compiling kdfast: a few minutes of C++ the first time"
+	@rm -rf build/wheel
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	@touch $@
 
 # One stamp per set of extras; all share one environment.
 $(VENV)/.%: $(VENV)/.wheel
-	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[$*]"
-	touch $@
+	@echo "installing kdfast[$*] and what it needs, torch among it, into $(VENV)"
+	@$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[$*]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist kdfast-report

@@ -40,6 +40,8 @@ def dense(
     kept_per_row: View | None = ...,
     kept_columns: int = ...,
     tail_rule: str = ...,
+    scales: list[float] = ...,
+    softcaps: list[float] = ...,
     threads: int,
 ) -> None: ...
 def select(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -13,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from kdfast.cache.dataset import collate
 from kdfast.cache.reader import Reader
 from kdfast.methods.batch import Inputs, Split, accepted, split_batch
+from kdfast.methods.gate import gated_outputs, nothing_of
 from kdfast.methods.layers import Capture, unwrapped
 from kdfast.methods.loss import Loss, Term, Value
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
 from kdfast.methods.synchronise import GradientAverage
+from kdfast.spec import reduction
 from kdfast.spec.head import LMHead
 from kdfast.spec.packed import PackedTargets
 from kdfast.spec.problem import _scalar
@@ -348,7 +351,11 @@ class Distiller:
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
-            found = loss(step)
+            weight = value(loss.weight, step.number)
+            silent = not isinstance(weight, Tensor) and weight == 0
+            seen = replace(step, student=gated_outputs(step.student, weight))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not silent):
+                found = loss(seen)
             amount, parts = found if isinstance(found, tuple) else (found, {})
             if not isinstance(amount, Tensor) or amount.dim() != 0:
                 got = f"shape {tuple(amount.shape)}" if isinstance(amount, Tensor) else type(amount).__name__
@@ -356,7 +363,12 @@ class Distiller:
                 raise (ValueError if isinstance(amount, Tensor) else TypeError)(msg)
             terms[name] = amount.detach()
             terms |= {f"{name}.{part}": part_value.detach() for part, part_value in parts.items()}
-            weighted = amount * value(loss.weight, step.number)
+            if silent:  # logged, and no part of the objective: its gradient may be infinite
+                weighted = nothing_of(*_student_tensors(step.student), *loss.parameters())
+            elif isinstance(weight, Tensor):
+                weighted = reduction.weighted(weight.to(amount), amount, "none")
+            else:
+                weighted = amount * weight
             total = weighted if total is None else total + weighted
         assert total is not None  # there is at least one loss
         if num_items is not None:
@@ -400,6 +412,15 @@ def _named(losses: Sequence[Loss]) -> dict[str, Loss]:
             name = f"{loss.name}_{n}"
         names[name] = loss
     return names
+
+
+def _student_tensors(student: Outputs) -> list[Tensor]:
+    """What a loss's gradient reaches the student by."""
+    logits = student.logits
+    tensors = [logits.hidden, logits.weight, logits.bias] if isinstance(logits, LMHead) else [logits]
+    return [
+        x for x in [*tensors, *(x for layers in student.captured.values() for x in layers)] if isinstance(x, Tensor)
+    ]
 
 
 def _detached(logits: Any) -> Any:

@@ -192,8 +192,8 @@ def _chunks(x: Logits, *, widened: bool) -> Iterator[tuple[int, Tensor]]:
     rows = x if isinstance(x, Tensor) else x.hidden
     rows = rows.reshape(-1, rows.shape[-1])
     row_bytes = x.shape[-1] * (8 if widened else rows.element_size())
-    if isinstance(x, LMHead) and x.softcap is not None:
-        row_bytes *= 3  # with what softcap leaves in between
+    if isinstance(x, LMHead) and not x.cap.plain:
+        row_bytes += x.shape[-1] * (2 * max(4, rows.element_size()) + 1)  # what the cap makes of the product
     step = max(1, CHUNK_BYTES.get(rows.device.type, CHUNK_BYTES["cpu"]) // row_bytes)
     for first in range(0, max(1, len(rows)), step):
         part = rows[first : first + step]

@@ -68,7 +68,8 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
            const Optional& stats, const Optional& grad, const Optional& c_soft, const Optional& c_hard,
            const Optional& c_z, const Optional& logit_sum, const Optional& values, bool values_with_dtemperature,
            const Optional& kept_ids, const Optional& kept_values, const Optional& kept_per_row,
-           std::int64_t kept_columns, const std::string& tail_rule, int threads) {
+           std::int64_t kept_columns, const std::string& tail_rule, const std::vector<double>& scales,
+           const std::vector<double>& softcaps, int threads) {
     DenseCall call;
     if (student.shape.empty()) throw ArgumentError("student must be (..., V)");
     const std::vector<std::int64_t> leading(student.shape.begin(), student.shape.end() - 1);
@@ -80,6 +81,12 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
         call.teachers.push_back(t.rows("teacher", leading));
         if (call.teachers.back().columns < columns)
             throw ArgumentError("teacher has fewer columns than the distillation term");
+    }
+    if (scales.size() != softcaps.size() || (!scales.empty() && scales.size() != teachers.size() + 1))
+        throw ArgumentError("scales and softcaps must be those of the student and every teacher, or empty");
+    for (std::size_t k = 0; k < scales.size(); ++k) {
+        const kdfast::cpu::Cap cap{static_cast<float>(scales[k]), static_cast<float>(softcaps[k])};
+        k == 0 ? static_cast<void>(call.student_cap = cap) : call.teacher_caps.push_back(cap);
     }
     call.columns = columns;
     if (columns < 1 || columns > call.student.columns) throw ArgumentError("columns must lie in [1, V]");
@@ -197,7 +204,8 @@ PYBIND11_MODULE(_core, m) {
           py::arg("c_z") = py::none(), py::arg("logit_sum") = py::none(), py::arg("values") = py::none(),
           py::arg("values_with_dtemperature") = false, py::arg("kept_ids") = py::none(),
           py::arg("kept_values") = py::none(), py::arg("kept_per_row") = py::none(), py::arg("kept_columns") = 0,
-          py::arg("tail_rule") = "", py::arg("threads"),
+          py::arg("tail_rule") = "", py::arg("scales") = std::vector<double>(),
+          py::arg("softcaps") = std::vector<double>(), py::arg("threads"),
           "The dense distillation loss: forward, forward with gradient, or gradient from saved stats.");
     m.def("select", &select_targets, py::kw_only(), py::arg("logits"), py::arg("method"), py::arg("k"),
           py::arg("least"), py::arg("p"), py::arg("temperatures"), py::arg("seed"), py::arg("first_token"),

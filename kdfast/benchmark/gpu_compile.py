@@ -78,11 +78,13 @@ def _dense_calls() -> dict[str, dict[str, Any]]:
     calls["ensemble of 3"] = {"divergence": "jsd", "teachers": 3}
     calls["ensemble of 3 logits"] = {"divergence": "forward_kl", "teachers": 3, "ensemble": "logit"}
     calls["forward_kl, few rows"] = {"divergence": "forward_kl", "processors": 132}
+    calls["jsd, capped heads"] = {"divergence": "jsd", "softcap": 30.0}
     sparse = {"divergence": "forward_kl", "kept": 64}
     mixture = {"divergence": {"forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2}}
     calls["sparse, k = 64"] = sparse
     calls["sparse, k = 64, fp32, smoothing"] = sparse | {"dtype": torch.float32, "label_smoothing": 0.1}
     calls["sparse, k = 64, per token"] = sparse | {"reduction": "none"}
+    calls["sparse, k = 64, capped head"] = sparse | {"softcap": 30.0}
     calls["sparse, k = 64, few rows"] = sparse | {"processors": 132}
     calls["sparse, k = 64, zero"] = sparse | {"tail": "zero"}
     calls["sparse jsd, k = 64, renorm"] = sparse | {"divergence": "jsd", "tail": "renorm"}
@@ -151,15 +153,24 @@ def _distill(
     packed: bool = False,
     learned: bool = False,
     processors: int = 1,
+    softcap: float | None = None,
     **options: Any,
 ) -> None:
     from kdfast.kernels.triton import tiles
     from kdfast.loss import distill_loss
+    from kdfast.spec.head import LMHead
     from kdfast.spec.sparse import SparseTargets
 
     rows = 4
-    student = torch.zeros(rows, VOCAB, dtype=dtype, requires_grad=True)
-    teacher: Any = [torch.zeros(rows, VOCAB, dtype=dtype) for _ in range(teachers)]
+
+    def logits() -> Any:
+        if softcap is None:
+            return torch.zeros(rows, VOCAB, dtype=dtype, requires_grad=True)
+        hidden, weight = torch.zeros(rows, 8, dtype=dtype, requires_grad=True), torch.zeros(VOCAB, 8, dtype=dtype)
+        return LMHead(hidden, weight, softcap=softcap)
+
+    student: Any = logits()
+    teacher: Any = [logits() for _ in range(teachers)]
     options = {"temperature": 2.0} | options
     if learned:
         options["temperature"] = torch.tensor(2.0, requires_grad=True)

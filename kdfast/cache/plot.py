@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from kdfast.cache import Histogram, Size, Statistics
-from kdfast.reporting.plots import COLOURS, INK, STYLE
+from kdfast.reporting.plots import INK, PARTS, STYLE, TEACHER
 
 
 def write_plot(path: Path, title: str, sizes: Mapping[str, Size], statistics: Statistics | None) -> None:
@@ -30,12 +30,12 @@ def write_plot(path: Path, title: str, sizes: Mapping[str, Size], statistics: St
         *histograms, bars = figure.subplots(1, panels, squeeze=False)[0]
         if statistics is not None:
             entropy, tail = histograms
-            _draw(entropy, statistics.entropies, COLOURS[0], statistics.entropy)
+            _draw(entropy, statistics.entropies, TEACHER, statistics.entropy)
             entropy.set_title(f"Teacher entropy: mean {statistics.entropy:.2f} nats (dashed)")
             entropy.set_xlabel("nats a token, at T = 1, the tail as one entry")
             tails = statistics.tails._replace(edges=[10**edge for edge in statistics.tails.edges])
             tail.set_xscale("log")
-            _draw(tail, tails, COLOURS[1], statistics.tail)
+            _draw(tail, tails, TEACHER, statistics.tail)
             tail.set_title(f"Tail mass: mean {statistics.tail:.2g} (dashed)")
             tail.set_xlabel(f"probability outside the {statistics.kept:.4g} kept entries, at T = 1")
         _draw_sizes(bars, sizes)
@@ -53,7 +53,7 @@ def _draw(axes: Axes, histogram: Histogram, colour: str, mean: float) -> None:
 
 def _draw_sizes(axes: Axes, sizes: Mapping[str, Size]) -> None:
     values: Sequence[float] = [size.bytes / max(1, size.tokens) for size in sizes.values()]
-    axes.barh(range(len(values)), values, color=COLOURS[2], height=0.3)
+    axes.barh(range(len(values)), values, color=PARTS[1], height=0.3)
     for row, (value, size) in enumerate(zip(values, sizes.values(), strict=True)):
         axes.annotate(
             f"{value:.1f} bytes a token\n{size.samples:,} samples\n{size.tokens:,} tokens",

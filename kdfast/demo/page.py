@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kdfast.demo.results import cache_cost, verdict
 from kdfast.reporting import plots
 from kdfast.reporting.pages import template
-from kdfast.reporting.plots import COLOURS, GREY, Bar, Curve, Panel, Reliability
+from kdfast.reporting.plots import LABELS_ONLY, PARTS, TEACHER, Bar, Curve, Panel, Reliability, student_colour
 
 SMOOTHING = 20  # steps
 TIMED = (("model", "model, forward and backward"), ("loss", "loss and its gradient"), ("optimizer", "optimizer"))
@@ -21,7 +22,12 @@ def write_report(results: dict[str, Any], path: Path) -> None:
         path: the file.
     """
     page = template(Path(__file__).with_name("page.html.j2")).render(
-        r=results, several=len(results["settings"]["seeds"]) > 1, figures=_figures(results), smoothing=SMOOTHING
+        r=results,
+        several=len(results["settings"]["seeds"]) > 1,
+        figures=_figures(results),
+        smoothing=SMOOTHING,
+        verdict=verdict(results),
+        cost=cache_cost(results),
     )
     path.write_text(page, encoding="utf-8")
 
@@ -29,7 +35,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
 def _figures(results: dict[str, Any]) -> dict[str, str]:
     summary = results["summary"]
     runs = {row["method"]: [run for run in results["students"] if run["method"] == row["method"]] for row in summary}
-    colour = {row["method"]: COLOURS[i] for i, row in enumerate(summary)}
+    colour = {row["method"]: student_colour(i - 1) if i else LABELS_ONLY for i, row in enumerate(summary)}
     title = {row["method"]: row["title"] for row in summary}
     teacher = results["teacher"]["evaluation"]
 
@@ -42,7 +48,7 @@ def _figures(results: dict[str, Any]) -> dict[str, str]:
                 lines.append(Curve(title[name], colour[name], x, values))
         return lines
 
-    models = [("teacher", GREY, teacher)]
+    models = [("teacher", TEACHER, teacher)]
     models += [(_short(title[name]), colour[name], runs[name][0]["evaluation"]) for name in runs]
     return {
         "training": plots.curve_panels(
@@ -68,7 +74,7 @@ def _figures(results: dict[str, Any]) -> dict[str, str]:
                 (
                     "Perplexity (lower is better)",
                     "{:.1f}",
-                    [Bar("teacher", GREY, teacher["perplexity"], 0.0)]
+                    [Bar("teacher", TEACHER, teacher["perplexity"], 0.0)]
                     + [_bar(row, "perplexity", colour[row["method"]], 1.0) for row in summary],
                 ),
                 (
@@ -94,7 +100,7 @@ def _figures(results: dict[str, Any]) -> dict[str, str]:
         "time": plots.stacked_bars(
             [row["title"] for row in summary],
             [
-                (label, COLOURS[(i + 3) % len(COLOURS)], [row[f"ms_{key}"]["mean"] for row in summary])
+                (label, PARTS[i], [row[f"ms_{key}"]["mean"] for row in summary])
                 for i, (key, label) in enumerate((*TIMED, ("data", "targets of the batch")))
             ],
             "milliseconds per step",

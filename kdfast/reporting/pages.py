@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from kdfast.reporting.words import counted
+
 _BASE = Path(__file__).parent / "templates"
 
 
@@ -18,4 +20,5 @@ def template(path: Path) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["counted"] = counted
     return environment.get_template(path.name)

@@ -5,14 +5,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Cap(NamedTuple):
+    """How logits follow from the product of hidden states and weight."""
+
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are the product itself."""
+        return self == Cap()
+
+    def logits(self, product: Tensor) -> Tensor:
+        """Those of a product, fp32, or fp64 for an fp64 one; a column of -inf stays one, and has no gradient."""
+        if self.plain:
+            return product
+        x = product if product.dtype == torch.float64 else product.float()
+        absent = x == -math.inf
+        # Beside the product at most two tensors of its size exist at a time, and the mask.
+        x = torch.where(absent, 0.0, x).mul_(self.scale)
+        if self.softcap:
+            x = x.div_(self.softcap).tanh_() * self.softcap
+        return x.masked_fill_(absent, -math.inf)
+
+    def slope(self, product: Tensor) -> Tensor:
+        """The derivative of :meth:`logits`."""
+        if self.plain:
+            return torch.ones_like(product)
+        t = torch.tanh(product * (self.scale / self.softcap)) if self.softcap else torch.zeros_like(product)
+        return torch.where(product == -math.inf, 0.0, self.scale * (1 - t) * (1 + t))
+
+
 @dataclass(frozen=True, eq=False)
 class LMHead:
     """Logits that are described, not stored: ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
+
+    The product and its bias are rounded to the dtype of ``hidden``; what follows is fp32, or fp64 for fp64. A column of
+    -inf, such as a bias makes of one that only pads, stays one.
 
     Args:
         hidden: (..., H) floating point, the input of the output projection.
@@ -65,6 +100,11 @@ class LMHead:
         """Shape of the logits, (..., V)."""
         return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
 
+    @property
+    def cap(self) -> Cap:
+        """Scale and softcap."""
+        return Cap(float(self.scale), float(self.softcap or 0.0))
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> LMHead:
         """The head with ``fn`` applied to each of its tensors."""
         bias = None if self.bias is None else fn(self.bias)
@@ -74,11 +114,11 @@ class LMHead:
         return {f"LMHead.{k}": getattr(self, k) for k in ("hidden", "weight", "bias")}
 
     def logits(self) -> Tensor:
-        """The logits, (..., V), in the dtype of ``hidden``: this makes the tensor that the head exists to avoid."""
-        z = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
-        if self.scale != 1.0:
-            z = z * self.scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        """The logits, (..., V): this makes the tensor that the head exists to avoid.
+
+        In the dtype of ``hidden``; with a scale or a softcap in fp32, where that is 16 bits wide.
+        """
+        return self.cap.logits(torch.nn.functional.linear(self.hidden, self.weight, self.bias))
 
 
 LMHead.__module__ = "kdfast"  # where it is for users, and for what they pickle

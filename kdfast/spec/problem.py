@@ -430,13 +430,21 @@ def build_problem(
         counted = kept if counted is None else counted & kept
         if isinstance(a, Tensor) and a.dim() > 0:
             labels = torch.where(a == 1, NO_LABEL, labels)
+    w = _teacher_weights(teacher_weights, len(teachers), counted, student)
+    if not isinstance(a, Tensor) and not return_terms and labels is not None and (teachers or sparse is not None):
+        # A term whose weight is the number 0 is not there, unless somebody asks for its value or a gradient of zeros.
+        learns = isinstance(temperature, Tensor) and temperature.requires_grad
+        if a == 0 and not (teacher_grad or learns):
+            teachers, sparse, w, columns = (), None, None, student.shape[-1]
+        elif a == 1:
+            labels = None
     tau = temperature if isinstance(temperature, Tensor) else torch.tensor(temperature, dtype=torch.float64)
     return Problem(
         student=student,
         teachers=tuple(with_tensors(t if teacher_grad else _detached(t), recordable) for t in teachers),
         sparse=sparse if isinstance(sparse, SparseTargets) else None,
         packed=sparse if isinstance(sparse, PackedTargets) else None,
-        teacher_weights=_teacher_weights(teacher_weights, len(teachers), counted, student),
+        teacher_weights=w,
         labels=labels,
         terms=divergence_terms(divergence),
         temperature=tau,

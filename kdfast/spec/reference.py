@@ -57,6 +57,22 @@ def _log_mixture(log_q: Tensor, log_p: Tensor, share: float) -> Tensor:
     return torch.where(m < tiny, tiny, m).log()  # clamp would hide a NaN's gradient
 
 
+def _alpha_divergence(log_q: Tensor, log_p: Tensor, a: float) -> Tensor:
+    """(1 - sum q^a p^(1-a)) / (a (1 - a)), of terms >= 0.
+
+    As sum q [(1 - a) g(d) - g((1 - a) d)] / (a (1 - a)) with g(x) = x + expm1(-x), d = log q - log p, near equality:
+    of g's series what is left is d^2 [1/2 - (1 + b) d / 6 + (1 + b + b^2) d^2 / 24 - ...], b = 1 - a.
+    """
+    b, q, p = 1 - a, log_q.exp(), log_p.exp()
+    d = torch.where((log_q == -INF) | (log_p == -INF), INF, log_q - log_p)
+    close = d.abs() < 0.01
+    e = torch.where(close, d, 0.0)
+    series = 0.5 - (1 + b) * e / 6 + (1 + b + b * b) * e.square() / 24 - (1 + b) * (1 + b * b) * e**3 / 120
+    near = q * e.square() * series
+    far = (a * q + b * p - (a * log_q + b * log_p).exp()) / (a * b)
+    return torch.where(close, near, torch.where(far < 0, 0.0, far)).sum(-1)
+
+
 def divergence(term: Term, log_q: Tensor, log_p: Tensor) -> Tensor:
     """D(q, p) of one term, before its weight, from log-probabilities of teacher and student, (..., V) -> (...)."""
     x = term.parameter
@@ -76,9 +92,8 @@ def divergence(term: Term, log_q: Tensor, log_p: Tensor) -> Tensor:
             difference = log_p.exp() - log_q.exp()
             # the factor is 1, or NaN where the derivative of abs, which calls the sign of NaN 0, would hide one
             return 0.5 * (difference.abs() * (1 + 0 * difference.detach())).sum(-1)
-        case "alpha_div":  # x q + (1 - x) p >= q^x p^(1-x), term by term, and the left side sums to 1
-            excess = x * log_q.exp() + (1 - x) * log_p.exp() - (x * log_q + (1 - x) * log_p).exp()
-            return excess.sum(-1) / (x * (1 - x))
+        case "alpha_div":
+            return _alpha_divergence(log_q, log_p, x)
         case "hellinger":
             return 0.5 * ((0.5 * log_q).exp() - (0.5 * log_p).exp()).square().sum(-1)
     msg = f"reference: no divergence {term.name!r}"  # pragma: no cover - Divergence admits only the names above
@@ -95,12 +110,25 @@ def token_terms(problem: Problem) -> TokenTerms:
     _check_values(problem, z)
     soft = hard = square = None
     if problem.has_teacher:
-        soft = keep(_soft(problem, z[..., : problem.columns], dtype), problem.counted)
+        soft = keep(_soft(problem, _heard(z, problem.alpha)[..., : problem.columns], dtype), problem.counted)
     if problem.labels is not None:
         hard = keep(_cross_entropy(problem.labels, z, problem), problem.counted)
     if problem.has_z_loss:
-        square = keep(torch.logsumexp(z, -1).square(), problem.counted)
+        square = keep(torch.logsumexp(_heard(z, problem.z_loss), -1).square(), problem.counted)
     return TokenTerms(soft, hard, square)
+
+
+def _heard(x: Tensor, factor: Tensor | float) -> Tensor:
+    """Logits, (..., V), or a number for all, as (..., 1), which get no gradient from tokens whose factor is 0.
+
+    Their term may be infinite, and 0 times its gradient NaN. The factor is a number, 0-d or (...); nobody looks at a
+    tensor's value.
+    """
+    if not isinstance(factor, Tensor):
+        return x.detach() if factor == 0 else x
+    if not x.requires_grad:
+        return x
+    return torch.where(factor.detach().to(x.device)[..., None] != 0, x, x.detach())
 
 
 def _dtype(logits: Logits) -> torch.dtype:
@@ -155,7 +183,10 @@ def _cross_entropy(labels: Tensor, z: Tensor, problem: Problem) -> Tensor:
 
 
 def _soft(problem: Problem, z: Tensor, dtype: torch.dtype) -> Tensor:
-    tau = problem.temperature.to(dtype=dtype, device=z.device)
+    if dtype != torch.float64 and any(term.name == "tvd" for term in problem.terms):
+        # Its gradient is a sign, which near equality fp32 would leave to rounding.
+        return _soft(problem, z.double(), torch.float64).to(dtype)
+    tau = _heard(problem.temperature.to(dtype=dtype, device=z.device), problem.alpha)
     log_p = torch.log_softmax(_over(z, tau), -1)
     if problem.sparse is not None:
         return sparse_divergence(problem, problem.sparse, log_p, tau)
@@ -164,7 +195,13 @@ def _soft(problem: Problem, z: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _over(z: Tensor, tau: Tensor) -> Tensor:
-    """Logits over the temperature, whose gradient does not see a logit of -inf."""
+    """Logits, less the largest of their row, over the temperature, whose gradient does not see a logit of -inf.
+
+    No softmax sees what was taken away; large logits over a small temperature would lose to rounding what sets them
+    apart.
+    """
+    top = z.detach().amax(-1, keepdim=True)
+    z = z - torch.where(top.isfinite(), top, 0.0)
     if not tau.requires_grad:
         return z / tau
     absent = z == -INF
@@ -182,11 +219,15 @@ def sum_terms(terms: tuple[Term, ...], log_q: Tensor, log_p: Tensor) -> Tensor:
 def teacher_log_probs(problem: Problem, tau: Tensor, dtype: torch.dtype) -> Tensor:
     """Log q of the teacher or the ensemble over the leading columns, (..., columns)."""
     logits = [_logits(t, problem.counted, dtype)[..., : problem.columns] for t in problem.teachers]
+    logits = [_heard(t, problem.alpha) for t in logits]
     weights = problem.teacher_weights
     if weights is None:
         return torch.log_softmax(_over(logits[0], tau), -1)
     # (n, ..., 1); a teacher of weight 0 has no say, not even through a -inf
-    w = weights.to(dtype).reshape(weights.shape[0], *(weights.shape[1:] or [1] * (logits[0].dim() - 1)), 1)
+    stacked_weights = weights.to(dtype).reshape(
+        weights.shape[0], *(weights.shape[1:] or [1] * (logits[0].dim() - 1)), 1
+    )
+    w = [_heard(wk, problem.alpha) for wk in stacked_weights]
     if problem.ensemble == "logit":
         mixed = torch.stack([torch.where(wk > 0, wk * t, 0.0) for wk, t in zip(w, logits, strict=True)]).sum(0)
         return torch.log_softmax(_over(mixed, tau), -1)

@@ -34,7 +34,9 @@ class SparseTargets:
     """A teacher's distribution as K entries per token.
 
     Args:
-        ids: (..., K) int32, column numbers; -1 in the places from ``k_eff`` on. int64 becomes int32.
+        ids: (..., K) int32, column numbers; -1 in the places from ``k_eff`` on. Anywhere in a token -1 is no entry:
+            what stands beside it in ``logprobs`` and ``mass`` is not read, and its mass is the tail's. int64 becomes
+            int32.
         logprobs: (..., K) fp32, nats, at temperature 1 over the full vocabulary; None only for sampled methods.
         vocab_size: V, the number of columns the teacher had.
         lse: {T: (...)} fp32, logsumexp over the vocabulary of (full logprobs / T), so that

@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from kdfast.reporting.plots import COLOURS, GREY, INK, NARROW, STYLE, data_uri
+from kdfast.reporting.plots import DISTILLED, GREY, INK, NARROW, STYLE, data_uri
 from kdfast.tuning.space import position
 
 MOST_BINS = 6  # of a range
@@ -85,9 +85,7 @@ def heatmap(x: Axis, y: Axis, worse: Sequence[float], best: int) -> str:
                     color="white" if means[i, j] < 0.45 * most else INK,
                 )
         axes.scatter(xs, ys, s=14, color="white", edgecolors=INK, linewidths=0.8, zorder=3, clip_on=False)
-        axes.scatter(
-            xs[best], ys[best], s=90, facecolors="none", edgecolors=COLOURS[1], linewidths=2, zorder=4, clip_on=False
-        )
+        axes.scatter(xs[best], ys[best], s=90, facecolors="none", edgecolors=INK, linewidths=2, zorder=4, clip_on=False)
         for axis, put in ((x, axes.set_xticks), (y, axes.set_yticks)):
             put(*axis.ticks(bins))
         axes.set_xlim(0, 1)
@@ -107,9 +105,9 @@ def slices(axis: Axis, worse: Sequence[float], whole: Sequence[bool], best: int)
         xs = np.asarray([axis.where(v) for v in axis.values])
         kept, height = np.asarray(whole), np.asarray(worse, dtype=np.float64)
         axes.axhline(0, color=GREY, linestyle="--", linewidth=1)
-        axes.scatter(xs[~kept], height[~kept], s=26, facecolors="none", edgecolors=GREY, label="dropped early")
-        axes.scatter(xs[kept], height[kept], s=26, color=COLOURS[0], label="all seeds")
-        axes.scatter(xs[best], height[best], s=90, facecolors="none", edgecolors=COLOURS[1], linewidths=2, label="best")
+        axes.scatter(xs[~kept], height[~kept], s=26, facecolors="none", edgecolors=DISTILLED[0], label="dropped early")
+        axes.scatter(xs[kept], height[kept], s=26, color=DISTILLED[0], label="all seeds")
+        axes.scatter(xs[best], height[best], s=90, facecolors="none", edgecolors=INK, linewidths=2, label="best")
         axes.set_xticks(*axis.ticks(4))
         axes.set_xlim(-0.03, 1.03)
         axes.set_xlabel(axis.name)

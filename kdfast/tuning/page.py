@@ -11,8 +11,9 @@ from rich.table import Table
 
 from kdfast.reporting import plots
 from kdfast.reporting.pages import template
-from kdfast.reporting.plots import COLOURS, GREY, Ranged
+from kdfast.reporting.plots import DISTILLED, INK, Ranged
 from kdfast.reporting.table import interval, plus_minus
+from kdfast.reporting.words import counted
 from kdfast.tuning import landscapes
 from kdfast.tuning.result import near_sentences
 from kdfast.tuning.space import format_settings, format_value
@@ -44,9 +45,11 @@ def render(figures: dict[str, Any]) -> str:
 def trials_table(figures: dict[str, Any]) -> Table:
     """The best trials, for the terminal."""
     sign = "more" if figures["maximize"] else "less"
+    trials = counted(len(figures["trials"]), "trial")
+    shown = f"the best {SHOWN} of {trials}" if len(figures["trials"]) > SHOWN else trials
     table = Table(
-        title=f"{figures['metric']} ({sign} is better), {len(figures['seeds'])} seeds",
-        caption=f"the best {SHOWN} of {len(figures['trials'])} trials; ± is half a 95 % interval",
+        title=f"{figures['metric']} ({sign} is better), {counted(len(figures['seeds']), 'seed')}",
+        caption=f"{shown}; ± is half a 95 % interval",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -67,7 +70,7 @@ def finalists_table(figures: dict[str, Any]) -> Table:
     """The finalists and the baseline on fresh seeds, for the terminal."""
     found = figures["recommendation"]
     table = Table(
-        title=f"on {len(figures['confirm_seeds'])} fresh seeds, ± half a 95 % interval",
+        title=f"on {counted(len(figures['confirm_seeds']), 'fresh seed')}, ± half a 95 % interval",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -110,11 +113,9 @@ def _plots(figures: dict[str, Any]) -> dict[str, Any]:
     ]
     whole = [row["state"] == "complete" for row in measured]
     found = figures["recommendation"]
-    bars = [
-        Ranged(_title(i), COLOURS[0] if i else COLOURS[1], *_against(row)) for i, row in enumerate(found["finalists"])
-    ]
+    bars = [Ranged(_title(i), DISTILLED[0], *_against(row)) for i, row in enumerate(found["finalists"])]
     if found["baseline"]:
-        bars.append(Ranged("baseline", GREY, 0.0, None, None))
+        bars.append(Ranged("baseline", INK, 0.0, None, None))
     return {
         "pairs": [
             landscapes.heatmap(x, y, worse, best)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdfast.kernels.triton import dense, dense_rows, tiles
 from kdfast.kernels.triton.dense_kept import RULES
-from kdfast.kernels.triton.dense_rows import Factors, Given, Kept, Rows, Wanted
+from kdfast.kernels.triton.dense_rows import Cap, Factors, Given, Kept, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
 from kdfast.kernels.triton.unpack import packed_of
 from kdfast.spec.reference import check_ids
@@ -42,6 +42,15 @@ def _rows(x: Tensor) -> Rows | None:
 
 def _readable_rows(x: Tensor) -> Rows:
     return _rows(x) or _rows(x.contiguous())  # type: ignore[return-value]
+
+
+def _cap(x: Any) -> Cap | None:
+    """What kernels are told of a :class:`kdfast.spec.head.Cap`."""
+    if x.plain:
+        return None
+    return (
+        Cap(x.scale / x.softcap, x.scale, x.softcap, 1 / x.softcap) if x.softcap else Cap(x.scale, x.scale, None, None)
+    )
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -137,6 +146,10 @@ class _Call:
         self.device, self.rows = student.device, student.numel() // vocab
         self.student, self.grad, self.factors = _readable_rows(student), grad, factors
         self.teachers = tuple(_readable_rows(t) for t in inputs.teachers)
+        if inputs.caps:
+            mine, *theirs = map(_cap, inputs.caps)
+            self.student = self.student._replace(cap=mine)
+            self.teachers = tuple(t._replace(cap=cap) for t, cap in zip(self.teachers, theirs, strict=True))
         self.distributions = min(1, n) if inputs.mix_logits else n
         # Whether pass 1 knows the sum of `student`, which the gradient needs.
         self.known = all(name == "forward_kl" for name in inputs.names) or (
@@ -162,7 +175,8 @@ class _Call:
         light = inputs.names in ([], ["forward_kl"])
         self.kept = 0 if self.given.kept is None else padded(self.given.kept.size)
         many = self.distributions > 1 or len(inputs.names) > 1
-        work = "kept" if self.kept else "many" if many else "light" if light else "other"
+        capped = not all(cap.plain for cap in inputs.caps)
+        work = "kept" if self.kept else "capped" if capped else "many" if many else "light" if light else "other"
         self.tile = tiles.dense_tile(self.device, work, vocab)
         self.splits = tiles.dense_splits(self.device, self.rows, vocab, self.tile)
         needs_one = inputs.labels is not None or factors.hard is not None or factors.z is not None

@@ -195,7 +195,7 @@ class TestCommands:
         assert "1 samples, 30 tokens" in output
         code, output, _ = kdfast("import", "a.parquet", "b", "--teacher", "other")
         assert code == 0
-        assert "1 samples written" in output
+        assert "1 sample written" in output
         assert cache.Reader("b").metadata == {"teacher": "other"}
         code, _, errors = kdfast("import", "a.parquet", "b", "--teacher", "other")  # no token ids to compare
         assert code == 1

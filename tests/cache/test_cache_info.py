@@ -127,10 +127,73 @@ def test_wrong_use_is_told(info):
         pass
     for arguments, code, message in [
         (["c", "--plot", "p.pdf"], 2, "takes a .png or .svg file"),
-        (["c", "--plot", "nowhere/p.png"], 1, "No such file or directory"),
+        (["c", "--plot", "nowhere/p.png"], 2, "--plot nowhere/p.png cannot be written: there is no folder nowhere"),
         (["empty", "--plot", "p.png"], 1, "no samples to draw"),
     ]:
         got, _, errors = info(*arguments)
         assert got == code
         assert message in errors
         assert "Traceback" not in errors
+
+
+def test_what_is_no_cache_is_told(info, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("notes")
+    (tmp_path / "file").write_text("text")
+    stored("lost")
+    (tmp_path / "lost" / "cache.header").unlink()
+    for path, message in [
+        ("folder", "no cache is there: the directory has no cache.header [missing; folder]"),
+        ("nowhere", "no cache is there: there is no such directory [missing; nowhere]"),
+        ("file", "Not a directory [system; file]"),
+        ("lost", "the cache has lost its cache.header, which a repair makes anew from a shard [missing; lost]"),
+    ]:
+        code, output, errors = info(path)
+        assert (code, output) == (1, "")
+        assert message in errors
+    cache.repair("lost")
+    assert info("lost")[0] == 0
+
+
+def test_names_with_brackets_are_shown(info):
+    with cache.Writer("[red]", vocab_size=V, teacher="a [bold] teacher", temperatures=(1.0,)) as writer:
+        writer.write("one", kdfast.soft_targets(torch.randn(1, V), k=8))
+    code, output, _ = info("[red]")
+    assert code == 0
+    assert "[red]" in output
+    assert "a [bold] teacher" in output
+    assert "Of 1 token in 1 sample: " in output
+
+
+def other(path, key="b", seed=0, **header):
+    with cache.Writer(path, **{"vocab_size": V, "teacher": "a teacher", "temperatures": (1.0,)} | header) as writer:
+        targets = kdfast.soft_targets(torch.randn(S, header.get("vocab_size", V)), k=8)
+        writer.write(key, targets, torch.arange(S) + seed)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["made", "there"])
+def test_a_merge_looks_at_all_sources_before_it_copies(tmp_path, there):
+    """The last of the sources cannot be taken: nothing of the first is."""
+    other(tmp_path / "first")
+    other(tmp_path / "vocabulary", vocab_size=V + 1)
+    other(tmp_path / "teacher", teacher="another")
+    other(tmp_path / "text", seed=1)
+    (tmp_path / "folder").mkdir()
+    into = tmp_path / "into"
+    if there:
+        other(into, key="a")
+    before = {p.name: p.read_bytes() for p in into.glob("*")}
+    for bad, code in [
+        ("vocabulary", "mismatch"),
+        ("teacher", "mismatch"),
+        ("text", "duplicate"),
+        ("folder", "missing"),
+        ("nowhere", "missing"),
+    ]:
+        with pytest.raises(kdfast.CacheError) as caught:
+            cache.merge([tmp_path / "first", tmp_path / bad], into)
+        assert (caught.value.code, caught.value.path) == (code, str(tmp_path / bad))
+        assert {p.name: p.read_bytes() for p in into.glob("*")} == before
+        assert into.exists() is there
+    assert cache.merge([tmp_path / "first", tmp_path / "first"], into) == (1, 1)
+    assert set(cache.Reader(into)) == ({"a", "b"} if there else {"b"})

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from kdfast.cache.job import Source, samples_of
+import kdfast
+from kdfast import cache
+from kdfast.cache.job import JobError, Source, samples_of
 from kdfast.cache.job.turns import Turns
 
 WORLDS = [1, 2, 3, 8]
@@ -104,3 +109,67 @@ def test_turns_leave_nobody_with_more_than_a_share_and_a_document():
             loads.append(sum(size for size in sizes if turns.take(size) and not turns.shared))
         assert sum(loads) == sum(sizes)
         assert max(loads) <= sum(sizes) / world + max(sizes) + len(sizes)
+
+
+GOOD = b'{"id": "good \xc3\xa9", "text": "\\ud83d\\ude00"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"id": "\xff", "text": "x"}', "no UTF-8: invalid start byte at byte 8"),
+        (b'{"id": "x", "text": "\xc3"}', "no UTF-8: invalid continuation byte at byte 21"),
+        (
+            b'{"id": "a\\ud800", "text": "x"}',
+            r"field 'id' must be text that UTF-8 can hold, got '\ud800'",
+        ),
+        (b'{"id": "x", "text": "ab\\udfff"}', r"field 'text' must be text that UTF-8 can hold, got '\udfff'"),
+        (b'{"id": ' + b"9" * 5000 + b', "text": "x"}', "no JSON: Exceeds the limit"),
+        (b"[" * 200_000, "no JSON: "),
+        (b"\xef\xbb\xbf{}", "no JSON: Unexpected UTF-8 BOM"),
+        (b"{", "no JSON: "),
+    ],
+    ids=["key", "text", "key's escape", "text's escape", "number", "brackets", "mark", "open"],
+)
+def test_lines_that_cannot_be_read_are_named(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b"\n" + line + b"\n")
+    with pytest.raises(JobError, match=re.escape(f"{path}, line 3: {message}")):
+        list(Source([path], id_field="id").documents(10))
+    path.write_bytes(GOOD)
+    (document,) = Source([path], id_field="id").documents(10)
+    assert (document.key, document.content) == ("good \xe9", "\U0001f600")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_of_files_that_are_no_text(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as file:
+        file.write("text")
+    with pytest.raises(JobError, match=r"udcff\.txt': the name of a text file must be text that UTF-8 can hold"):
+        list(Source([tmp_path]).documents(10))
+
+
+def test_keys_that_are_no_text(tmp_path):
+    targets = kdfast.soft_targets(torch.randn(3, 50), k=4)
+    with cache.Writer(tmp_path / "c", vocab_size=50) as writer:
+        writer.write("\xe9", targets)
+        with pytest.raises(ValueError, match="a key must be text that UTF-8 can hold"):
+            writer.write("\ud800", targets)
+    reader = cache.Reader(tmp_path / "c")
+    assert "\xe9" in reader
+    for ask in (lambda: reader["a\ud800"], lambda: "a\ud800" in reader):
+        with pytest.raises(ValueError, match=r"'\\ud800' at character 1"):
+            ask()
+
+
+def test_rows_of_parquet_that_are_no_text(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="the cache extra is not installed")
+    import pyarrow.parquet as pq
+
+    from kdfast.cache.parquet import import_parquet
+
+    keys = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
+    rows = {"key": keys, "ids": [[[1]], [[2]]], "logprobs": [[[-0.1]], [[-0.2]]]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    with pytest.raises(JobError, match=r"row 1, column 'key': no UTF-8: invalid start byte at byte 0"):
+        import_parquet(tmp_path / "a.parquet", tmp_path / "c", vocab_size=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
@@ -26,7 +27,7 @@ from kdfast.demo.checkpoint import Interrupted
 from kdfast.demo.data import batch_order, learning_rate_factor, places, sequences
 from kdfast.demo.display import Display, cache_text, results_table
 from kdfast.demo.model import GPT, GPTConfig
-from kdfast.demo.results import comparison, summary
+from kdfast.demo.results import cache_cost, comparison, gains, summary, verdict
 from kdfast.demo.run import REPORT_NAME, RESULTS_NAME, run_demo
 from kdfast.demo.settings import DemoError, DemoSettings
 from kdfast.demo.student import Student
@@ -477,3 +478,78 @@ def test_seeds_are_summarised(whole):
     assert both["nats"]["mean"] == pytest.approx(results["comparison"]["nats"]["mean"] + 0.125)
     assert both["nats"]["std"] == pytest.approx(0.25 / math.sqrt(2.0))
     assert comparison(TINY, runs[:3]) is None
+
+
+def results_of(differences, *, quick=False, written=True):
+    """The results of a run whose distilled students are so many nats from labels only, by seed."""
+    settings = replace(TINY, seeds=tuple(range(len(differences))))
+    runs = [
+        {"method": m.name, "seed": i, "evaluation": {"nats": 3.0 + i + (0.0 if m.divergence is None else difference)}}
+        for i, difference in enumerate(differences)
+        for m in settings.methods
+    ]
+    rows = [
+        {"method": m.name, "title": m.title, "perplexity": {"mean": 20.0 if m.divergence is None else 18.0}}
+        for m in settings.methods
+    ]
+    return {
+        "quick": quick,
+        "settings": {"seeds": settings.seeds},
+        "summary": rows,
+        "gains": gains(settings, runs),
+        "comparison": {"seeds": settings.seeds, "nats": {"mean": -0.0012, "std": 0.0021}},
+        "cache": {
+            "bytes_per_token": 112.34,
+            "in_loop_seconds": 30.4,
+            "written": {"seconds": 4.21} if written else None,
+        },
+        "teacher": {"training": {"config": {"vocab_size": 4096}}},
+    }
+
+
+def test_the_lead_says_whether_and_by_how_much_distillation_helped():
+    helped = verdict(results_of([-0.2, -0.21, -0.19]))
+    assert helped.startswith("Distillation helped: from labels only to distilled, forward_kl, the perplexity")
+    assert "20.0 to 18.0 (-10.0 %), -0.200 [-0.225, -0.175] nats per token, over 3 seeds." in helped
+    assert f"With {TINY.divergence} 20.0 to 18.0 (-10.0 %)" in helped
+    assert verdict(results_of([0.2, 0.21, 0.19])).startswith("Distillation did not help: ")
+    assert verdict(results_of([-0.2, 0.21, -0.1])).startswith("Whether distillation helped cannot be told: ")
+    one = verdict(results_of([-0.2], quick=True))
+    assert one.startswith("Distillation helped: ")
+    assert "with one seed, part of which may be chance" in one
+    assert "too short to mean anything" in one
+
+
+def test_the_lead_says_what_the_cache_cost():
+    text = cache_cost(results_of([-0.2, -0.1]))
+    for part in (
+        "-0.0012 ± 0.0021 nats",
+        "112.3 bytes a token on disk, in place of 8,192",
+        "4.2 s to write",
+        "30 s of",
+    ):
+        assert part in text
+    assert "nothing to write" in cache_cost(results_of([-0.2], written=False))
+    assert "was not measured" in cache_cost(results_of([-0.2]) | {"comparison": None})
+    assert cache_cost(results_of([-0.2]) | {"cache": None}) == ""
+
+
+def test_the_page_leads_with_both(whole):
+    out, results = whole
+    page = (out / REPORT_NAME).read_text(encoding="utf-8")
+    leads = re.findall(r'<p class="lead">(.*?)</p>', page)
+    assert [html.unescape(lead) for lead in leads] == [verdict(results), cache_cost(results)]
+    first = results["gains"][0]["nats"]["value"]
+    by_way = {run["method"]: run["evaluation"]["nats"] for run in results["students"]}
+    assert first == pytest.approx(by_way["forward_kl"] - by_way["labels"])
+    assert not re.findall(r"\b1 (?:seeds|threads|students|steps|layers)\b", re.sub(r"<[^>]+>", "", page))
+
+
+def test_progress_of_an_unknown_number():
+    with io.StringIO() as log:
+        display = Display(Console(file=log, width=100))
+        with display:
+            display.task("batches [of it]", None)
+            for i in range(1, 10):
+                display.advance(i)
+        assert log.getvalue().splitlines() == [f"batches [of it]: {i}" for i in (1, 2, 4, 8)]

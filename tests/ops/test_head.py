@@ -220,7 +220,7 @@ def test_the_logits_never_exist(wanted):
     watch = Largest()
     inputs = inputs._replace(labels=inputs.labels.clamp(min=0))
     with watch:
-        head._head_fused(h, *inputs, *heads, False, False, c, c, None, wanted)
+        head._head_fused(h, *inputs.arguments, *heads, False, False, c, c, None, wanted)
     assert watch.elements == V * H
     assert BUDGET // 8 < V * H < N * V
 
@@ -389,7 +389,7 @@ def arguments(*, with_gradient):
     )
     heads = ([w, tw], [b, None], [0.0, 3.0], [1.0, 0.5], BUDGET)
     c = torch.rand(N)
-    return (h, *inputs, *heads, True, True, *((c, c, c, [True, True, False]) if with_gradient else ()))
+    return (h, *inputs.arguments, *heads, True, True, *((c, c, c, [True, True, False]) if with_gradient else ()))
 
 
 @pytest.mark.parametrize("op", ["head_forward", "head_fused"])

@@ -17,6 +17,8 @@ from report_models import loader
 from torch import nn
 
 import kdfast
+from kdfast.reporting import page, plots
+from kdfast.reporting.page import bucket_labels
 
 DOCS = Path(__file__).parents[2] / "docs" / "report.md"
 
@@ -58,6 +60,85 @@ def test_page_and_json_carry_the_same_figures(classifier, tmp_path):
     assert report._repr_html_().startswith("<iframe srcdoc=")
     lines = str(report).splitlines()
     assert f"{100 * report.figures['models'][0]['task']['accuracy']['value']:.1f} %" in lines[3]
+
+
+@pytest.mark.parametrize("language", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "says", "accuracy"),
+    [
+        ("near", "far", "Distillation helped student", "+"),
+        ("far", "near", "Distillation did not help student", "-"),
+        ("near", "near", "Whether distillation helped student cannot be told", "+"),
+    ],
+)
+def test_the_lead_begins_with_the_verdict(language, first, second, says, accuracy):
+    """By accuracy of a classifier, by cross-entropy of a language model."""
+    labels = torch.randint(0, 5, (200, 3) if language else (200,))
+    sure = 4.0 * nn.functional.one_hot(labels, 5).float()
+    tables = {"near": sure + torch.randn_like(sure), "far": torch.randn_like(sure)}
+    models = {name: report_models.Table(tables[name]) for name in tables}
+    batch = [(torch.arange(200), labels)]
+    report = kdfast.report(
+        models[first], report_models.Table(sure), batch, baseline=models[second], rounds=0, layers=()
+    )
+    leads = re.findall(r'<p class="lead"><b>(.*?)</b></p>', report.html())
+    assert len(leads) == 1
+    sign = {"+": "-", "-": "+"}[accuracy] if language and first != second else accuracy  # fewer nats are better
+    assert leads[0].startswith(f"{says}: {sign}")
+    unit = "nats a token" if language else "points of accuracy"
+    chance = "which chance may explain." if first == second else "more than chance explains."
+    assert f"{unit} against labels only, {chance}" in leads[0]
+    assert str(report).endswith(leads[0])
+
+
+def test_the_verdict_without_a_label_only_student_or_labels():
+    labels = torch.randint(0, 5, (200,))
+    sure = 4.0 * nn.functional.one_hot(labels, 5).float()
+    near, far = sure + torch.randn_like(sure), torch.randn_like(sure)
+    batch, options = torch.arange(200), {"rounds": 0, "layers": ()}
+
+    def lead(student, teacher, loader, **more):
+        models = {name: report_models.Table(table) for name, table in more.items()}
+        made = kdfast.report(report_models.Table(student), report_models.Table(teacher), loader, **options, **models)
+        return str(made).splitlines()[-1]
+
+    assert lead(far, sure, [(batch, labels)]).startswith("student is behind its teacher: -")
+    assert lead(sure, far, [(batch, labels)]).startswith("student is better than its teacher: +")
+    assert lead(sure, sure, [(batch, labels)]).startswith("student cannot be told from its teacher: +0.0")
+    assert re.match(r"student predicts what its teacher predicts at \d+\.\d % \[.*\] of the", lead(near, sure, [batch]))
+    assert lead(near, sure, [batch], baseline=far).startswith("Distillation brought student closer to its teacher: -")
+    assert "no closer to its teacher: +" in lead(far, sure, [batch], baseline=near)
+
+
+def test_buckets_have_labels_that_differ(classifier):
+    buckets = [(0.0, 0.0), (1.0001, 1.0002), (1.0002, 1.00031), (1.00032, 1.00033)]
+    labels = bucket_labels([{"low": low, "high": high} for low, high in buckets])
+    assert labels == ["0", "1.0001 to 1.0002", "1.0002 to 1.00031", "1.00032 to 1.00033"]
+    assert bucket_labels([{"low": 0.1, "high": 0.52}, {"low": 0.53, "high": 2.0}]) == ["0.1 to 0.52", "0.53 to 2"]
+    x, y, teacher, student, _ = classifier
+    found = kdfast.report(student, teacher, loader(x, y), rounds=0)
+    for label in bucket_labels(found.figures["entropy_buckets"]):
+        assert found.html().count(f"<td>{label}</td>") == 1
+
+
+def test_a_model_has_one_colour_on_every_page(classifier, monkeypatch):
+    """Grey is the teacher, orange labels only; parts and lines to compare with have no model's colour."""
+    drawn = {}
+    x, y, teacher, student, baseline = classifier
+    report = kdfast.report({"one": student, "two": student}, teacher, loader(x, y), baseline=baseline, rounds=0)
+    monkeypatch.setattr(
+        page.plots, "interval_bars", lambda title, form, rows, most=None: drawn.update({r.name: r.colour for r in rows})
+    )
+    page.render(report.figures)
+    assert drawn == {
+        "teacher": plots.TEACHER,
+        "labels only": plots.LABELS_ONLY,
+        "one": plots.DISTILLED[0],
+        "two": plots.DISTILLED[1],
+    }
+    models = {plots.TEACHER, plots.LABELS_ONLY, *plots.DISTILLED}
+    assert len(models) == 2 + len(plots.DISTILLED)
+    assert not models & {*plots.PARTS, plots.INK}
 
 
 def test_images_and_descriptions(tmp_path):
@@ -113,6 +194,9 @@ torch.manual_seed(0)
 def options():
     x = torch.randn(24, 3)
     return dict(student=torch.nn.Linear(3, 4), teacher=torch.nn.Linear(3, 4), loader=[(x, x.argmax(-1))], rounds=1)
+def streamed():
+    made = options()
+    return made | {"loader": (batch for batch in made["loader"] * 5)}
 def named():
     return namedtuple("Made", "student teacher loader")(**{k: v for k, v in options().items() if k != "rounds"})
 def lacking():
@@ -163,6 +247,22 @@ def test_command_writes_the_report(command, tmp_path):
     code, output, _ = command("--factory", "the_factory:named", "--out", "there", "--json")
     assert code == 0
     assert json.loads(output) == json.loads((tmp_path / "there" / "report.json").read_text())
+
+
+def test_command_shows_how_far_it_is(command):
+    """On the other stream: what is printed at the end stays alone."""
+    code, output, errors = command("--factory", "the_factory:options", "--out", "here [b]", "--json")
+    assert code == 0
+    json.loads(output)
+    assert errors.splitlines() == [
+        "making the models and the data: the_factory:options",
+        "batches through all models: 1/1",
+        "timing the models, and drawing the page",
+    ]
+    code, output, errors = command("--factory", "the_factory:streamed", "--out", "here [b]")
+    assert code == 0
+    assert "report: here [b]/report.html" in output
+    assert re.findall(r"batches through all models: (\d+)", errors) == ["1", "2", "4"]
 
 
 @pytest.mark.parametrize(

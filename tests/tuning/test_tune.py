@@ -26,9 +26,9 @@ from kdfast.demo import settings as demo_settings
 from kdfast.demo.corpus import load_corpus
 from kdfast.demo.display import Display
 from kdfast.demo.student import Student
-from kdfast.tuning import TuneError, demo, parse_settings, parse_space
+from kdfast.tuning import ObjectiveError, TuneError, demo, parse_settings, parse_space
 from kdfast.tuning.pruning import PairedPruner, end, place
-from kdfast.tuning.result import at_the_edge, confirmation, sentence, trials
+from kdfast.tuning.result import at_the_edge, confirmation, not_told_apart, sentence, trials
 from kdfast.tuning.search import Search, Tried
 
 
@@ -320,12 +320,92 @@ def test_a_folder_holds_one_search(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("value", "error"), [(None, TypeError), ("low", TypeError), (True, TypeError)])
-def test_what_is_no_number(tmp_path, value, error):
-    with pytest.raises(error, match="must return a number"):
-        search(tmp_path, Recorded(lambda *_: value), trial_count=1)
-    tensor = search(tmp_path, Recorded(lambda *_: torch.tensor(2.0)), out=tmp_path / "t", trial_count=1)
-    assert tensor["trials"][0]["values"] == [2.0, 2.0, 2.0]
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (None, "NoneType None"),
+        ("low", "str 'low'"),
+        ("1.5", "str '1.5'"),
+        (True, "bool True"),
+        (1 + 2j, "complex"),
+        ([1.0], r"list \[1.0\]"),
+        (torch.zeros(3), r"Tensor of shape \(3,\)"),
+        (np.zeros((2, 2)), r"ndarray of shape \(2, 2\)"),
+        (torch.zeros(0), r"Tensor of shape \(0,\)"),
+        (torch.tensor(1 + 2j), "Tensor"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number(tmp_path, value, got):
+    message = f"objective mine:train must return a number, the metric, got {got}"
+    with pytest.raises(ObjectiveError, match=message) as caught:
+        search(tmp_path, Recorded(lambda *_: value), name="mine:train", trial_count=1)
+    assert isinstance(caught.value, TypeError)
+    assert isinstance(caught.value, TuneError)
+
+    def reports(settings, seed, report):
+        report(1, value)
+        return 1.0
+
+    with pytest.raises(ObjectiveError, match=message.replace("return", "report")):
+        search(tmp_path, reports, name="mine:train", out=tmp_path / "reports", trial_count=1)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(2.0), torch.tensor([2.0]), np.float32(2.0), np.array([[2]]), 2])
+def test_what_is_a_number(tmp_path, number):
+    found = search(tmp_path, Recorded(lambda *_: number), trial_count=1)
+    assert found["trials"][0]["values"] == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("step", [-1, 0.5, math.nan, math.inf, "1", None])
+def test_what_is_no_step(tmp_path, step):
+    def reports(settings, seed, report):
+        report(step, 1.0)
+        return 1.0
+
+    with pytest.raises(ObjectiveError, match="objective test: a step must be a whole number from 0, got"):
+        search(tmp_path, reports, trial_count=1)
+
+
+def test_what_is_no_function(tmp_path):
+    with pytest.raises(ObjectiveError, match=r"objective test must be a function of .*, got float"):
+        search(tmp_path, 1.0)
+    assert not (tmp_path / "out").exists()
+
+
+def near(values, best=0, fresh=(), *, maximize=False):
+    """Numbers of the trials that could not be told from the best."""
+    tried = [Tried(i, {"n": i}, list(map(float, one)), "complete") for i, one in enumerate(values)]
+    rows = trials(tried, tried[best])
+    return not_told_apart(rows, best, ["n"], finalists(*fresh), maximize=maximize)["n"]
+
+
+def test_what_is_plainly_worse_is_left_out():
+    """Of three seeds one trial's interval is 4.3 standard errors wide: all of them say more of the noise."""
+    best, alike, worse = [3.0, 4.0, 5.0], [3.02, 4.01, 4.97], [3.5, 4.2, 5.9]
+    others = [[3.01, 3.99, 5.04], [3.05, 3.96, 5.03], [3.06, 4.04, 4.98]]
+    assert near([best, alike, worse, *others]) == [0, 1, 3, 4, 5]
+    assert near(-np.array([best, alike, worse, *others]), maximize=True) == [0, 1, 3, 4, 5]
+    mixed = [2.5, 4.9, 6.0]  # better with one seed: the seeds disagree, and it stays
+    assert near([best, mixed, *others]) == [0, 1, 2, 3, 4]
+    noisy = [[3.9, 4.1, 5.1], [3.1, 4.8, 5.2], [3.2, 4.1, 6.0]]  # nobody can tell these
+    assert near([best, *noisy]) == [0, 1, 2, 3]
+
+
+def test_with_one_seed_the_fresh_ones_say_how_large_chance_is():
+    assert near([[1.0], [1.01], [9.0]]) == [0, 1, 2]  # nothing says what one seed means
+    assert near([[1.0], [1.01], [9.0]], fresh=[[1.0, 1.1, 1.2], [1.02, 1.09, 1.21]]) == [0, 1]
+    assert near([[1.0], [1.01], [9.0]], fresh=[[1.0, 1.1, 1.2], [math.nan, 1.09, 1.21]]) == [0, 1, 2]
+
+
+def test_equal_trials_are_left_out_seldom():
+    """Of trials that differ by chance alone few are called worse, though they stand beside the best of all."""
+    rng = np.random.default_rng(torch.initial_seed())
+    left = 0
+    for _ in range(200):
+        values = rng.normal(size=(10, 3))
+        left += 10 - len(near(values, best=int(values.mean(1).argmin())))
+    assert left < 0.4 * 200 * 9
 
 
 def test_the_sampler_does_not_repeat_itself_on_resumption(tmp_path):
@@ -381,6 +461,9 @@ def package(settings, seed, report):
 
 def broken(settings, seed, report):
     raise Broken("of the user's")
+
+def word(settings, seed, report):
+    return "low"
 """
 
 
@@ -391,6 +474,7 @@ def test_command_on_a_users_function(kdfast, tmp_path):
     assert code == 0
     assert "error (less is better), 3 seeds" in output
     assert "Use temperature" in output
+    assert "6 trials; ±" in output  # not the best 8 of them
     page = (tmp_path / "kdfast-tune" / "tune.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 4  # finalists, a pair, two settings
     assert "better by more than chance explains" in page
@@ -410,6 +494,10 @@ def test_command_on_a_users_function(kdfast, tmp_path):
         (["--factory", "mine:none", "--space", "t=1:2"], "no function 'none'"),
         (["--factory", "mine:short", "--space", "t=1:2"], "must take (settings, seed, report)"),
         (["--factory", "mine:train", "--space", "t=1:2", "--baseline", "t"], "is not name=value"),
+        (
+            ["--factory", "mine:word", "--space", "t=1:2"],
+            "mine:word must return a number, the metric, got str",
+        ),
         (["--factory", "mine:package", "--space", "t=1:2"], "needs the package 'a_package_that_is_not_there'"),
         (["--space", "nonsense=1:2"], "no setting nonsense; it has temperature, alpha"),
         (["--space", "alpha=0:2"], "alpha 0 to 1"),
@@ -425,7 +513,24 @@ def test_wrong_commands_say_what_to_change(kdfast, tmp_path, arguments, message)
     assert code == 2
     assert message in error
     assert "Traceback" not in error
-    assert not (tmp_path / "kdfast-tune").exists() or "package" in message  # which the function itself imports
+    assert not (tmp_path / "kdfast-tune").exists() or arguments[1] in ("mine:package", "mine:word")
+
+
+def test_settings_with_brackets_are_shown(kdfast, tmp_path):
+    """And one of anything is no plural."""
+    (tmp_path / "mine.py").write_text("def train(settings, seed, report):\n    return settings['t']\n")
+    arguments = ["--factory", "mine:train", "--space", "t=1,2", "--space", "form=[bold]", "--metric", "nats [red]"]
+    code, output, _ = kdfast(*arguments, "--trials", "1", "--seeds", "1", "--confirm", "1")
+    assert code == 0
+    assert "form [bold]" in output
+    assert re.search(r"nats \[red\] \(less is better\), 1 seed\s", output)
+    assert "over 1 of 1 seed\n" in output
+    assert "1 trial; ±" in output
+    assert "on 1 fresh seed, ±" in output
+    page = (tmp_path / "kdfast-tune" / "tune.html").read_text()
+    text = re.sub(r"<[^>]+>", "", page)
+    assert "· 1 trial ·" in text
+    assert not re.findall(r"\b1 (?:seeds|trials|threads)\b", text + output)
 
 
 def test_an_error_of_the_users_keeps_its_traceback(kdfast, tmp_path):

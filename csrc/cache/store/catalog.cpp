@@ -121,8 +121,29 @@ FrameHeader read_frame_header(const File& shard, const IndexEntry& entry, std::u
     }
 }
 
+namespace {
+
+// What is in the directory of a cache; says so where it is none.
+std::vector<std::string> list_cache(const std::string& directory) {
+    std::vector<std::string> names;
+    try {
+        names = list_directory(directory);
+    } catch (const Fault& fault) {
+        if (fault.code != Code::missing) throw;
+        throw Fault(Code::missing, "no cache is there: there is no such directory").in(directory);
+    }
+    if (std::ranges::find(names, "cache.header") != names.end()) return names;
+    const bool shards = std::ranges::any_of(
+        names, [](const std::string& name) { return name.ends_with(".shard") || name.ends_with(".open"); });
+    throw Fault(Code::missing, shards ? "the cache has lost its cache.header, which a repair makes anew from a shard"
+                                      : "no cache is there: the directory has no cache.header")
+        .in(directory);
+}
+
+}  // namespace
+
 Catalog::Catalog(std::string directory, std::vector<Fault>* damage) : directory_(std::move(directory)) {
-    const std::vector<std::string> names = list_directory(directory_);
+    const std::vector<std::string> names = list_cache(directory_);
     const std::string header_path = join(directory_, "cache.header");
     try {
         const File file = File::read(header_path);

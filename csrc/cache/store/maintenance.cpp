@@ -454,42 +454,89 @@ Repaired repair(const std::string& directory) { return Repair(directory).run(); 
 
 // --- Merge
 
-Merged merge(const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes) {
-    Merged result;
-    std::optional<ShardSeries> series;
-    std::vector<std::byte> header;
-    std::unordered_map<std::string, std::optional<TokenHash>> known;
-    const auto hash_of = [](const Place& p) -> std::optional<TokenHash> {
+namespace {
+
+// The header that all caches of a merge must have, and the keys that were met, with their token ids' hashes.
+class Union {
+  public:
+    explicit Union(const std::string& destination) : destination_(destination) {}
+
+    // Takes the cache that is there.
+    void begin(const Catalog& there) {
+        header_ = there.header_bytes();
+        for (std::size_t i = 0; i < there.size(); ++i) known_.emplace(there.key(there.at(i)), hash_of(there.at(i)));
+    }
+    void require_header(const Catalog& source) {
+        if (header_.empty()) header_ = source.header_bytes();
+        if (source.header_bytes() != header_)
+            throw Fault(Code::mismatch, "the headers of the caches differ: " + destination_ + " and this")
+                .in(source.directory());
+    }
+    // Whether the key is new; one that is there must be of the same token ids.
+    bool add(const Catalog& source, const std::string& key, const Place& place) {
+        const auto hash = hash_of(place);
+        const auto [found, fresh] = known_.try_emplace(key, hash);
+        if (!fresh && (!found->second || found->second != hash))
+            throw Fault(Code::duplicate, "the key is there with other token ids, or without any to compare")
+                .in(source.directory())
+                .of(key);
+        return fresh;
+    }
+    const std::vector<std::byte>& header() const { return header_; }
+
+  private:
+    static std::optional<TokenHash> hash_of(const Place& p) {
         if (p.entry.flags & flag::hashed) return p.entry.token_hash;
         return {};
-    };
+    }
+
+    std::string destination_;
+    std::vector<std::byte> header_;
+    std::unordered_map<std::string, std::optional<TokenHash>> known_;
+};
+
+// All that indices tell of the sources: a merge that cannot come to its end makes nothing.
+void require_mergeable(const std::vector<std::string>& sources, const std::string& destination) {
+    const bool there = exists(join(destination, "cache.header"));
+    Union all(there ? destination : sources.front());
+    if (there) all.begin(Catalog(destination));
+    for (const std::string& path : sources) {
+        const Catalog source(path);
+        all.require_header(source);
+        for (std::size_t i = 0; i < source.size(); ++i) {
+            const std::string key(source.key(source.at(i)));
+            all.add(source, key, *source.find(key));
+        }
+    }
+}
+
+}  // namespace
+
+Merged merge(const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes) {
+    Merged result;
+    if (sources.empty()) return result;
+    require_mergeable(sources, destination);
+    std::optional<ShardSeries> series;
+    Union all(destination);
     const auto open_destination = [&](const std::vector<std::byte>& wanted) {
         make_directories(destination);
         const std::uint64_t writer = random_id();
         if (!exists(join(destination, "cache.header")))
             publish(destination, "cache.header", wanted, journal_name(writer) + ".temporary");
-        const Catalog there(destination);
-        header = there.header_bytes();
-        for (std::size_t i = 0; i < there.size(); ++i) known.emplace(there.key(there.at(i)), hash_of(there.at(i)));
-        series.emplace(destination, header, writer, ShardSeries::Limits{.shard_bytes = shard_bytes});
+        all.begin(Catalog(destination));
+        series.emplace(destination, all.header(), writer, ShardSeries::Limits{.shard_bytes = shard_bytes});
     };
     for (const std::string& path : sources) {
         const Catalog source(path);
         if (!series) open_destination(source.header_bytes());
-        if (source.header_bytes() != header)
-            throw Fault(Code::mismatch, "the headers of the caches differ: " + destination + " and this").in(path);
+        all.require_header(source);
         std::optional<File> file;
         std::optional<ShardFrames> frames;
         std::uint32_t open_shard = 0;
         for (std::size_t i = 0; i < source.size(); ++i) {
             const std::string key(source.key(source.at(i)));
             const Place& place = *source.find(key);  // which throws where frames of the key differ
-            const auto hash = hash_of(place);
-            if (const auto [found, fresh] = known.try_emplace(key, hash); !fresh) {
-                if (!found->second || found->second != hash)
-                    throw Fault(Code::duplicate, "the key is there with other token ids, or without any to compare")
-                        .in(path)
-                        .of(key);
+            if (!all.add(source, key, place)) {
                 ++result.there_already;
                 continue;
             }

@@ -34,7 +34,8 @@ Repaired repair(const std::string& directory);
 struct Merged {
     std::uint64_t samples = 0, there_already = 0;
 };
-// The samples of `sources`, byte for byte but verified, into a cache that is there or is made.
+// The samples of `sources`, byte for byte but verified, into a cache that is there or is made; once all indices are
+// known to allow it.
 Merged merge(const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes);
 
 }  // namespace kdfast::cache

@@ -73,7 +73,7 @@ def dkd_loss(
     """
     target, others = _parts(student, teacher, labels, temperature, ignore_index, weights, reduction, num_items)
     tokens.not_negative(alpha=alpha, beta=beta)
-    return alpha * target + beta * others
+    return tokens.weighed(alpha, target) + tokens.weighed(beta, others)
 
 
 class DKD(Loss):
@@ -142,7 +142,8 @@ class DKD(Loss):
             value(self.temperature, step.number),
             weights=step.weights,
         )
-        return self.alpha * target + self.beta * others, {"target": target, "others": others}
+        loss = tokens.weighed(self.alpha, target) + tokens.weighed(self.beta, others)
+        return loss, {"target": target, "others": others}
 
 
 def _parts(
@@ -179,6 +180,7 @@ def _label_or_not(problem: Problem, x: Tensor, others: Tensor, y: Tensor) -> Ten
     """(log p_y, log(1 - p_y)) from logits and those without the label's, (..., V) -> (..., 2)."""
     rest = tokens.arithmetic(problem, others)
     tau = tokens.temperature(problem, rest)
-    label = tokens.arithmetic(problem, x.gather(-1, y)).squeeze(-1) / tau
+    top = rest.detach().amax(-1, keepdim=True)  # from which both are counted, as tau would magnify their rounding
+    label = ((tokens.arithmetic(problem, x.gather(-1, y)) - top) / tau).squeeze(-1)
     odds = label - torch.logsumexp(reference._over(rest, tau), -1)
     return torch.stack([logsigmoid(odds), logsigmoid(-odds)], -1)

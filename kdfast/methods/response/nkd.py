@@ -71,7 +71,7 @@ def nkd_loss(
     """
     target, others = _parts(student, teacher, labels, temperature, ignore_index, weights, reduction, num_items)
     tokens.not_negative(gamma=gamma)
-    return target + gamma * others
+    return target + tokens.weighed(gamma, others)
 
 
 class NKD(Loss):
@@ -130,7 +130,7 @@ class NKD(Loss):
             value(self.temperature, step.number),
             weights=step.weights,
         )
-        return target + self.gamma * others, {"target": target, "others": others}
+        return target + tokens.weighed(self.gamma, others), {"target": target, "others": others}
 
 
 def _parts(

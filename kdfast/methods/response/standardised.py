@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kdfast.methods.gate import gated
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
@@ -82,7 +83,8 @@ def standardised_loss(
         num_items=num_items,
     )
     w = token_weights(problem)
-    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (student, tokens.teacher_of(problem)))
+    given = (gated(student, alpha), tokens.teacher_of(problem))
+    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in given)
     soft = tokens.engine(problem, z, t, None, w, divergence=divergence, temperature=temperature)
     return tokens.blended(problem, student, labels, soft, w, alpha)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.loss import distill_loss
+from kdfast.methods.gate import gated
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import Step
 from kdfast.spec import reference
@@ -25,7 +26,8 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
     """
     for name, x in (("student", student), ("teacher", teacher)):
         check_plain_logits(name, x)
-    problem = build_problem(student, teacher, labels, alpha=1.0, **options)
+    # Terms are asked for so that the labels stay, though their own term has no weight here.
+    problem = build_problem(student, teacher, labels, alpha=1.0, return_terms=True, **options)
     reference._check_values(problem, student)
     return problem
 
@@ -113,7 +115,22 @@ def blended(
     if labels is None:
         msg = f"alpha must be 1 without labels, got {alpha!r}: pass labels too"
         raise ValueError(msg)
-    return alpha * soft + (1 - alpha) * engine(problem, student, None, labels, weights)
+    if not isinstance(alpha, Tensor) and alpha == 0:
+        return engine(problem, student, None, labels, weights)
+    rest = 1 - alpha
+    hard = engine(problem, gated(student, rest), None, labels, weights)
+    return weighed(alpha, soft) + weighed(rest, hard)
+
+
+def weighed(factor: float | Tensor, x: Tensor) -> Tensor:
+    """The product of a part of a loss and its factor; a factor of 0 silences an infinite part.
+
+    The gradient is silenced where the part is computed from what :func:`kdfast.methods.gate.gated` returned, or where
+    the factor is a number, which leaves the part out.
+    """
+    if isinstance(factor, Tensor):
+        return weighted(factor.to(x), x, "none")
+    return torch.zeros_like(x) if factor == 0 else factor * x
 
 
 def alpha_of(alpha: Setting, step: Step) -> float | Tensor:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kdfast.methods.gate import gated
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
@@ -84,7 +85,7 @@ def ttm_loss(
     by = w
     if weighted:
         by = w * (torch.logsumexp(power, -1) - gamma * torch.logsumexp(t, -1)).exp()
-    soft = tokens.engine(problem, student, power, None, by)
+    soft = tokens.engine(problem, gated(student, alpha), power, None, by)
     return tokens.blended(problem, student, labels, soft, w, alpha)
 
 

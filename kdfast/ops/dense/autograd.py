@@ -149,11 +149,13 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         coefficients = (c_soft, c_hard, c_z)
         if spec.overwrite:
-            *tokens, dtau = _ops.dense_fused_(student, *inputs, spec.wants_z, spec.wants_dtau, *coefficients)
+            *tokens, dtau = _ops.dense_fused_(student, *inputs.arguments, spec.wants_z, spec.wants_dtau, *coefficients)
             torch.autograd.graph.increment_version(student)
             ctx.grad = student.detach()
         else:
-            *tokens, dtau, ctx.grad = _ops.dense_fused(student, *inputs, spec.wants_z, spec.wants_dtau, *coefficients)
+            *tokens, dtau, ctx.grad = _ops.dense_fused(
+                student, *inputs.arguments, spec.wants_z, spec.wants_dtau, *coefficients
+            )
             ctx.save_for_backward(student, *inputs.tensors)
         ctx.spec, ctx.inputs, ctx.coefficients, ctx.tokens, ctx.dtau = spec, inputs, coefficients, tokens, dtau
         terms = [weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
@@ -178,7 +180,9 @@ class _Fused(torch.autograd.Function):
                 msg = "kdfast: a second backward needs the logits that overwrite_logits=True gave away"
                 raise RuntimeError(msg)
             student, *_ = ctx.saved_tensors  # raises where one was changed since
-            grad = _ops.dense_fused(student, *ctx.inputs, ctx.spec.wants_z, ctx.spec.wants_dtau, *ctx.coefficients)[-1]
+            grad = _ops.dense_fused(
+                student, *ctx.inputs.arguments, ctx.spec.wants_z, ctx.spec.wants_dtau, *ctx.coefficients
+            )[-1]
         _ops.scale_(grad, upstream, ctx.spec.backend)
         to_coefficients = [
             None if c is None or not needed else upstream * torch.where((c != 0) | x.isfinite(), x, 0.0)
@@ -203,7 +207,7 @@ class _Tokens(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         inputs = spec.inputs(tensors[_N_PER_TOKEN:], PerToken(*tensors[:_N_PER_TOKEN]), temperature)
-        return _ops.dense_forward(student, *inputs, spec.wants_z, spec.wants_dtau)  # type: ignore[no-any-return]
+        return _ops.dense_forward(student, *inputs.arguments, spec.wants_z, spec.wants_dtau)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,18 +239,19 @@ class _Tokens(torch.autograd.Function):
         if any(ctx.needs_input_grad[3 + _N_PER_TOKEN :]) and g_soft is not None:
             # The same divergence with its arguments, and so its roles, exchanged.
             swapped = inputs._replace(teachers=[student], labels=None, **_exchanged(spec.terms))
-            grad = _ops.dense_fused(teachers[0], *swapped, False, False, g_soft, None, None)[-1]
+            grad = _ops.dense_fused(teachers[0], *swapped.arguments, False, False, g_soft, None, None)[-1]
             to_teachers[0] = only_once(grad, *upstream, student, teachers[0])
         if ctx.needs_input_grad[2] and spec.wants_dtau and g_soft is not None:
-            to_temperature = only_once((g_soft * dtau).sum().to(temperature.dtype), *upstream, student, temperature)
+            moved = weighted(g_soft, dtau, "sum").to(temperature.dtype)
+            to_temperature = only_once(moved, *upstream, student, temperature)
         if ctx.needs_input_grad[1] and upstream:
             if spec.overwrite:
                 with torch.no_grad():
-                    _ops.dense_backward_(student, *inputs, stats, *coefficients)
+                    _ops.dense_backward_(student, *inputs.arguments, stats, *coefficients)
                 torch.autograd.graph.increment_version(student)
                 to_student = student.detach()
             else:
-                grad = _ops.dense_backward(student, *inputs, stats, *coefficients)
+                grad = _ops.dense_backward(student, *inputs.arguments, stats, *coefficients)
                 to_student = only_once(grad, *upstream, student)
         return None, to_student, to_temperature, *[None] * _N_PER_TOKEN, *to_teachers
 

@@ -41,6 +41,8 @@ def _call(
         label_smoothing=inputs.label_smoothing,
         kept_columns=inputs.kept_columns,
         tail_rule=inputs.tail_rule,
+        scales=[cap.scale for cap in inputs.caps],
+        softcaps=[cap.softcap for cap in inputs.caps],
         values_with_dtemperature=dtemperature,
         threads=torch.get_num_threads(),
         **{k: view(v) for k, v in held.items()},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kdfast.spec.head import Cap
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Arguments that the operators of every loss take. student (..., V); teachers (..., >= columns) each; teacher_weights
@@ -45,6 +47,8 @@ class Inputs(NamedTuple):
     kept_packed: Tensor | None = None
     kept_size: int = 0
     kept_grid: int = 0
+    # Not an argument of the operators, whose logits are stored: the heads' operators give it to a launcher.
+    caps: tuple[Cap, ...] = ()  # of the student and each teacher, where the tensors hold products; () where none does
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -57,8 +61,18 @@ class Inputs(NamedTuple):
         """Whether there is a distillation term."""
         return bool(self.teachers) or self.kept_ids is not None
 
+    @property
+    def student_cap(self) -> Cap:
+        """How the student's logits follow from its tensor."""
+        return self.caps[0] if self.caps else Cap()
 
-N_INPUTS = len(Inputs._fields)
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the operators take."""
+        return self[:N_INPUTS]
+
+
+N_INPUTS = len(Inputs._fields) - 1
 
 
 def stats_size(inputs: Inputs) -> int:

@@ -231,7 +231,7 @@ def _batched(op: Any, outputs: int) -> Any:
         )
         result = op(
             _to_front(student, in_dims[0], batch),
-            *moved,
+            *moved.arguments,
             *(_to_front(x, d, batch) for x, d in zip(rest, rest_dims, strict=True)),
         )
         return result, (0 if outputs == 1 else (0,) * outputs)

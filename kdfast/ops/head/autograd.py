@@ -70,7 +70,7 @@ def _arguments(tensors: Tensors, spec: HeadSpec, temperature: Tensor, per_token:
     student, *teachers = tensors.inputs
     inputs = spec.dense.inputs(tuple(teachers), per_token, temperature.detach())
     heads = (list(tensors.weights), list(tensors.biases), list(spec.softcaps), list(spec.scales), spec.memory_budget)
-    return student, *inputs, *heads, spec.dense.wants_z, spec.dense.wants_dtau
+    return student, *inputs.arguments, *heads, spec.dense.wants_z, spec.dense.wants_dtau
 
 
 def _to_student(tensors: Tensors, needs: tuple[bool, ...]) -> list[bool]:
@@ -173,7 +173,7 @@ class _Tokens(torch.autograd.Function):
             to_tensors = _flat_gradients(tensors, wanted, tuple(only_once(g, *sources) for g in grads))
         to_temperature = None
         if ctx.needs_input_grad[1] and spec.dense.wants_dtau and coefficients[0] is not None:
-            moved = (coefficients[0] * dtau).sum().to(temperature.dtype)
+            moved = weighted(coefficients[0], dtau, "sum").to(temperature.dtype)
             to_temperature = only_once(moved, *sources)
         return None, to_temperature, *others, *to_tensors
 
@@ -206,7 +206,7 @@ def _parts(x: Logits) -> tuple[Tensor, Tensor | None, Tensor | None, float, floa
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[assignment]
-    return *tensors, x.softcap or 0.0, x.scale
+    return *tensors, x.cap.softcap, x.cap.scale
 
 
 def distill_loss(problem: Problem, backend: str, over_ranks: Operators | None = None) -> DistillTerms:

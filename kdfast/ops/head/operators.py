@@ -1,7 +1,8 @@
 """The loss over logits that are made and consumed a chunk of tokens at a time, so that they never exist as a whole.
 
 Of each chunk: a matrix product per head gives its logits, the dense kernel puts their gradient in their place, and two
-more products take that on to the hidden states and the weight. With a student and a teacher head a step is the four
+more products take that on to the hidden states and the weight. Scale and softcap are the kernel's, in fp32: it reads
+products as logits, and leaves the gradient of the products. With a student and a teacher head a step is the four
 products of the eager loss; beside the gradients it returns, it holds one chunk of logits and the weight's gradient in
 fp32.
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from kdfast.ops.dense import operators as dense
 from kdfast.ops.dense.inputs import INPUTS, N_INPUTS, Inputs
 from kdfast.ops.dense.operators import COEFFICIENTS
+from kdfast.spec.head import Cap
 
 #: Bytes of logits in one chunk, all heads together: enough rows for the matrix products to run at full speed.
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -91,10 +93,9 @@ class Chunks:
     ``columns`` of each participant, where a chunk's size must not go by those that are here.
     """
 
-    def __init__(
-        self, student: Tensor, inputs: Inputs, heads: Heads, *, keeps_logits: bool, columns: int | None = None
-    ) -> None:
-        self.heads, self.inputs, self.leading = heads, inputs, student.shape[:-1]
+    def __init__(self, student: Tensor, inputs: Inputs, heads: Heads, *, columns: int | None = None) -> None:
+        caps = tuple(Cap(*cap) for cap in zip(heads.scales, heads.softcaps, strict=True))
+        self.heads, self.inputs, self.leading = heads, inputs._replace(caps=caps), student.shape[:-1]
         self.participants = [x.detach() for x in (student, *inputs.teachers)]
         counted = None if inputs.counted is None else inputs.counted.reshape(-1)
         self.index: Tensor | None = None  # of the tokens that stay, where some leave
@@ -114,10 +115,7 @@ class Chunks:
             if (x := getattr(inputs, name)) is not None
         }
         made = [(k, x) for k, x in enumerate(self.participants) if heads.weights[k] is not None]
-        copies = [2 if k == 0 and keeps_logits and heads.softcaps[0] else 1 for k, _ in made]
-        per_token = sum(
-            n * (columns or heads.columns(k, x)) * x.element_size() for n, (k, x) in zip(copies, made, strict=True)
-        )
+        per_token = sum((columns or heads.columns(k, x)) * x.element_size() for k, x in made)
         budget = heads.memory_budget or CHUNK_BYTES.get(student.device.type, CHUNK_BYTES["cuda"])
         self.rows = chunk_rows(self.count, per_token, budget)
         self.buffers = {
@@ -151,19 +149,14 @@ class Chunks:
         return x
 
     def logits(self, k: int, tokens: slice) -> Tensor:
-        """Participant k's logits, (n, columns)."""
+        """Participant k's logits, (n, columns); of a head, the product that they follow from."""
         x, weight, bias = self.given(k, tokens), self.heads.weights[k], self.heads.biases[k]
         if weight is None:
             return dense.rows_of(x)
-        out, scale, softcap = self.buffers[k][: x.shape[0]], self.heads.scales[k], self.heads.softcaps[k]
-        columns = weight.detach().t()
+        out, columns = self.buffers[k][: x.shape[0]], weight.detach().t()
         if bias is not None:
-            torch.addmm(bias.detach(), x, columns, beta=scale, alpha=scale, out=out)
-        elif scale != 1.0:
-            torch.addmm(out, x, columns, beta=0, alpha=scale, out=out)
-        else:
-            torch.mm(x, columns, out=out)
-        return out.div_(softcap).tanh_().mul_(softcap) if softcap else out
+            return torch.addmm(bias.detach(), x, columns, out=out)
+        return torch.mm(x, columns, out=out)
 
     def inputs_of(self, tokens: slice) -> Inputs:
         """The dense kernel's arguments for these tokens."""
@@ -199,7 +192,7 @@ def _parts(out: dict[str, Tensor], tokens: slice) -> dict[str, Tensor]:
 
 def _head_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
-    chunks = Chunks(student, inputs, heads, keeps_logits=False)
+    chunks = Chunks(student, inputs, heads)
     out = chunks.token_outputs(*args[N_INPUTS + N_HEADS :])
     run = dense.launcher(inputs.backend).run
     for tokens in chunks:
@@ -211,7 +204,7 @@ def _head_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _head_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
     wants_z, wants_dtau, *coefficients, wanted = args[N_INPUTS + N_HEADS :]
-    chunks = Chunks(student, inputs, heads, keeps_logits=True)
+    chunks = Chunks(student, inputs, heads)
     out = chunks.token_outputs(wants_z, wants_dtau)
     c = [None if x is None else chunks.compact(x).float() for x in coefficients]
     run = dense.launcher(inputs.backend).run
@@ -221,7 +214,7 @@ def _head_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
         g = gradients.of_logits(z, tokens)
         c_soft, c_hard, c_z = (None if x is None else x[tokens] for x in c)
         run(z, chunks.inputs_of(tokens), **_parts(out, tokens), grad=g, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
-        gradients.add(z, g, tokens)
+        gradients.add(g, tokens)
     return *finished(chunks, out), *gradients.finished()
 
 
@@ -230,30 +223,26 @@ class Gradients:
 
     def __init__(self, chunks: Chunks, wanted: list[bool]) -> None:
         x, self.weight, bias = chunks.participants[0], chunks.heads.weights[0], chunks.heads.biases[0]
-        self.chunks, self.scale, self.softcap = chunks, chunks.heads.scales[0], chunks.heads.softcaps[0]
+        self.chunks = chunks
         size = (chunks.count, x.shape[-1])
         self.d_student = torch.empty(size, dtype=x.dtype, device=x.device) if wanted[0] else None
         self.d_weight, self.d_bias = (
             torch.zeros(w.shape, dtype=torch.float32, device=x.device) if w is not None and yes else None
             for w, yes in zip((self.weight, bias), wanted[1:], strict=True)
         )
-        # Softcap's derivative needs the logits that the gradient would overwrite.
-        self.apart = torch.empty_like(chunks.buffers[0]) if self.weight is not None and self.softcap else None
         self.product: Tensor | None = None  # of one chunk, before it is added in fp32
 
     def of_logits(self, z: Tensor, tokens: slice) -> Tensor:
-        """Where the kernel leaves the gradient of the logits: in their place, where they are ours."""
+        """Where the kernel leaves the gradient of what it reads: in its place, where that is ours."""
         if self.weight is None:
             assert self.d_student is not None
             return self.d_student[tokens]
-        return z if self.apart is None else self.apart[: z.shape[0]]
+        return z
 
-    def add(self, z: Tensor, g: Tensor, tokens: slice) -> None:
-        """Takes a chunk's gradient of the logits on to the tensors that made them."""
+    def add(self, g: Tensor, tokens: slice) -> None:
+        """Takes a chunk's gradient of the product on to the tensors that made it."""
         if self.weight is None:
             return
-        if self.apart is not None:  # d softcap tanh(x / softcap) / dx = 1 - tanh^2
-            g.mul_(z.div_(self.softcap).square_().neg_().add_(1.0))
         if self.d_student is not None:
             torch.mm(g, self.weight.detach(), out=self.d_student[tokens])
         if self.d_weight is not None:
@@ -278,8 +267,8 @@ class Gradients:
         d_student = nothing if self.d_student is None else self.chunks.spread(self.d_student)
         if self.weight is None:
             return d_student, nothing, nothing
-        others = (nothing if d is None else d.mul_(self.scale).to(nothing.dtype) for d in (self.d_weight, self.d_bias))
-        return d_student.mul_(self.scale), *others  # type: ignore[return-value]  # two
+        others = (nothing if d is None else d.to(nothing.dtype) for d in (self.d_weight, self.d_bias))
+        return d_student, *others  # type: ignore[return-value]  # two
 
 
 for _device in ("CPU", "CUDA"):

@@ -126,7 +126,7 @@ class HeadsOverRanks:
         """Terms of each token; arguments as in ``head_forward``."""
         inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
         wants_z, wants_dtau = args[N_INPUTS + N_HEADS :]
-        chunks = Chunks(student, inputs, heads, keeps_logits=False, columns=self.shard.widest)
+        chunks = Chunks(student, inputs, heads, columns=self.shard.widest)
         out = chunks.token_outputs(wants_z, wants_dtau)
         for tokens in chunks:
             z, part = chunks.logits(0, tokens), chunks.inputs_of(tokens)
@@ -138,7 +138,7 @@ class HeadsOverRanks:
         """Terms of each token and finished gradients; arguments as in ``head_fused``."""
         inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
         wants_z, wants_dtau, *coefficients, wanted = args[N_INPUTS + N_HEADS :]
-        chunks = Chunks(student, inputs, heads, keeps_logits=True, columns=self.shard.widest)
+        chunks = Chunks(student, inputs, heads, columns=self.shard.widest)
         out = chunks.token_outputs(wants_z, wants_dtau)
         factors = [None if x is None else chunks.compact(x).float() for x in coefficients]
         gradients = _SummedGradients(chunks, wanted, self.shard.group)
@@ -152,9 +152,7 @@ class HeadsOverRanks:
                 shard_dense.gradient_into(g, z, part, self.shard, found, (c_soft, c_hard, c_z))
             else:
                 shard_sparse.gradient_into(g, z, part, self.shard, sparse, (c_soft, c_hard, c_z))
-                if g is not z:  # the derivative of the soft cap reads them
-                    sparse.kept.put_back(z)
-            gradients.add(z, g, tokens)
+            gradients.add(g, tokens)
         return *head.finished(chunks, out), *gradients.finished()
 
 
@@ -176,8 +174,8 @@ class _SummedGradients(Gradients):
         self.group = group
         self.on_its_way: tuple[Any, Tensor, slice] | None = None
 
-    def add(self, z: Tensor, g: Tensor, tokens: slice) -> None:
-        super().add(z, g, tokens)
+    def add(self, g: Tensor, tokens: slice) -> None:
+        super().add(g, tokens)
         if self.weight is None or self.d_student is None:
             return
         self._arrive()

@@ -60,7 +60,7 @@ def statistics(student: Tensor, inputs: Inputs, shard: Shard, *, wants_z: bool, 
     local = launcher.sums(student, inputs)
     zeros = torch.zeros(student.shape[:-1], dtype=torch.float64, device=student.device)
     logs = torch.cat([local[..., :2], local[..., 4:]], -1)
-    at_label, found = label_parts(student, inputs.labels)
+    at_label, found = label_parts(student, inputs)
     logs, sums = log2_sum(logs, torch.stack([local[..., 2], local[..., 3], at_label, found], -1), shard.group)
     logit_sum, present, at_label, found = sums.unbind(-1)
     totals = torch.cat([logs[..., :2], logit_sum[..., None], present[..., None], logs[..., 2:]], -1)
@@ -105,14 +105,15 @@ def local_labels(inputs: Inputs, shard: Shard, columns: int) -> Tensor | None:
     return torch.where(unread, NO_LABEL, torch.where(here, y - shard.start, ELSEWHERE))
 
 
-def label_parts(student: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of local labels: their logits, and 1 where they are; 0 elsewhere."""
+def label_parts(student: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Of labels, local ones: their logits, and 1 where they are; 0 elsewhere."""
+    labels = inputs.labels
     zeros = torch.zeros(student.shape[:-1], dtype=torch.float64, device=student.device)
     if labels is None:
         return zeros, zeros
     here = labels >= 0
-    logit = student.gather(-1, torch.where(here, labels, 0)[..., None])[..., 0].double()
-    return torch.where(here, logit, 0.0), here.double()
+    stored = student.gather(-1, torch.where(here, labels, 0)[..., None])[..., 0].double()
+    return torch.where(here, inputs.student_cap.logits(stored), 0.0), here.double()
 
 
 def log2_sum(local: Tensor, extra: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,7 @@ def cross_entropy(inputs: Inputs, lost: Tensor, lse: Tensor, at_label: Tensor, m
     """Per token, nats."""
     smoothing, labels = inputs.label_smoothing, inputs.labels
     assert labels is not None
-    ce = lse - at_label
+    ce = (lse - at_label).clamp(min=0)  # where it is below, it is 0 to the rounding of fp32 sums
     if smoothing > 0:
         ce = (1 - smoothing) * ce + smoothing * (lse - mean_logit)
     return torch.where(labels == NO_LABEL, 0.0, torch.where(lost, math.nan, ce))

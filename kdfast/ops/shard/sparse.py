@@ -42,6 +42,7 @@ from kdfast.ops.shard.operators import (
 )
 from kdfast.spec import reference
 from kdfast.spec.divergence import Term
+from kdfast.spec.head import Cap
 from kdfast.spec.problem import NO_LABEL
 
 #: Bytes of logits that are copied at a time where they are not ours to change: a part of the cache.
@@ -55,7 +56,7 @@ class Kept(NamedTuple):
 
     here: Tensor  # bool: on this rank
     column: Tensor  # int64, of this shard; 0 where it is elsewhere
-    logits: Tensor  # as the student holds them; any column's where it is elsewhere
+    stored: Tensor  # as the student's tensor holds them; any column's where it is elsewhere
 
     @classmethod
     def of(cls, student: Tensor, inputs: Inputs, shard: Shard) -> Kept:
@@ -69,10 +70,6 @@ class Kept(NamedTuple):
     def take_out(self, z: Tensor) -> None:
         """Puts -inf in their places: a minimum, which leaves the column that stands for the others as it is."""
         z.scatter_reduce_(-1, self.column, torch.where(self.here, -math.inf, math.inf).to(z.dtype), "amin")
-
-    def put_back(self, z: Tensor) -> None:
-        """Undoes ``take_out``."""
-        z.scatter_reduce_(-1, self.column, torch.where(self.here, self.logits, -math.inf), "amax")
 
     def of_tokens(self, tokens: slice) -> Kept:
         """Those of a range of tokens, counted in one line."""
@@ -100,10 +97,10 @@ def statistics(student: Tensor, inputs: Inputs, shard: Shard, *, wants_z: bool, 
     _check_ids(inputs)
     kept = Kept.of(student, inputs, shard)
     labels = local_labels(inputs, shard, student.shape[-1])
-    at_label, found = label_parts(student, labels)
+    at_label, found = label_parts(student, inputs._replace(labels=labels))
     local = _sums_beside(student, _as_dense(inputs, student, labels), kept, ours=ours)
     width = torch.full_like(found, student.shape[-1])
-    mine = torch.where(kept.here, kept.logits.double(), 0.0)
+    mine = torch.where(kept.here, inputs.student_cap.logits(kept.stored.double()), 0.0)
     several = torch.stack([local[..., 2], local[..., 3], at_label, found, width], -1)
     beside, sums = log2_sum(local[..., :2], torch.cat([several, mine], -1), shard.group)
     (logit_sum, present, at_label, found, width), z = sums[..., :5].unbind(-1), sums[..., 5:]
@@ -165,6 +162,7 @@ def gradient_into(grad: Tensor, z: Tensor, inputs: Inputs, shard: Shard, found: 
     as_dense = _as_dense(inputs, z, labels)
     stats = launcher.stats_of(found.common.totals, found.common.sum_student, as_dense)
     launcher.run(z, as_dense, stats=stats, grad=grad, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
+    kept = kept * inputs.student_cap.slope(found.kept.stored.double())
     grad.scatter_add_(-1, found.kept.column, torch.where(found.kept.here, kept, 0.0).to(grad.dtype))
 
 
@@ -181,6 +179,7 @@ def _as_dense(inputs: Inputs, z: Tensor, labels: Tensor | None) -> Inputs:
         kept_per_row=None,
         kept_columns=0,
         tail_rule="",
+        caps=(inputs.student_cap, Cap()),  # whatever that teacher's logits
     )
 
 
