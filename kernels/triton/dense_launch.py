@@ -17,7 +17,7 @@ from kdfast.kernels.triton.dense_rows import Cap, Factors, Given, Kept, Rows, Wa
 from kdfast.kernels.triton.divergences import KINDS
 from kdfast.kernels.triton.unpack import packed_of
 from kdfast.spec.reference import check_ids
-from kdfast.spec.values import at_hand
+from kdfast.spec.values import at_hand, check_memory
 
 LOG2E = dense_rows.LOG2E.value
 NO_FACTORS = Factors(None, None, None)
@@ -321,9 +321,9 @@ def run(
         c_z: (...) fp32, factor of the gradient of logsumexp^2.
 
     Raises:
-        ValueError: more kept columns than MOST_KEPT; and a temperature that is not above 0, a label or a kept column
-            out of range, or one kept twice, where the values are on the CPU, or anywhere with KDFAST_CHECK=1 in the
-            environment.
+        ValueError: more kept columns than MOST_KEPT; logits whose memory was freed; and a temperature that is not above
+            0, a label or a kept column out of range, or one kept twice, where the values are on the CPU, or anywhere
+            with KDFAST_CHECK=1 in the environment.
     """
     packed = inputs.kept_packed is not None
     kept = 0 if inputs.kept_ids is None else inputs.kept_size if packed else inputs.kept_ids.shape[-1]
@@ -332,6 +332,8 @@ def run(
         kind = "packed" if packed else "kept"
         msg = f"kdfast: the Triton kernel takes at most {most} {kind} columns a token, got {kept}"
         raise ValueError(msg)
+    for name, x in (("student", student), *(("teacher", t) for t in inputs.teachers)):
+        check_memory(name, x)  # a backward comes later than the call, which looked at them, too
     tau = inputs.temperature.item() if inputs.temperature.device.type == "cpu" else None
     _check_values(student, inputs, tau, elsewhere=hard is None)
     if student.numel() == 0:
