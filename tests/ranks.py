@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import importlib.util
 import os
+import pickle
 import sys
+import types
 
 import torch
 import torch.distributed as dist
@@ -22,7 +26,26 @@ def compare(name, got, want, dtype):
         )
 
 
-def worker(rank, world, store, checks, interpreting):
+def named_by(checks):
+    """The files of the modules that checks are in, by the names that pytest has given them."""
+    functions = [check.func if isinstance(check, functools.partial) else check for check in checks]
+    return {f.__module__: sys.modules[f.__module__].__file__ for f in functions}
+
+
+def load(name, file):
+    """Imports a test's file in a process that pytest has not started, with the package that its name says it is in."""
+    for package in (name.rsplit(".", k)[0] for k in range(name.count("."), 0, -1)):
+        sys.modules.setdefault(package, types.ModuleType(package))
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+def worker(rank, world, store, files, checks, interpreting):
+    for name, file in files.items():
+        if name not in sys.modules:
+            load(name, file)
+    checks = pickle.loads(checks)
     if interpreting:
         import interpreter
 
@@ -46,7 +69,9 @@ def worker(rank, world, store, checks, interpreting):
 
 def run(checks, world, tmp_path):
     """Every check, ``(rank, world)``, on every one of ``world`` processes."""
-    mp.spawn(worker, args=(world, str(tmp_path / "store"), checks, INTERPRETING), nprocs=world)
+    checks = list(checks)
+    args = (world, str(tmp_path / "store"), named_by(checks), pickle.dumps(checks), INTERPRETING)
+    mp.spawn(worker, args=args, nprocs=world)
 
 
 def cuts_of(columns, world, *, uneven):
