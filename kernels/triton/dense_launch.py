@@ -36,7 +36,9 @@ def _rows(x: Tensor) -> Rows | None:
             merged.append((n, s))
     if len(merged) > 2:
         return None
-    (_, outer), (inner, step) = [(1, 0), (1, 0), *merged][-2:]
+    if len(merged) < 2:  # one stride says it: not a kernel for each kind of number that the count of rows may be
+        return Rows(x, 1, merged[0][1] if merged else 0, 0)
+    (_, outer), (inner, step) = merged
     return Rows(x, inner, outer, step)
 
 
@@ -107,15 +109,15 @@ def _kept(inputs: Any, *, summing: bool) -> Kept | None:
     if inputs.kept_packed is not None:
         packed = packed_of(inputs.kept_packed, inputs.kept_columns, inputs.kept_grid)
         values, per_row = inputs.kept_values.contiguous(), _flat(inputs.kept_per_row)
-        return Kept(ids, None, values, per_row, inputs.kept_size, inputs.kept_columns, packed)
+        return Kept(packed, ids, None, values, per_row, inputs.kept_size, inputs.kept_columns)
     return Kept(
+        None,
         ids,
         ids.sort(-1).values if summing else None,
         inputs.kept_values.contiguous(),
         _flat(inputs.kept_per_row),
         ids.shape[-1],
         inputs.kept_columns,
-        None,
     )
 
 
@@ -255,8 +257,7 @@ class _Call:
             self.given,
             wanted,
             sums,
-            self.splits,
-            SPLITS=1 << (self.splits - 1).bit_length(),
+            SPLITS=self.splits,
             **self.constants,
             num_warps=min(8, max(1, self.kept // 128)),
         )
@@ -268,8 +269,7 @@ class _Call:
             self.given,
             wanted,
             values,
-            self.splits,
-            SPLITS=1 << (self.splits - 1).bit_length(),
+            SPLITS=self.splits,
             DISTRIBUTIONS=self.distributions,
             KNOWN=self.known,
             num_warps=1,

@@ -69,6 +69,12 @@ def select_tile(device: torch.device, chunk: int, columns: int) -> Tile:
 
 
 def dense_splits(device: torch.device, rows: int, columns: int, tile: Tile) -> int:
-    """Programs that share a row: a function of shapes and of the device, so that results do not depend on timing."""
+    """Programs that share a row: a function of shapes and of the device, so that results do not depend on timing.
+
+    A power of two, as each number is a kernel of its own.
+    """
+    if rows >= processors(device):
+        return 1
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // max(rows, 1))
-    return 1 if rows >= processors(device) else max(1, min(wanted, -(-columns // tile.columns), MOST_SPLITS))
+    tiles = -(-columns // tile.columns)
+    return min(1 << (wanted - 1).bit_length(), 1 << (tiles.bit_length() - 1), MOST_SPLITS)
