@@ -164,7 +164,8 @@ class _Call:
         light = inputs.names in ([], ["forward_kl"])
         self.kept = 0 if self.given.kept is None else padded(self.given.kept.size)
         many = self.distributions > 1 or len(inputs.names) > 1
-        work = "kept" if self.kept else "many" if many else "light" if light else "other"
+        kept = "kept many" if self.kept > tiles.FEW_KEPT else "kept"
+        work = kept if self.kept else "many" if many else "light" if light else "other"
         self.tile = tiles.dense_tile(self.device, work, vocab)
         self.splits = tiles.dense_splits(self.device, self.rows, vocab, self.tile)
         needs_one = inputs.labels is not None or factors.hard is not None or factors.z is not None

@@ -21,7 +21,7 @@ class Tile(NamedTuple):
 #:
 #: The work of a dense call is named after what it keeps in registers per column: "light" is forward KL or cross-entropy
 #: alone, "other" one other divergence, "many" a mixture or an ensemble. "kept" is sparse targets, each of whose columns
-#: is looked for in the whole of its tile.
+#: is looked for in the whole of its tile; "kept many" has more than FEW_KEPT of them, which few warps would spill.
 TABLE_FILE = Path(__file__).with_name("tiles.json")
 TABLE: dict[str, dict[str, dict[str, Tile]]] = {
     operator: {arch: {work: Tile(*tile) for work, tile in row.items()} for arch, row in rows.items()}
@@ -31,6 +31,8 @@ TABLE: dict[str, dict[str, dict[str, Tile]]] = {
 #: Programs per processor below which a row is split, and the most splits of a row.
 PROGRAMS_PER_PROCESSOR = 2
 MOST_SPLITS = 64
+
+FEW_KEPT = 1024
 
 #: Kept columns of a row of sparse targets, which one program holds in registers.
 MOST_KEPT = 4096
