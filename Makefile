@@ -10,9 +10,14 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest
 # Processes that share the tests. Torch computes with several threads in each, which sleep where they would spin.
 WORKERS ?= 2
+# The oldest Triton that pyproject.toml lets in, with the newest NumPy: the pins of triton-oldest, and nowhere else.
+OLDEST_TRITON = triton==3.6.0
+OLDEST_NUMPY = numpy>=2.4
 INTERPRETED = dense modes edges operators head sparse packed triton distributed distributed_heads soft_targets gpu_suite
+# What of the interpreter's tests the oldest Triton repeats: each kernel, by its edges.
+OLDEST_TESTS = one_column or split or sample or pps or packed and bits or whole_rows or every_operator
 
-.PHONY: demo test lint bench docs tables nightly sanitize clean
+.PHONY: demo test triton-oldest lint bench docs tables nightly sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
@@ -24,6 +29,13 @@ test: $(VENV)/.test build/peers
 ifeq ($(shell uname),Linux)
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,$(INTERPRETED)))
 endif
+
+# Every kernel compiled, k = 1 and odd rows among them, and a part of the interpreter's tests, by the oldest Triton. Its
+# folder stands before the environment's own packages, which stay as they are.
+triton-oldest: $(VENV)/.test build/oldest
+	cd / && PYTHONPATH=$(CURDIR)/build/oldest $(abspath $(BIN))/python -P -c "import triton; print('Triton', triton.__version__)"
+	PYTHONPATH=build/oldest $(PYTEST) -n $(WORKERS) tests/test_triton_compile.py
+	PYTHONPATH=build/oldest TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "$(OLDEST_TESTS)" $(addprefix tests/test_,$(addsuffix .py,$(INTERPRETED)))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check kdfast kernels tests bench examples csrc docs/generate.py
@@ -67,6 +79,10 @@ $(VENV)/bin/python:
 # others, and seen by that test alone.
 build/peers: $(VENV)/.test tests/peers.txt
 	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ -r tests/peers.txt
+
+# Without the constraints of the newest.
+build/oldest: $(VENV)/.test Makefile
+	rm -rf $@ && PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --target $@ "$(OLDEST_TRITON)" "$(OLDEST_NUMPY)"
 
 # Built once for all sets of extras.
 $(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)

@@ -153,7 +153,9 @@ def _edge_calls() -> dict[str, Callable[[], None]]:
         for packed in (False, True):
             what = f"{'packed' if packed else 'sparse'}, k = 1, {name}"
             calls[what] = functools.partial(_distill, **kl, kept=1, packed=packed, **shape)
-            calls[f"{what}, few rows"] = functools.partial(_distill, **kl, kept=1, packed=packed, processors=132, **shape)
+            calls[f"{what}, few rows"] = functools.partial(
+                _distill, **kl, kept=1, packed=packed, processors=132, **shape
+            )
         for method in ("topk", "topp", "sample", "pps"):
             drawn = {"seed": 1} if method in ("sample", "pps") else {"p": 0.95} if method == "topp" else {}
             calls[f"{method}, k = 1, {name}"] = functools.partial(_select, method=method, k=1, **drawn, **shape)
