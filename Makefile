@@ -13,11 +13,12 @@ WORKERS ?= 2
 # The oldest Triton that pyproject.toml lets in, with the newest NumPy: the pins of triton-oldest, and nowhere else.
 OLDEST_TRITON = triton==3.6.0
 OLDEST_NUMPY = numpy>=2.4
-INTERPRETED = dense modes edges operators head sparse packed triton distributed distributed_heads soft_targets gpu_suite
+INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed shifts signs silence) \
+  kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
 # What of the interpreter's tests the oldest Triton repeats: each kernel, by its edges.
-OLDEST_TESTS = one_column or split or sample or pps or packed and bits or whole_rows or every_operator
+OLDEST_TESTS = one_column or one_kept or one_entry or split or sample or pps or every_operator
 
-.PHONY: demo test triton-oldest lint bench docs tables nightly sanitize clean
+.PHONY: demo test triton-oldest environment lint bench docs tables nightly sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
@@ -25,17 +26,20 @@ demo: $(VENV)/.demo
 # The Triton kernels go through the same tests in a process of their own: its interpreter is chosen before it is imported.
 test: $(VENV)/.test build/peers
 	$(PYTEST) -n $(WORKERS) tests $(PYTEST_ARGS)
-	PYTHONPATH=build/peers $(PYTEST) tests/test_peers.py
+	PYTHONPATH=build/peers $(PYTEST) tests/docs/test_peers.py
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(addprefix tests/test_,$(addsuffix .py,$(INTERPRETED)))
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(INTERPRETED)
 endif
 
 # Every kernel compiled, k = 1 and odd rows among them, and a part of the interpreter's tests, by the oldest Triton. Its
 # folder stands before the environment's own packages, which stay as they are.
 triton-oldest: $(VENV)/.test build/oldest
 	cd / && PYTHONPATH=$(CURDIR)/build/oldest $(abspath $(BIN))/python -P -c "import triton; print('Triton', triton.__version__)"
-	PYTHONPATH=build/oldest $(PYTEST) -n $(WORKERS) tests/test_triton_compile.py
-	PYTHONPATH=build/oldest TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "$(OLDEST_TESTS)" $(addprefix tests/test_,$(addsuffix .py,$(INTERPRETED)))
+	PYTHONPATH=$(CURDIR)/build/oldest $(PYTEST) -n $(WORKERS) tests/kernels/test_triton_compile.py
+	PYTHONPATH=$(CURDIR)/build/oldest TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "$(OLDEST_TESTS)" $(INTERPRETED)
+
+# All that test and lint need, so that they can run side by side.
+environment: $(VENV)/.test $(VENV)/.dev build/peers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check kdfast kernels tests bench examples csrc docs/generate.py
@@ -67,18 +71,19 @@ nightly: test sanitize
 	$(MAKE) $(VENV)/.examples && for example in digits fashion_mnist sentences language_model; do \
 	  $(BIN)/python -m examples.$$example --out build/examples/$$example || exit 1; done
 	mkdir -p build/suite && $(BIN)/python -m examples.suite --results build/suite --page build/suite/methods-results.md
-	KDFAST_TEST_CRASH_STATES=200 $(PYTEST) tests/test_cache_reliability.py -k power_cut
+	KDFAST_TEST_CRASH_STATES=200 $(PYTEST) tests/cache/test_cache_reliability.py -k power_cut
 	cmake --preset fuzz && cmake --build --preset fuzz
 	mkdir -p build/fuzzed && build/fuzz/kdfast_fuzz -max_total_time=600 build/fuzzed csrc/fuzz/corpus
-	$(MAKE) $(VENV)/.ray && $(PYTEST) tests/test_cache_ray.py
+	$(MAKE) $(VENV)/.ray && $(PYTEST) tests/cache/test_cache_ray.py
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
-# Other libraries, for tests/test_peers.py; without what they depend on, of which some would break
+# Other libraries, for tests/docs/test_peers.py; without what they depend on, of which some would break
 # others, and seen by that test alone.
-build/peers: $(VENV)/.test tests/peers.txt
-	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ -r tests/peers.txt
+build/peers: $(VENV)/.test tests/docs/peers.txt
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ -r tests/docs/peers.txt
 
 # Without the constraints of the newest.
 build/oldest: $(VENV)/.test Makefile
@@ -86,15 +91,17 @@ build/oldest: $(VENV)/.test Makefile
 
 # Built once for all sets of extras.
 $(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)
-	rm -rf build/wheel
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	touch $@
+	@echo "compiling kdfast: a few minutes of C++ the first time"
+	@rm -rf build/wheel
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	@touch $@
 
 # One stamp per set of extras; all share one environment.
 $(VENV)/.%: $(VENV)/.wheel
-	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[$*]"
-	touch $@
+	@echo "installing kdfast[$*] and what it needs, torch among it, into $(VENV)"
+	@$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[$*]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist kdfast-report

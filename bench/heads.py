@@ -19,7 +19,7 @@ from torch import Tensor
 import kdfast
 from kdfast.benchmark.cases import ALPHA, TEMPERATURE
 from kdfast.benchmark.competitors import eager_loss
-from kdfast.ops import head
+from kdfast.ops.head import operators as head
 
 P, R = ParamSpec("P"), TypeVar("R")
 Steps = dict[str, Callable[[], object] | str]

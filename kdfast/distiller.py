@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -13,13 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 from kdfast.cache.dataset import collate
 from kdfast.cache.reader import Reader
 from kdfast.methods.batch import Inputs, Split, accepted, split_batch
+from kdfast.methods.gate import gated_outputs, nothing_of
 from kdfast.methods.layers import Capture, unwrapped
 from kdfast.methods.loss import Loss, Term, Value
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
 from kdfast.methods.synchronise import GradientAverage
-from kdfast.packed import PackedTargets
-from kdfast.targets import LMHead, SparseTargets
+from kdfast.spec import reduction
+from kdfast.spec.head import LMHead
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.problem import _scalar
+from kdfast.spec.sparse import SparseTargets
 
 Teacher: TypeAlias = nn.Module | Reader
 LossLike: TypeAlias = Loss | Callable[[Step], Value] | tuple[Callable[[Step], Value], Setting]
@@ -59,7 +64,7 @@ class Distiller:
         losses: the losses, in the order of the terms.
 
     Raises:
-        TypeError: a teacher or loss of another kind.
+        TypeError: a teacher or loss of another kind, or one loss in the place of a list.
         ValueError: no loss, a teacher that is the student; on entering, a layer pattern that matches nothing.
 
     Source:
@@ -98,6 +103,11 @@ class Distiller:
         if accumulation_steps < 1:
             msg = f"accumulation_steps must be at least 1, got {accumulation_steps}"
             raise ValueError(msg)
+        if isinstance(losses, Loss) or callable(losses):
+            name = getattr(losses, "__name__", "it")
+            given = f"{type(losses).__name__}(...)" if isinstance(losses, Loss) else name
+            msg = f"losses must be a list of losses, got a single {type(losses).__name__}: give [{given}]"
+            raise TypeError(msg)
         self.student = student
         self.teachers: tuple[Teacher, ...] = tuple(teachers)
         self.split = split
@@ -231,6 +241,7 @@ class Distiller:
 
         Raises:
             RuntimeError: outside the context, or before :meth:`prepare` where a loss needs it.
+            ValueError: a loss that returned a tensor with axes, or a ``num_items`` that is not above 0.
         """
         self._entered()
         self._require_prepared()  # before the models run, and change their statistics
@@ -335,14 +346,29 @@ class Distiller:
 
     def _objective(self, step: Step, num_items: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         self._require_prepared()
+        if num_items is not None:
+            num_items = _scalar("num_items", num_items, open_low=True)
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
-            found = loss(step)
+            weight = value(loss.weight, step.number)
+            silent = not isinstance(weight, Tensor) and weight == 0
+            seen = replace(step, student=gated_outputs(step.student, weight))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not silent):
+                found = loss(seen)
             amount, parts = found if isinstance(found, tuple) else (found, {})
+            if not isinstance(amount, Tensor) or amount.dim() != 0:
+                got = f"shape {tuple(amount.shape)}" if isinstance(amount, Tensor) else type(amount).__name__
+                msg = f"loss {name!r} must return one number, a 0-d tensor, got {got}: reduce it, as with .mean()"
+                raise (ValueError if isinstance(amount, Tensor) else TypeError)(msg)
             terms[name] = amount.detach()
             terms |= {f"{name}.{part}": part_value.detach() for part, part_value in parts.items()}
-            weighted = amount * value(loss.weight, step.number)
+            if silent:  # logged, and no part of the objective: its gradient may be infinite
+                weighted = nothing_of(*_student_tensors(step.student), *loss.parameters())
+            elif isinstance(weight, Tensor):
+                weighted = reduction.weighted(weight.to(amount), amount, "none")
+            else:
+                weighted = amount * weight
             total = weighted if total is None else total + weighted
         assert total is not None  # there is at least one loss
         if num_items is not None:
@@ -355,6 +381,9 @@ class Distiller:
         return total, terms
 
 
+Distiller.__module__ = "kdfast"  # where it is for users, and for what they pickle
+
+
 def _as_loss(given: LossLike) -> Loss:
     if isinstance(given, Loss):
         return given
@@ -364,6 +393,9 @@ def _as_loss(given: LossLike) -> Loss:
             msg = f"{type(function).__name__} takes its weight itself: {type(function).__name__}(weight=...)"
             raise TypeError(msg)
         return Term(function, weight=weight)
+    if isinstance(given, type):
+        msg = f"a loss must be an object, got the class {given.__name__}: give {given.__name__}()"
+        raise TypeError(msg)
     if callable(given):
         return Term(given)
     msg = f"a loss must be a kdfast.methods.Loss, a callable, or (callable, weight), got {type(given).__name__}"
@@ -380,6 +412,15 @@ def _named(losses: Sequence[Loss]) -> dict[str, Loss]:
             name = f"{loss.name}_{n}"
         names[name] = loss
     return names
+
+
+def _student_tensors(student: Outputs) -> list[Tensor]:
+    """What a loss's gradient reaches the student by."""
+    logits = student.logits
+    tensors = [logits.hidden, logits.weight, logits.bias] if isinstance(logits, LMHead) else [logits]
+    return [
+        x for x in [*tensors, *(x for layers in student.captured.values() for x in layers)] if isinstance(x, Tensor)
+    ]
 
 
 def _detached(logits: Any) -> Any:

@@ -14,14 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.divergence import Term
-from kdfast.ops import _registry, head_autograd, shard_autograd
-from kdfast.ops.shard import Shard
-from kdfast.packed import PackedTargets
-from kdfast.problem import Logits, Problem, Teacher, build_problem, device_of
-from kdfast.reference import DistillTerms
-from kdfast.targets import LMHead, SparseTargets
+from kdfast.ops import _registry
+from kdfast.ops.head import autograd as head_autograd
+from kdfast.ops.shard import autograd as shard_autograd
+from kdfast.ops.shard.operators import Shard
+from kdfast.spec.divergence import Term
+from kdfast.spec.head import LMHead
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.problem import Logits, Problem, Teacher, build_problem, device_of
+from kdfast.spec.reduction import DistillTerms, token_weights
+from kdfast.spec.sparse import SparseTargets
 
 
 def distill_loss(
@@ -59,7 +61,7 @@ def distill_loss(
             (``DistributedDataParallel`` averages: multiply the loss by its number of ranks). None: this rank has all.
         backend: "cpu", "triton", or None for the one that serves the call.
         return_terms: return :class:`kdfast.DistillTerms`.
-        **options: those of :func:`kdfast.distill_loss` but ``overwrite_logits``, ``teacher_grad`` and
+        **options: those of :func:`kdfast.distill_loss` but ``overwrite_logits``, ``teacher_grad``, ``class_dim`` and
             ``vocab="truncate"``, which raise.
 
     Returns:
@@ -77,12 +79,18 @@ def distill_loss(
     if options.pop("vocab", "strict") != "strict":
         msg = "vocab='truncate' is not served by kdfast.distributed: cut both vocabularies before they are sharded"
         raise ValueError(msg)
+    if options.get("class_dim", -1) != -1:
+        msg = "class_dim is not served by kdfast.distributed: make the classes the last axis, x.movedim(class_dim, -1)"
+        raise ValueError(msg)
     if isinstance(teacher, PackedTargets):
         teacher = teacher.unpack()
     # Sparse targets have all columns, this rank's student a part of them: their sizes are compared over ranks.
     wider = vocab_group is not None and isinstance(teacher, SparseTargets)
     vocab: Literal["strict", "truncate"] = "truncate" if wider else "strict"
-    problem = build_problem(student, teacher, labels, return_terms=return_terms, vocab=vocab, **options)
+    shared = vocab_group is not None and dist.get_world_size(vocab_group) > 1
+    problem = build_problem(
+        student, teacher, labels, return_terms=return_terms, vocab=vocab, of_shard=shared, **options
+    )
     row = _registry.select(problem if vocab_group is None else _for_kernels(problem), backend)
     if vocab_group is not None and row.name == "reference":
         asked = _registry.backends(_for_kernels(problem)).rows
@@ -268,7 +276,7 @@ class _Rows:
 
 def _count_tokens(problem: Problem, group: dist.ProcessGroup) -> Tensor:
     """Weight of the tokens of all ranks; 1 where there are none, so that the loss is 0 / 1."""
-    total = reference.token_weights(dataclasses.replace(problem, reduction="sum")).sum(dtype=torch.float64)
+    total = token_weights(dataclasses.replace(problem, reduction="sum")).sum(dtype=torch.float64)
     dist.all_reduce(total, group=group)
     return torch.where(total != 0, total, 1.0).float()
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from kdfast.divergence import DivergenceLike
 from kdfast.ops import _registry
-from kdfast.problem import Logits, Reduction, Teacher, build_problem
-from kdfast.reference import DistillTerms
-from kdfast.targets import LMHead
+from kdfast.ops.classes import check_class_dim, classes_last
+from kdfast.spec.divergence import DivergenceLike
+from kdfast.spec.head import LMHead
+from kdfast.spec.problem import Logits, Reduction, Teacher, build_problem
+from kdfast.spec.reduction import DistillTerms
 
 if TYPE_CHECKING:  # what follows tells a type checker which of two types a call returns
     from typing_extensions import Unpack
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # what follows tells a type checker which of two types a call
         tail: Literal["bucket", "renorm", "zero"]
         overwrite_logits: bool
         memory_budget: int | None
+        class_dim: int
         backend: str | None
 
 
@@ -83,6 +85,7 @@ def distill_loss(
     overwrite_logits: bool = False,
     memory_budget: int | None = None,
     return_terms: bool = False,
+    class_dim: int = -1,
     backend: str | None = None,
 ) -> Tensor | DistillTerms:
     r"""Distillation loss of a student on a teacher and on hard labels.
@@ -126,6 +129,9 @@ def distill_loss(
             second full-size buffer. Under torch.compile and torch.func transforms it has no effect.
         memory_budget: bytes for one chunk of an LMHead's logits; None: a constant of device and dtype.
         return_terms: return :class:`DistillTerms` (loss, soft, hard) in place of the loss.
+        class_dim: the axis of the classes of student and teachers: 1 for images (B, C, H, W), as
+            :func:`torch.nn.functional.cross_entropy` has it, with labels and other tensors per token (B, H, W). Logits
+            whose classes do not lie side by side in memory are copied. Heads and sparse targets have the last.
         backend: "reference", "cpu", "triton", "cuda", or None for the best one that serves the call; wins over the
             environment's KDFAST_BACKEND.
 
@@ -150,6 +156,8 @@ def distill_loss(
     """
     if type(student) is not Tensor and _is_dtensor(student.hidden if isinstance(student, LMHead) else student):
         return _of_dtensors(**locals())
+    if class_dim != -1:
+        student, teacher = classes_last(student, teacher, class_dim, views=overwrite_logits)
     problem = build_problem(
         student,
         teacher,
@@ -191,6 +199,11 @@ def _of_dtensors(student: Logits, teacher: Any, labels: Tensor | None, **options
 _PER_CALL = ("student", "teacher", "labels", "return_terms")
 
 
+def option_names() -> list[str]:
+    """The options of :func:`distill_loss` that may be set once for many calls, in their order."""
+    return [name for name in inspect.signature(distill_loss).parameters if name not in _PER_CALL]
+
+
 class DistillLoss(nn.Module):
     """:func:`kdfast.distill_loss` with its options set once.
 
@@ -213,7 +226,7 @@ class DistillLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = [name for name in inspect.signature(distill_loss).parameters if name not in _PER_CALL]
+        known = option_names()
         for name, value in options.items():
             if name not in known:
                 msg = f"DistillLoss got an unknown option {name!r}; it takes {', '.join(known)}"
@@ -224,7 +237,11 @@ class DistillLoss(nn.Module):
                 self.register_buffer(name, value, persistent=False)
         self.options = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
         probe = torch.zeros(1, 2)
-        fixed = {k: v for k, v in self.options.items() if k not in ("teacher_weights", "backend")}
+        # of a number in a tensor the value is looked at, too; one per token is of the tokens that come
+        numbers = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.dim() == 0}
+        of_tensors = ("teacher_weights", "class_dim", "backend")
+        fixed = {k: v for k, v in (self.options | numbers).items() if k not in of_tensors}
+        check_class_dim(self.options.get("class_dim", -1))
         if self.options.get("backend") is not None:
             _registry.check_name(self.options["backend"], "backend")
         build_problem(
@@ -243,3 +260,6 @@ class DistillLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options that were set."""
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+DistillLoss.__module__ = "kdfast"  # where it is for users, and for what they pickle

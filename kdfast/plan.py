@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdfast.ops import head
+from kdfast.ops.head import operators as head
 
 #: Full-size fp32 tensors that the eager formula of forward KL and cross-entropy holds at its peak, as measured by
 #: ``kdfast bench``; the compiled one holds 2 of fp32 logits.
@@ -72,7 +72,7 @@ def plan(*, tokens: int, vocab: int, hidden: int, kept: int = 64, itemsize: int 
             2 * logits + EAGER_COPIES * tokens * vocab * 4 + stored,
             2 * logits + 3 * EAGER_COPIES * tokens * vocab * 4,
             4,
-            f"{EAGER_COPIES} full-size fp32 copies, each written and read",
+            f"{EAGER_COPIES} full-size copies in fp32",
         ),
         Cost("distill_loss(logits, logits)", 3 * logits + stored, 3 * logits, 4, "one gradient of the logits"),
         Cost("the same, overwrite_logits=True", 2 * logits + stored, 3 * logits, 4, "the gradient replaces logits"),

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kdfast import selection
 from kdfast.loss import _is_dtensor
-from kdfast.ops import _registry, select_cpu, select_triton
-from kdfast.ops.dense import KERNEL_DTYPES
-from kdfast.ops.dense_cpu import EXTENSION_MISSING
-from kdfast.problem import Logits, _check_logits, _choice, device_of
-from kdfast.selection import Request, Selected
-from kdfast.targets import METHODS, SAMPLED, LMHead, SparseTargets
+from kdfast.ops import _registry
+from kdfast.ops.eager import outside_graphs
+from kdfast.spec.head import LMHead
+from kdfast.spec.problem import Logits, _check_logits, _choice
+from kdfast.spec.selection import Request, Selected
+from kdfast.spec.sparse import METHODS, SAMPLED, SparseTargets
 
 Method: TypeAlias = Literal["topk", "topp", "sample", "pps"]
 
@@ -29,7 +27,7 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 _MOST_K = 2**31 - 1
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@outside_graphs
 @torch.no_grad()
 def soft_targets(
     logits_or_head: Logits,
@@ -100,7 +98,7 @@ def soft_targets(
         msg = "logits_or_head must be a plain tensor, got a DTensor: pass x.to_local() where whole rows are held"
         raise TypeError(msg)
     request = _request(k, method, temperatures, seed, p)
-    backend = _backend(logits_or_head, request)
+    backend = _registry.selector(logits_or_head, request)
     leading, v = logits_or_head.shape[:-1], logits_or_head.shape[-1]
     run = backend.select
     by_kernel = backend.name != "reference"
@@ -183,58 +181,7 @@ def _temperatures(temperatures: object, method: str) -> tuple[float, ...]:
     return distinct
 
 
-# --- Who computes it, and in what chunks ------------------------------------------------------------------------------
-
-
-class _Backend(NamedTuple):
-    """One way to select."""
-
-    name: str
-    declines: Callable[[Logits, Request], str | None]  # why it cannot serve a call
-    select: Callable[[Tensor, Request, int], Selected]
-
-
-def _declines_on_cpu(x: Logits, _: Request) -> str | None:
-    return EXTENSION_MISSING or _not_taken(x, "cpu")
-
-
-def _declines_on_triton(x: Logits, request: Request) -> str | None:
-    reason = _registry._triton_unavailable() or _not_taken(x, "cpu" if _registry._interprets() else "cuda")
-    return reason or select_triton.declines(request, x.shape[-1])
-
-
-def _not_taken(x: Logits, device: str) -> str | None:
-    """Why a kernel for tensors of a device cannot take these logits."""
-    if device_of(x).type != device:
-        return f"logits on {device_of(x)}"
-    dtype = x.dtype if isinstance(x, Tensor) else x.hidden.dtype
-    return None if dtype in KERNEL_DTYPES else f"{dtype} logits (it takes float32, bfloat16 and float16)"
-
-
-#: Best first.
-_BACKENDS = (
-    _Backend("cpu", _declines_on_cpu, select_cpu.select),
-    _Backend("triton", _declines_on_triton, select_triton.select),
-    _Backend("reference", lambda _x, _request: None, selection.select),
-)
-
-
-def _backend(x: Logits, request: Request) -> _Backend:
-    name = os.environ.get("KDFAST_BACKEND") or None
-    if name is not None:
-        _registry.check_name(name, "KDFAST_BACKEND")
-        row = next((row for row in _BACKENDS if row.name == name), None)
-        reason = row.declines(x, request) if row else "it has no kernel for soft_targets"
-        if row is None or reason:
-            msg = f"backend {name!r} cannot serve this call: {reason}"
-            raise RuntimeError(msg)
-        return row
-    declined = [(row.name, row.declines(x, request)) for row in _BACKENDS]
-    chosen = next(row for row, (_, reason) in zip(_BACKENDS, declined, strict=True) if reason is None)
-    if chosen.name == "reference" and x.shape[-1] >= _registry.LARGE_VOCABULARY:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in declined if reason)
-        _registry._say_once(f"soft_targets runs in plain PyTorch, with fp64 copies of its logits: {reasons}")
-    return chosen
+# --- Chunks of tokens -------------------------------------------------------------------------------------------------
 
 
 def _chunks(x: Logits, *, widened: bool) -> Iterator[tuple[int, Tensor]]:
@@ -245,8 +192,8 @@ def _chunks(x: Logits, *, widened: bool) -> Iterator[tuple[int, Tensor]]:
     rows = x if isinstance(x, Tensor) else x.hidden
     rows = rows.reshape(-1, rows.shape[-1])
     row_bytes = x.shape[-1] * (8 if widened else rows.element_size())
-    if isinstance(x, LMHead) and x.softcap is not None:
-        row_bytes *= 3  # with what softcap leaves in between
+    if isinstance(x, LMHead) and not x.cap.plain:
+        row_bytes += x.shape[-1] * (2 * max(4, rows.element_size()) + 1)  # what the cap makes of the product
     step = max(1, CHUNK_BYTES.get(rows.device.type, CHUNK_BYTES["cpu"]) // row_bytes)
     for first in range(0, max(1, len(rows)), step):
         part = rows[first : first + step]

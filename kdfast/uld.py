@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.ops.uld import token_losses
-from kdfast.problem import Reduction, build_problem
+from kdfast.ops.uld.autograd import token_losses
+from kdfast.spec import reference
+from kdfast.spec.problem import Reduction, build_problem, check_plain_logits
+from kdfast.spec.reduction import keep, token_weights, weighted
 
 
 def uld_loss(
@@ -61,11 +62,7 @@ def uld_loss(
         (0.0122, (1, 3))
     """
     for name, value in (("student", student), ("teacher", teacher)):
-        if not isinstance(value, Tensor):
-            msg = f"{name} must be a tensor of logits (..., V), got {type(value).__name__}"
-            if hasattr(value, "logits"):
-                msg += f": pass {name}.logits() of a kdfast.LMHead, {name}.logits of a model's output"
-            raise TypeError(msg)
+        check_plain_logits(name, value)
     problem = build_problem(
         student,
         teacher,
@@ -75,6 +72,8 @@ def uld_loss(
         num_items=num_items,
         vocab="truncate",  # sizes may differ; nothing is cut here
     )
-    reference._check_values(problem, student)
-    loss = reference._keep(token_losses(student, teacher.detach(), problem), problem.counted)
-    return reference.weighted(reference.token_weights(problem), loss, reduction)
+    assert isinstance(problem.student, Tensor)
+    assert isinstance(problem.teachers[0], Tensor)
+    reference._check_values(problem, problem.student)
+    loss = keep(token_losses(problem.student, problem.teachers[0], problem), problem.counted)
+    return weighted(token_weights(problem), loss, reduction)

@@ -443,6 +443,9 @@ def test_two_processes_equal_one(tmp_path):
         ({"losses": []}, ValueError, "losses is empty"),
         ({"losses": [3.0]}, TypeError, "got float"),
         ({"losses": [(KD(), 2.0)]}, TypeError, r"KD\(weight=...\)"),
+        ({"losses": KD()}, TypeError, r"losses must be a list of losses, got a single KD: give \[KD\(...\)\]"),
+        ({"losses": by_hand}, TypeError, r"got a single function: give \[by_hand\]"),
+        ({"losses": [KD]}, TypeError, r"the class KD: give KD\(\)"),
         ({"teacher": "bert"}, TypeError, "got str"),
         ({"accumulation_steps": 0}, ValueError, "at least 1, got 0"),
     ],
@@ -477,3 +480,31 @@ def test_wrong_batches():
         d((x, y))
     with pytest.raises(TypeError, match="KD: reduction come with the batch"):
         KD(reduction="sum")
+
+
+def test_options_that_kd_does_not_have():
+    for wrong in ("T", "tau", "temp"):
+        with pytest.raises(TypeError, match=f"unknown option '{wrong}': did you mean temperature"):
+            KD(**{wrong: 4})
+    with pytest.raises(TypeError, match="'label_smooth': did you mean label_smoothing"):
+        KD(label_smooth=0.1)
+    with pytest.raises(TypeError, match=r"'xyz'; it takes temperature, alpha, divergence, .*z_loss"):
+        KD(xyz=1)
+    assert KD(label_smoothing=0.1, tail="renorm").options == {"label_smoothing": 0.1, "tail": "renorm"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda s: s.student_logits().square(), lambda s: s.student_logits().square().sum(-1)]
+)
+def test_a_loss_that_returns_a_matrix(wrong):
+    student, teacher = pair()
+    with (
+        kdfast.Distiller(student, teacher, [KD(), Term(wrong, name="size")]) as d,
+        pytest.raises(ValueError, match=r"loss 'size' must return one number.*got shape \(.*\.mean\(\)"),
+    ):
+        d(batch())
+    with (
+        kdfast.Distiller(student, teacher, [Term(lambda _: 1.0, name="one")]) as d,
+        pytest.raises(TypeError, match="loss 'one' must return one number, a 0-d tensor, got float"),
+    ):
+        d(batch())

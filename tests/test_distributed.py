@@ -95,6 +95,47 @@ def check_vocabulary(rank, world):
             compare(f"{name}, {cuts}", got, truth, dtype)
 
 
+def check_values(rank, world):
+    """Levels, weights of 0 and what is not below 0, over shards."""
+    generator = torch.Generator().manual_seed(8)
+    cuts = cuts_of(V, world, uneven=False)
+    mine = slice(cuts[rank], cuts[rank + 1])
+
+    def over_ranks(student, teacher, **options):
+        teachers = [teacher[:, mine]] if isinstance(teacher, torch.Tensor) else [teacher]
+        given = {"vocab_group": dist.group.WORLD, "backend": KERNEL, **options}
+        return loss_and_gradients(distributed.distill_loss, student[:, mine], teachers, **given)
+
+    def whole(student, teacher, **options):
+        got = loss_and_gradients(kdfast.distill_loss, student, [teacher], backend="reference", **options)
+        return got[0], got[1][:, mine]
+
+    y = torch.randint(V, (N,), generator=generator)
+    s, t = ((torch.randn(N, V, generator=generator) * 256).round() / 256 for _ in range(2))
+    kept = kdfast.soft_targets(t, k=9, temperatures=(0.25, 4.0))
+    for tau in (0.25, 4.0):
+        for labels in (None, y):
+            options = {"temperature": tau, "labels": labels}
+            for name in ("forward_kl", "reverse_kl", "jsd"):
+                want = whole(s.double(), t.double(), divergence=name, **options)
+                got = over_ranks(s + 8192, t - 4096, divergence=name, **options)
+                compare(f"{name}, tau {tau}", got, want, torch.float32)
+            want, got = whole(s.double(), kept, **options), over_ranks(s - 8192, kept, **options)
+            compare(f"kept, tau {tau}", got, want, torch.float32)
+    options = {"temperature": 3.0, "z_loss": 0.1}
+    compare("z loss alone", over_ranks(s, t, **options), whole(s.double(), t.double(), **options), torch.float32)
+    hole = t.clone()
+    hole[:, 5] = -torch.inf
+    for alpha in (0.0, torch.tensor(0.0), torch.zeros(N)):
+        options = {"divergence": "reverse_kl", "alpha": alpha, "labels": y}
+        got = over_ranks(s, hole, **options)
+        compare("alpha of 0", got, whole(s.double(), t.double(), **options), torch.float32)
+    sure = s.clone()
+    sure[torch.arange(N), y] += 40.0
+    ce = over_ranks(sure, t, labels=y, alpha=torch.zeros(N), reduction="none")[0]
+    assert (ce >= 0).all()
+
+
 def check_tokens(rank, world):
     generator = torch.Generator().manual_seed(6)
     n = 4 * world
@@ -203,7 +244,7 @@ def check_errors(rank, world):
         grad.sum().backward()
 
 
-CHECKS = (check_vocabulary, check_tokens, check_both, check_dtensors, check_errors)
+CHECKS = (check_vocabulary, check_values, check_tokens, check_both, check_dtensors, check_errors)
 
 
 @pytest.mark.parametrize("world", [2, 4])

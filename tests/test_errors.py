@@ -29,7 +29,7 @@ WRONG = {
     "student has no columns": (
         {"student": S[..., :0], "teacher": None},
         ValueError,
-        ["student", "(2, 3, 0)", "V >= 1"],
+        ["student", "(2, 3, 0)", "V >= 2"],
     ),
     "student has no axis": ({"student": S.sum(), "teacher": None}, ValueError, ["student", "()"]),
     "student is none": ({"student": None}, TypeError, ["student", "NoneType"]),
@@ -280,7 +280,7 @@ def test_wrong_head(arguments, fragments):
     ("changes", "fragments"),
     [
         ({"method": "beam"}, ["method", "'beam'", "topk", "pps"]),
-        ({"ids": IDS.long()}, ["ids", "int32", "torch.int64"]),
+        ({"ids": IDS.float()}, ["ids", "int32", "torch.float32"]),
         ({"ids": IDS[..., 0], "logprobs": None}, ["logprobs"]),
         ({"logprobs": None}, ["'topk'", "logprobs"]),
         ({"logprobs": LOGPROBS[..., :3]}, ["logprobs", "(2, 3, 4)", "(2, 3, 3)"]),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from kdfast.ops import head
+from kdfast.ops.head import operators as head
 from kdfast.plan import plan
 
 N, V, H = 2048, 151936, 256
@@ -49,11 +51,20 @@ def test_command(tmp_path):
 
     def run(*more):
         command = [sys.executable, "-c", line, "plan", *sizes, *more]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        narrow = {**os.environ, "COLUMNS": "80"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=narrow)
 
     done = run()
     assert done.returncode == 0
-    assert "LMHead" in done.stdout
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    costs = plan(tokens=N, vocab=V, hidden=H, device="cuda")
+    for cost in costs:  # each path and its memory in one line, whole
+        assert any(cost.path in text and f" {cost.memory / 2**30:,.2f} " in text for text in lines)
+        assert any(text.strip() == cost.remark for text in lines)
+    found = json.loads(run("--json").stdout)
+    assert found["sizes"]["tokens"] == N
+    assert [row["memory"] for row in found["paths"]] == [cost.memory for cost in costs]
     wrong = run("--dtype", "int8")
     assert wrong.returncode == 2
     assert "--dtype" in wrong.stderr

@@ -11,10 +11,10 @@ from machine import DEVICE
 from scipy.special import softmax
 
 from kdfast import LMHead, uld_loss
-from kdfast.ops import uld
-from kdfast.ops.sort import sort_rows
+from kdfast.ops.uld import operators as uld
+from kdfast.ops.uld.sort import sort_rows
 
-SIZES = {"equal": (50, 50), "longer student": (61, 37), "longer teacher": (37, 61), "one column": (1, 9)}
+SIZES = {"equal": (50, 50), "longer student": (61, 37), "longer teacher": (37, 61), "two columns": (2, 9)}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -387,7 +387,7 @@ WRONG = {
         ["student", "LMHead", "student.logits()"],
     ),
     "student is token ids": ({"student": S.long()}, TypeError, ["student", "torch.int64", "logits"]),
-    "student has no columns": ({"student": S[..., :0]}, ValueError, ["student", "(2, 3, 0)", "V >= 1"]),
+    "student has no columns": ({"student": S[..., :0]}, ValueError, ["student", "(2, 3, 0)", "V >= 2"]),
     "teacher is missing": ({"teacher": None}, TypeError, ["teacher", "tensor", "NoneType"]),
     "teacher is several": ({"teacher": [T, T]}, TypeError, ["teacher", "tensor", "list"]),
     "teacher has no columns": ({"teacher": T[..., :0]}, ValueError, ["teacher", "(2, 3, 0)"]),

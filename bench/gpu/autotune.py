@@ -12,6 +12,7 @@ _WORK: dict[str, dict[str, Any]] = {
     "light": {"divergence": "forward_kl"},
     "other": {"divergence": "jsd"},
     "many": {"divergence": {"forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2}},
+    "capped": {"divergence": "forward_kl"},  # of two heads with a softcap
     "kept": {"divergence": "forward_kl"},  # of a teacher's 64 most probable columns
 }
 _COLUMNS = (1024, 2048, 4096, 8192, 16384)
@@ -31,6 +32,8 @@ def candidates(*, rehearse: bool) -> list[str]:
 
 def time_tile(device: Any, work: str, columns: int, warps: int, *, rehearse: bool) -> float:
     """Milliseconds of a step of a kind of work, forward and backward, at a tile."""
+    import torch
+
     import kdfast
     from bench.gpu.dense import DenseCase, Inputs
     from bench.gpu.timing import Clock
@@ -39,11 +42,19 @@ def time_tile(device: Any, work: str, columns: int, warps: int, *, rehearse: boo
     tokens, vocab = (2, 600) if rehearse else (4096, 128256)
     clock = Clock(device)
     x = Inputs(DenseCase("forward_kl", tokens, vocab, "bf16"), device)
-    teacher = kdfast.soft_targets(x.teacher, k=64, temperatures=(2.0,)) if work == "kept" else x.teacher
+    leaf: Any = x.student
+    student: Any = leaf
+    teacher: Any = x.teacher
+    if work == "kept":
+        teacher = kdfast.soft_targets(x.teacher, k=64, temperatures=(2.0,))
+    if work == "capped":  # as narrow as heads get: their products take the same time at every tile
+        leaf = torch.zeros(tokens, 8, dtype=x.student.dtype, device=device, requires_grad=True)
+        weight = torch.zeros(vocab, 8, dtype=leaf.dtype, device=device)
+        student, teacher = (kdfast.LMHead(h, weight, softcap=30.0) for h in (leaf, leaf.detach()))
 
     def step() -> None:
-        x.student.grad = None
-        kdfast.distill_loss(x.student, teacher, x.labels, temperature=2.0, backend="triton", **_WORK[work]).backward()
+        leaf.grad = None
+        kdfast.distill_loss(student, teacher, x.labels, temperature=2.0, backend="triton", **_WORK[work]).backward()
 
     with mock.patch.object(tiles, "dense_tile", return_value=tiles.Tile(columns, warps)):
         step()

@@ -16,7 +16,6 @@ from bench.heads import peer, speculators_loss
 from kdfast.benchmark.cases import ALPHA, DTYPES, TEMPERATURE
 from kdfast.benchmark.competitors import eager_loss
 
-
 #: Tokens where gradients are compared with fp64: more than processors, so that a program has a whole row as in the case
 #: that is timed, and fewer, so that several share one.
 CHECKED_TOKENS = (288, 4)

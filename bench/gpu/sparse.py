@@ -17,7 +17,7 @@ from bench.sparse import LOSSES
 from kdfast.benchmark.cases import ALPHA, DTYPES
 from kdfast.benchmark.competitors import SOFT_TERMS
 from kdfast.ops._registry import ROWS
-from kdfast.problem import build_problem
+from kdfast.spec.problem import build_problem
 
 #: Rows of the teacher's logits that exist at a time while targets are made.
 BLOCK = 1024

@@ -10,9 +10,9 @@
 #include "bindings/selection.h"
 #include "bindings/view.h"
 #include "cache/fault.h"
-#include "cache/maintenance.h"
-#include "cache/reader.h"
-#include "cache/writer.h"
+#include "cache/store/maintenance.h"
+#include "cache/store/reader.h"
+#include "cache/store/writer.h"
 #include "core/pool.h"
 
 namespace py = pybind11;

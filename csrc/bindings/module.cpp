@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "bindings/cache.h"
 #include "bindings/view.h"
@@ -13,6 +14,7 @@
 #include "core/pages.h"
 #include "cpu/dispatch.h"
 #include "cpu/sort.h"
+#include "cpu/transpose.h"
 
 namespace py = pybind11;
 
@@ -66,7 +68,8 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
            const Optional& stats, const Optional& grad, const Optional& c_soft, const Optional& c_hard,
            const Optional& c_z, const Optional& logit_sum, const Optional& values, bool values_with_dtemperature,
            const Optional& kept_ids, const Optional& kept_values, const Optional& kept_per_row,
-           std::int64_t kept_columns, const std::string& tail_rule, int threads) {
+           std::int64_t kept_columns, const std::string& tail_rule, const std::vector<double>& scales,
+           const std::vector<double>& softcaps, int threads) {
     DenseCall call;
     if (student.shape.empty()) throw ArgumentError("student must be (..., V)");
     const std::vector<std::int64_t> leading(student.shape.begin(), student.shape.end() - 1);
@@ -78,6 +81,12 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
         call.teachers.push_back(t.rows("teacher", leading));
         if (call.teachers.back().columns < columns)
             throw ArgumentError("teacher has fewer columns than the distillation term");
+    }
+    if (scales.size() != softcaps.size() || (!scales.empty() && scales.size() != teachers.size() + 1))
+        throw ArgumentError("scales and softcaps must be those of the student and every teacher, or empty");
+    for (std::size_t k = 0; k < scales.size(); ++k) {
+        const kdfast::cpu::Cap cap{static_cast<float>(scales[k]), static_cast<float>(softcaps[k])};
+        k == 0 ? static_cast<void>(call.student_cap = cap) : call.teacher_caps.push_back(cap);
     }
     call.columns = columns;
     if (columns < 1 || columns > call.student.columns) throw ArgumentError("columns must lie in [1, V]");
@@ -181,8 +190,11 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Compiled core of kdfast; private, use the functions of the package.";
     py::class_<View>(m, "View", "A tensor: address, dtype, shape and strides in elements.")
-        .def(py::init<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>(),
-             py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+        .def(py::init([](std::uintptr_t data, std::string dtype, std::vector<std::int64_t> shape,
+                         std::vector<std::int64_t> strides, std::int64_t storage_bytes) {
+                 return View{data, std::move(dtype), std::move(shape), std::move(strides), storage_bytes};
+             }),
+             py::arg("data"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage_bytes"));
     m.def("dense", &dense, py::kw_only(), py::arg("passes"), py::arg("student"), py::arg("teachers"),
           py::arg("teacher_weights") = py::none(), py::arg("labels") = py::none(), py::arg("counted") = py::none(),
           py::arg("temperature"), py::arg("names"), py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"),
@@ -192,7 +204,8 @@ PYBIND11_MODULE(_core, m) {
           py::arg("c_z") = py::none(), py::arg("logit_sum") = py::none(), py::arg("values") = py::none(),
           py::arg("values_with_dtemperature") = false, py::arg("kept_ids") = py::none(),
           py::arg("kept_values") = py::none(), py::arg("kept_per_row") = py::none(), py::arg("kept_columns") = 0,
-          py::arg("tail_rule") = "", py::arg("threads"),
+          py::arg("tail_rule") = "", py::arg("scales") = std::vector<double>(),
+          py::arg("softcaps") = std::vector<double>(), py::arg("threads"),
           "The dense distillation loss: forward, forward with gradient, or gradient from saved stats.");
     m.def("select", &select_targets, py::kw_only(), py::arg("logits"), py::arg("method"), py::arg("k"),
           py::arg("least"), py::arg("p"), py::arg("temperatures"), py::arg("seed"), py::arg("first_token"),
@@ -227,6 +240,20 @@ PYBIND11_MODULE(_core, m) {
                                       static_cast<std::size_t>(data.count()) * size);
         },
         py::arg("data"), "Asks for huge pages behind fresh, untouched memory.");
+    m.def(
+        "transpose",
+        [](const View& from, const View& to, int threads) {
+            if (from.shape.size() != 3 || to.shape.size() != 3 || from.dtype != to.dtype)
+                throw ArgumentError("from and to must be (matrices, rows, columns) of one dtype");
+            const std::int64_t count = from.shape[0], rows = from.shape[1], columns = from.shape[2];
+            const Rows source = from.rows("from", {count, rows}), target = to.rows("to", {count, columns});
+            if (target.columns != rows) throw ArgumentError("to must be (matrices, columns, rows) of from");
+            const py::gil_scoped_release release;
+            kdfast::cpu::transpose({source.data, from.strides[0], from.strides[1]},
+                                   {target.data, to.strides[0], to.strides[1]}, count, rows, columns,
+                                   static_cast<int>(kdfast::size_of(source.dtype)), std::max(1, threads));
+        },
+        py::arg("from_"), py::arg("to"), py::arg("threads"), "Fills to[k][j][i] with from[k][i][j].");
     m.def(
         "sort_rows",
         [](const View& x, const View& values, const Optional& order, int threads) {

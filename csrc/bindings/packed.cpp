@@ -5,7 +5,7 @@
 
 #include "bindings/cache.h"
 #include "bindings/view.h"
-#include "cache/packed.h"
+#include "cache/rows/packed.h"
 
 namespace py = pybind11;
 

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cache/reader.h"
+#include "cache/store/reader.h"
 #include "core/error.h"
 
 namespace kdfast::bindings {
@@ -136,7 +136,12 @@ class Selection {
 
     // Most keys are text or small numbers, of which Python's function says the same, in more time.
     static std::string text_of(const pybind11::handle key, const pybind11::function& key_text) {
-        if (PyUnicode_Check(key.ptr())) return key.cast<std::string>();
+        if (PyUnicode_Check(key.ptr())) {
+            Py_ssize_t size = 0;
+            if (const char* text = PyUnicode_AsUTF8AndSize(key.ptr(), &size))
+                return {text, static_cast<std::size_t>(size)};
+            PyErr_Clear();  // half of a surrogate pair, which the function tells
+        }
         if (PyLong_CheckExact(key.ptr())) {
             int overflow = 0;
             const long long number = PyLong_AsLongLongAndOverflow(key.ptr(), &overflow);

@@ -1,6 +1,7 @@
 // A tensor as it crosses from Python.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -17,6 +18,7 @@ struct View {
     std::string dtype;
     std::vector<std::int64_t> shape;
     std::vector<std::int64_t> strides;  // in elements
+    std::int64_t storage_bytes;         // of its memory, from the first element on
 
     std::int64_t count() const {
         std::int64_t n = 1;
@@ -42,6 +44,7 @@ struct View {
         r.shape.assign(shape.begin(), shape.end() - 1);
         r.strides.assign(strides.begin(), strides.end() - 1);
         if (r.shape != leading) throw ArgumentError(std::string(name) + ": leading axes differ from the student's");
+        check_memory(name, static_cast<std::int64_t>(size_of(r.dtype)));
         r.merge_axes();
         return r;
     }
@@ -58,7 +61,22 @@ struct View {
         if (count() != expected)
             throw ArgumentError(std::string(name) + " must have " + std::to_string(expected) + " elements, got " +
                                 std::to_string(count()));
+        check_memory(name, sizeof(T));
         return reinterpret_cast<T*>(data);
+    }
+
+  private:
+    // A tensor outlives its memory where somebody takes that back, as FSDP2 does from parameters when it reshards.
+    void check_memory(const char* name, std::int64_t element) const {
+        if (count() == 0) return;
+        std::int64_t last = 0;
+        for (std::size_t axis = 0; axis < shape.size(); ++axis) last += (shape[axis] - 1) * strides[axis];
+        const std::int64_t needed = (last + 1) * element;
+        if (storage_bytes >= needed) return;
+        throw ArgumentError(std::string(name) + " takes " + std::to_string(needed) + " bytes, but its storage holds " +
+                            std::to_string(std::max<std::int64_t>(storage_bytes, 0)) +
+                            ": its memory was freed, as FSDP2 frees parameters when it reshards; call the loss and its "
+                            "backward while they are unsharded, or pass a copy");
     }
 };
 

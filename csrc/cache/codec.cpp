@@ -3,8 +3,8 @@
 #include <cmath>
 #include <string>
 
-#include "cache/drawn.h"
-#include "cache/fixed.h"
+#include "cache/rows/drawn.h"
+#include "cache/rows/fixed.h"
 #include "core/error.h"
 
 namespace kdfast::cache {

@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstdio>
 
-#include "cache/crc32c.h"
+#include "cache/crc/crc32c.h"
 #include "cache/fault.h"
-#include "cache/model_frame.h"
+#include "cache/store/model_frame.h"
 #include "core/error.h"
 
 namespace kdfast::cache {

@@ -6,20 +6,20 @@
 // clang-format off: the order matters
 #if defined(KDFAST_ISA_AVX512_BF16)
 #define KDFAST_ISA avx512_bf16
-#include "cache/rows_vbmi.h"
-#include "cache/crc_vpclmul.h"
+#include "cache/rows/vbmi.h"
+#include "cache/crc/vpclmul.h"
 #elif defined(KDFAST_ISA_AVX512)
 #define KDFAST_ISA avx512
-#include "cache/rows_avx512.h"
-#include "cache/crc_x86.h"
+#include "cache/rows/avx512.h"
+#include "cache/crc/x86.h"
 #elif defined(KDFAST_ISA_AVX2)
 #define KDFAST_ISA avx2
-#include "cache/rows_avx2.h"
-#include "cache/crc_x86.h"
+#include "cache/rows/avx2.h"
+#include "cache/crc/x86.h"
 #else
 #define KDFAST_ISA generic
-#include "cache/rows_generic.h"
-#include "cache/crc_generic.h"
+#include "cache/rows/generic.h"
+#include "cache/crc/generic.h"
 #endif
 // clang-format on
 

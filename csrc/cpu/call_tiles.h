@@ -17,7 +17,9 @@ class CallTiles {
           distributions_(call.distributions()) {
         const bool one_dtype =
             a_.teachers.empty() || (specialised && a_.teachers.size() == 1 && a_.teachers[0].dtype == a_.student.dtype);
-        direct_ = one_dtype && a_.student.dtype != DType::f16;
+        bool as_stored = plain(a_.student_cap);
+        for (const Cap& cap : a_.teacher_caps) as_stored = as_stored && plain(cap);
+        direct_ = one_dtype && as_stored && a_.student.dtype != DType::f16;
         // A short row is in the nearest cache still; over 16-bit logits, a stream took up to seven times as long.
         streamed_ = a_.student.columns > tile && (a_.grad.data != a_.student.data || a_.student.dtype == DType::f32);
     }
@@ -29,19 +31,28 @@ class CallTiles {
         return a_.teacher_weights[k * a_.teacher_weights_stride + i * a_.teacher_weights_per_row];
     }
 
+    // Logits, which for a capped student lie in b.z.
     const float* student_tile(std::int64_t i, std::int64_t begin, std::int64_t n, Buffers& b) const {
-        return load_tile(a_.student.row(i), a_.student.dtype, begin, n, b.z);
+        return logits_tile(a_.student, a_.student_cap, i, begin, n, b.z);
     }
+
+    static const float* logits_tile(const Rows& rows, const Cap& cap, std::int64_t i, std::int64_t begin,
+                                    std::int64_t n, float* buffer) {
+        const float* x = load_tile(rows.row(i), rows.dtype, begin, n, buffer);
+        return plain(cap) ? x : apply(cap, x, padded(n), buffer);
+    }
+
+    Cap teacher_cap(std::size_t k) const { return a_.teacher_caps.empty() ? Cap{} : a_.teacher_caps[k]; }
 
     // Logits of distribution k: a teacher's own, or the weighted sum of all.
     const float* teacher_tile(std::int64_t k, std::int64_t i, std::int64_t begin, std::int64_t n, Buffers& b) const {
-        if (!a_.mix_logits) return load_tile(a_.teachers[k].row(i), a_.teachers[k].dtype, begin, n, b.t);
+        if (!a_.mix_logits) return logits_tile(a_.teachers[k], teacher_cap(k), i, begin, n, b.t);
         const std::int64_t size = padded(n);
         std::fill_n(b.mix, size, 0.0f);
         for (std::size_t j = 0; j < a_.teachers.size(); ++j) {
             const float w = teacher_weight(static_cast<std::int64_t>(j), i);
             if (w == 0) continue;
-            const float* t = load_tile(a_.teachers[j].row(i), a_.teachers[j].dtype, begin, n, b.t);
+            const float* t = logits_tile(a_.teachers[j], teacher_cap(j), i, begin, n, b.t);
             for (std::int64_t c = 0; c < size; c += width) store(b.mix + c, fma(set1(w), load(t + c), load(b.mix + c)));
         }
         return b.mix;

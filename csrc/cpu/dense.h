@@ -61,6 +61,13 @@ struct SparseTargets {
     TailRule rule = TailRule::bucket;
 };
 
+// How logits follow from what is stored of them, x: softcap tanh(scale x / softcap), or scale x without a softcap. A
+// column of -inf stays one, and has no gradient.
+struct Cap {
+    float scale = 1;
+    float softcap = 0;  // 0: none
+};
+
 // One call. With z a student's row, t_k its teachers' rows, per row:
 //   soft = sum of weight * D(q, p) over the terms,  q, p = softmax of (t, z) / temperature over the first `columns`
 //   columns hard = cross-entropy of softmax(z) over all columns,   z2 = logsumexp(z)^2 grad = c_soft * dsoft/dz +
@@ -70,7 +77,9 @@ struct DenseCall {
     std::int64_t rows = 0;
     std::int64_t columns = 0;  // of the distillation term; <= student.columns
     Rows student;
+    Cap student_cap;  // the gradient is that of what is stored
     std::vector<Rows> teachers;
+    std::vector<Cap> teacher_caps;  // as many as teachers, or none where all are stored as they are
     const float* teacher_weights =
         nullptr;  // teacher k of row i: [k * teacher_weights_stride + i * teacher_weights_per_row]
     std::int64_t teacher_weights_stride = 0;

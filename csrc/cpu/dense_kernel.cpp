@@ -59,6 +59,9 @@ constexpr bool crossed = std::is_same_v<D, ForwardKl> || std::is_same_v<D, Rever
 // Nats from which on that is enough. A smaller one is summed anew, of terms that are never below 0.
 constexpr double plain_is_enough = 0.125;
 
+// Nats of a cross-entropy up to which the label's exponential is a good part of the sum of all.
+constexpr double sum_beside_label = 0.5;
+
 enum class Passes : std::uint8_t { all, sums, values, gradient };
 
 template <class D>
@@ -67,7 +70,8 @@ class Call : CallTiles {
     Call(const DenseCall& call, D divergence, float weight)
         : CallTiles(call, specialised<D>), divergence_(divergence), weight_(weight) {
         segments_ = (a_.student.columns + segment - 1) / segment;
-        const bool needs_softmax_at_one = a_.labels || a_.z2 || a_.c_hard || a_.c_z;
+        // Of a shard, sums are asked for before it is known who holds the label.
+        const bool needs_softmax_at_one = a_.labels || a_.z2 || a_.c_hard || a_.c_z || a_.logit_sum;
         tau_ = !needs_softmax_at_one || inv_tau_ == 1 ? Tau::one : inv_tau_ == 0.5f ? Tau::two : Tau::other;
         // The reverse KL's normaliser needs log q in pass 1, which an ensemble of distributions does not have yet.
         sum_student_known_ = std::is_same_v<D, ForwardKl> || (std::is_same_v<D, ReverseKl> && distributions_ == 1);
@@ -203,13 +207,14 @@ class Call : CallTiles {
                                                         next);
                     sum_student<ThroughTile>(student_tile(i, start, n, b), padded(n), out.student, next);
                 }
-                if (a_.label_smoothing > 0) add_smoothing(student_tile(i, start, n, b), padded(n), out.smoothing);
+                if (a_.label_smoothing > 0)
+                    add_smoothing(student_tile(i, start, n, b), padded(n), out.student, out.smoothing);
             },
             [&](std::int64_t start, std::int64_t n) {
                 const float* z = student_tile(i, start, n, b);
                 add_tile<ThroughTile, Tau::one>(z, padded(n), log2e, out.rest,
                                                 Ahead::of(student, a_.student.dtype, start + tile));
-                if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.smoothing);
+                if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.rest, out.smoothing);
             });
         row.sums[s] = out;
     }
@@ -295,7 +300,7 @@ class Call : CallTiles {
         const double lse = student.logsumexp();
         if (a_.z2) a_.z2[i] = static_cast<float>(lse * lse);
         if (a_.logit_sum) a_.logit_sum[i] = static_cast<float>(smoothing.sum);
-        if (a_.hard) a_.hard[i] = labelled(i) ? cross_entropy(i, lse, smoothing) : 0;
+        if (a_.hard) a_.hard[i] = labelled(i) ? cross_entropy(i, lse, row, student, smoothing) : 0;
         begin_sparse(i, row);
     }
 
@@ -324,9 +329,22 @@ class Call : CallTiles {
         return total;
     }
 
-    float cross_entropy(std::int64_t i, double lse, const Smoothing& smoothing) const {
+    // The exponential of the label's logit is part of the sum of all: where it is most of it, what the sum has beside
+    // it says how little the label lacks, and is never below 0.
+    float cross_entropy(std::int64_t i, double lse, const Row& row, const Sums& all, const Smoothing& smoothing) const {
         Buffers b;
-        const double ce = lse - *student_tile(i, a_.labels[i], 1, b);
+        const std::int64_t label = a_.labels[i];
+        const float z = *student_tile(i, label, 1, b);
+        double ce = lse - z;
+        if (ce < sum_beside_label) {
+            const bool distilled = label < taught_;
+            const SegmentSums& own = row.sums[static_cast<std::size_t>(label / segment)];
+            Sums one = distilled ? own.student : own.rest;  // under the maximum at which it was added
+            one.at_one =
+                distilled ? with_tau([&]<Tau T>() { return at_one<T>(z, one, c_); }) : at_one<Tau::one>(z, one, log2e);
+            one.rescale(all.max, c_);
+            ce = std::log1p((all.at_one - one.at_one) / one.at_one);
+        }
         if (a_.label_smoothing == 0) return static_cast<float>(ce);
         const double e = a_.label_smoothing, mean = lse - smoothing.sum / smoothing.present;
         return static_cast<float>((1 - e) * ce + e * mean);
@@ -344,14 +362,17 @@ class Call : CallTiles {
             c.teacher_c = c_;
         }
         const auto log2_sum = [](Normaliser n) { return static_cast<double>(n.hi) + n.lo; };
-        c.one_from_p = static_cast<float>(
-            std::exp2((tau_ == Tau::two ? 2 : 1) * log2_sum(row.state.at_tau) - log2_sum(row.state.at_one)));
         if (a_.c_soft) c.c_soft = a_.c_soft[i] * weight_ * inv_tau_;
         if (c.c_soft != 0) c.pull = c.c_soft * row.kept.pull;
         if (a_.c_hard && labelled(i)) c.c_one = a_.c_hard[i];
-        if (a_.c_z) {
+        if (a_.c_z && a_.c_z[i] != 0) {
             c.c_one += static_cast<float>(2 * a_.c_z[i] * log2_sum(row.state.at_one) * static_cast<double>(ln2));
         }
+        // Without a factor softmax(z) is left out, not multiplied by 0: its normaliser may be another temperature's,
+        // and what follows from that be infinite. Under an infinite normaliser it has no mass.
+        if (c.c_one == 0) c.state.at_one = {infinity, 0};
+        c.one_from_p = static_cast<float>(
+            std::exp2((tau_ == Tau::two ? 2 : 1) * log2_sum(c.state.at_tau) - log2_sum(c.state.at_one)));
         return c;
     }
 
@@ -467,6 +488,7 @@ class Call : CallTiles {
             if (a_.c_hard && labelled(i)) {
                 if (in_tile(a_.labels[i], start, n)) b.g[a_.labels[i] - start] -= a_.c_hard[i] - smoothed;
             }
+            if (!plain(a_.student_cap)) apply_derivative(a_.student_cap, b.z, padded(n), b.g);
             store_tile(a_.grad.dtype, a_.grad.row(i), start, b.g, n, b.z, streamed_);
         };
         for_segment(
@@ -522,11 +544,15 @@ class Call : CallTiles {
         const float smoothed = hard ? a_.c_hard[i] * a_.label_smoothing : 0;
         for (std::size_t k = 0; k < g.size(); ++k) {
             if (kept.ids[k] < 0) continue;
-            float x = g[k];
-            if (c.c_soft != 0) x += c.c_soft * kept.gradient[k];
-            if (smoothed != 0 && kept.z[k] > -infinity) x -= smoothed / row.state.present;
-            if (hard && kept.ids[k] == a_.labels[i]) x -= a_.c_hard[i] - smoothed;
-            b.g[0] = x;  // whole vectors are read from there
+            if (c.c_soft != 0) g[k] += c.c_soft * kept.gradient[k];
+            if (smoothed != 0 && kept.z[k] > -infinity) g[k] -= smoothed / row.state.present;
+            if (hard && kept.ids[k] == a_.labels[i]) g[k] -= a_.c_hard[i] - smoothed;
+        }
+        if (!plain(a_.student_cap))
+            apply_derivative(a_.student_cap, kept.z.data(), static_cast<std::int64_t>(g.size()), g.data());
+        for (std::size_t k = 0; k < g.size(); ++k) {
+            if (kept.ids[k] < 0) continue;
+            b.g[0] = g[k];  // whole vectors are read from there
             store_tile(a_.grad.dtype, a_.grad.row(i), kept.ids[k], b.g, 1, b.z, false);
         }
     }

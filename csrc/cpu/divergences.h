@@ -49,9 +49,10 @@ KDFAST_INLINE V log2(V x) {
 
 // g(x) = x + expm1(-x), over x^2, for abs(x) < 1/8, relative error 8e-6. Beyond that, the plain form has enough digits.
 constexpr float series_limit = 0.125f;
+constexpr float kl_coefficients[] = {0.5000000847639212f, -0.16676433148902373f, 0.04167209088852112f};
 KDFAST_INLINE V kl_series(V x) {
-    const V y = fma(set1(0.04167209088852112f), x, set1(-0.16676433148902373f));
-    return fma(y, x, set1(0.5000000847639212f));
+    const V y = fma(set1(kl_coefficients[2]), x, set1(kl_coefficients[1]));
+    return fma(y, x, set1(kl_coefficients[0]));
 }
 
 // a g(x) = a x + b - a, where x = ln a - ln b: one summand of KL(a, b), >= 0. b where a is 0.
@@ -158,12 +159,15 @@ struct AlphaDiv : General<AlphaDiv> {
     V a, rest, scale;
     explicit AlphaDiv(float x) : a(set1(x)), rest(set1(1 - x)), scale(set1(1 / (x * (1 - x)))) {}
     V geometric(const Column& c) const { return exp2(fma(a, c.v, rest * c.u)); }  // q^a p^(1-a)
-    // a q + (1 - a) p - q^a p^(1-a), which with g(x) = x + expm1(-x) is q [(1 - a) g(d) - g((1 - a) d)]
+    // [a q + (1 - a) p - q^a p^(1-a)] / (a (1 - a)), which with g(x) = x + expm1(-x) is
+    // q [(1 - a) g(d) - g((1 - a) d)] / (a (1 - a)); of g's series, term by term, nothing is left to cancel.
     V value(const Column& c) const {
-        const V rd = rest * c.d;
-        const V near = c.q * (rest * (c.d * c.d) * kl_series(c.d) - rd * rd * kl_series(rd));
-        const V far = fma(a, c.q, rest * c.p) - geometric(c);
-        return scale * select(less(abs(c.d), set1(series_limit)), near, far);
+        const V r = rest, r2 = r * r;
+        const V linear = set1(kl_coefficients[1]) * (set1(1) + r);
+        const V square = set1(kl_coefficients[2]) * (set1(1) + r + r2);
+        const V near = c.q * (c.d * c.d) * fma(fma(square, c.d, linear), c.d, set1(kl_coefficients[0]));
+        const V far = max(set1(0), scale * (fma(a, c.q, rest * c.p) - geometric(c)));
+        return select(less(abs(c.d), set1(series_limit)), near, far);
     }
     V student(const Column& c) const { return set1(0) - scale * rest * geometric(c); }
     V teacher(const Column& c) const { return set1(0) - scale * a * geometric(c); }

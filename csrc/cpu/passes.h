@@ -113,6 +113,16 @@ TileSums sum_tile(const typename Io::Element* z, std::int64_t n, float c, const 
     return s.sums();
 }
 
+// One logit's exponential at temperature 1, rounded as where a tile was summed.
+template <Tau T>
+double at_one(float logit, const Sums& sums, float c) {
+    LaneSums<T> s(sums, c);
+    s.add(set1(logit), s.exponent_of(set1(logit)), s.tau0, s.one0);
+    float lanes[width];
+    store(lanes, T == Tau::one ? s.tau0 : s.one0);
+    return lanes[0];
+}
+
 // The distribution whose exponentials weigh the distances in `cross`.
 enum class Cross : std::uint8_t { none, student, teacher };
 
@@ -190,16 +200,19 @@ void add_pair(const typename Io::Element* z, const typename Io::Element* t, std:
     add(teacher, s.teacher, student, X == Cross::teacher);
 }
 
-void add_smoothing(const float* z, std::int64_t n, Smoothing& s) {
+// Of the distances to a logit of the row, so that lanes of fp32 keep their digits whatever the level.
+void add_smoothing(const float* z, std::int64_t n, const Sums& near, Smoothing& s) {
+    const float at = Sums::reference(near.max, 1);
     V sum = set1(0), present = set1(0);
     for (std::int64_t i = 0; i < n; i += width) {
         const V x = load(z + i);
         const M there = less(set1(-infinity), x);
-        sum = sum + select(there, x, set1(0));
+        sum = sum + select(there, x - set1(at), set1(0));
         present = present + select(there, set1(1), set1(0));
     }
-    s.sum += hsum(sum);
-    s.present += hsum(present);
+    const double count = hsum(present);
+    s.sum += hsum(sum) + count * at;
+    s.present += count;
 }
 
 // --- Passes 2 and 3: the value and the gradient

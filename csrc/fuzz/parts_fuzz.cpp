@@ -8,12 +8,12 @@
 #include <cstdint>
 #include <vector>
 
-#include "cache/catalog.h"
 #include "cache/codec.h"
-#include "cache/compact_block.h"
+#include "cache/compact/block.h"
 #include "cache/fault.h"
 #include "cache/format.h"
-#include "cache/model_frame.h"
+#include "cache/store/catalog.h"
+#include "cache/store/model_frame.h"
 #include "core/error.h"
 
 #if defined(KDFAST_FUZZ_REPLAY)

@@ -6,9 +6,9 @@
 #include <latch>
 #include <thread>
 
-#include "cache/maintenance.h"
-#include "cache/reader.h"
-#include "cache/writer.h"
+#include "cache/store/maintenance.h"
+#include "cache/store/reader.h"
+#include "cache/store/writer.h"
 #include "core/error.h"
 #include "harness.h"
 

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "cache/codec.h"
-#include "cache/crc32c.h"
+#include "cache/crc/crc32c.h"
 #include "cpu/dispatch.h"
 
 using namespace kdfast::cache;

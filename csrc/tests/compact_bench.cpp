@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "cache/compact_learn.h"
+#include "cache/compact/learn.h"
 
 using namespace kdfast::cache;
 

@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "cache/compact_learn.h"
+#include "cache/compact/learn.h"
 #include "cache/fault.h"
 #include "core/error.h"
 #include "harness.h"

@@ -1,5 +1,5 @@
 // The checksum of every ISA against its definition, bit by bit.
-#include "cache/crc32c.h"
+#include "cache/crc/crc32c.h"
 
 #include <cstddef>
 #include <cstdint>

@@ -85,7 +85,9 @@ struct Case {
     std::int64_t rows, columns;
     std::int64_t distilled;  // columns of the distillation term
     Matrix student;
+    cpu::Cap student_cap;
     std::vector<Matrix> teachers;
+    std::vector<cpu::Cap> teacher_caps;
     std::optional<Targets> targets;  // in place of teachers
     std::vector<Term> terms = {{Divergence::forward_kl, 1, 0}};
     float temperature = 1;
@@ -136,6 +138,8 @@ struct Case {
         a.rows = rows;
         a.columns = distilled;
         a.student = student.rows();
+        a.student_cap = student_cap;
+        a.teacher_caps = teacher_caps;
         for (const Matrix& t : teachers) a.teachers.push_back(t.rows());
         a.teacher_weights = weights.empty() ? nullptr : weights.data();
         a.teacher_weights_stride = weights_per_row ? rows : 1;
@@ -212,8 +216,10 @@ struct Case {
 
     OracleRow oracle(std::int64_t i) const {
         OracleRow o;
-        o.z = student.row(i, columns);
-        for (const Matrix& t : teachers) o.teachers.push_back(t.row(i, distilled));
+        o.z = capped(student_cap, student.row(i, columns));
+        for (std::size_t k = 0; k < teachers.size(); ++k)
+            o.teachers.push_back(
+                capped(teacher_caps.empty() ? cpu::Cap{} : teacher_caps[k], teachers[k].row(i, distilled)));
         for (std::size_t k = 0; k < teachers.size(); ++k)
             o.weights.push_back(static_cast<double>(
                 weights_per_row ? weights[k * static_cast<std::size_t>(rows) + static_cast<std::size_t>(i)]
@@ -269,8 +275,10 @@ struct Case {
         for (std::int64_t c = 0; c < columns; ++c) {
             const double got =
                 decoded(grad_dtype, out.grad[n * static_cast<std::size_t>(columns) + static_cast<std::size_t>(c)]);
-            const double expected = truth.value[static_cast<std::size_t>(c)];
-            const double tolerance = (3e-6 + tied) * truth.magnitude[static_cast<std::size_t>(c)] +
+            const double expected =
+                truth.value[static_cast<std::size_t>(c)] * slope(student_cap, o.z[static_cast<std::size_t>(c)]);
+            const double tolerance = (3e-6 + tied) * truth.magnitude[static_cast<std::size_t>(c)] *
+                                         std::abs(static_cast<double>(student_cap.scale)) +
                                      1.01 * half_unit * std::abs(expected) + smallest + 1.2e-38;
             if (!tie(static_cast<std::size_t>(c)))
                 check_near(__FILE__, __LINE__, text("gradient of column ", c).c_str(), got, expected, tolerance);

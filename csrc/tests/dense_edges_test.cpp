@@ -287,3 +287,76 @@ TEST(a_shift_of_all_logits) {
             }
     });
 }
+
+// A call without cross-entropy and z-loss has no softmax at temperature 1, whose normaliser is then that of another
+// temperature: what follows from it may be infinite, and must not be looked at.
+TEST(a_shift_at_a_temperature_without_labels) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (float temperature : {0.0625f, 0.25f, 2.0f, 4.0f, 50.0f})
+            for (double shift : {30.0, -200.0, 8192.0, -8192.0})
+                for (std::int64_t beyond : {0, 40}) {
+                    const Scope scope(text("temperature ", temperature, ", shift ", shift, ", ", beyond, " beyond"));
+                    for (Divergence kind : {Divergence::forward_kl, Divergence::reverse_kl, Divergence::jsd}) {
+                        Case c(random, 2, 1300, DType::f32);
+                        c.terms = {{kind, 1, 0.5f}};
+                        c.teachers[0] = Matrix(DType::f32, 2, 1300, guarded);
+                        c.distilled = c.columns - beyond;
+                        c.temperature = temperature;
+                        c.labels.clear();
+                        c.c_z = {0, 0};
+                        for (std::int64_t i = 0; i < 2; ++i)
+                            for (std::int64_t column = 0; column < c.columns; ++column) {
+                                const double far = column < c.distilled ? 0 : 20;
+                                c.student.set(i, column,
+                                              shift + far + static_cast<double>(integer(random, -512, 512)) / 256);
+                                c.teachers[0].set(i, column, static_cast<double>(integer(random, -512, 512)) / 256);
+                            }
+                        cpu::DenseCall a = c.call();
+                        std::vector<float> soft(2, nan32), stats(static_cast<std::size_t>(2 * a.stats_per_row()));
+                        Matrix grad(DType::f32, 2, c.columns, guarded), later(DType::f32, 2, c.columns, guarded);
+                        for (Matrix* g : {&grad, &later}) g->fill(not_a_number);
+                        a.c_z = nullptr;
+                        a.soft = soft.data(), a.stats = stats.data(), a.grad = grad.rows();
+                        kernels.forward(a);
+                        a.soft = nullptr, a.grad = later.rows();
+                        kernels.backward(a);
+                        CHECK(grad.all_bits() == later.all_bits());
+                        for (std::int64_t i = 0; i < 2; ++i) {
+                            const OracleRow o = c.oracle(i);
+                            const auto n = static_cast<std::size_t>(i);
+                            CHECK_NEAR(static_cast<double>(soft[n]), o.soft(), 3e-5 * o.soft() + 1e-6);
+                            const OracleRow::Gradient truth = o.gradient();
+                            for (std::int64_t column = 0; column < c.columns; ++column) {
+                                const auto k = static_cast<std::size_t>(column);
+                                CHECK_NEAR(grad.get(i, column), truth.value[k], 3e-5 * truth.magnitude[k] + 1e-7);
+                            }
+                        }
+                    }
+                }
+    });
+}
+
+// The cross-entropy of a token that is all but sure is what its sum has beside the label's own exponential.
+TEST(no_cross_entropy_is_below_0) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (std::int64_t columns : {2, 33, 1500, 20000})
+            for (float temperature : {1.0f, 2.0f, 3.0f})
+                for (double height : {1.0, 6.0, 15.0, 40.0}) {
+                    const Scope scope(text(columns, " columns, temperature ", temperature, ", ", height, " high"));
+                    Case c(random, 4, columns, DType::f32);
+                    c.temperature = temperature;
+                    for (std::int64_t i = 0; i < 4; ++i) {
+                        double top = -infinity;
+                        for (std::int64_t column = 0; column < columns; ++column)
+                            top = std::max(top, c.student.get(i, column));
+                        c.student.set(i, c.labels[static_cast<std::size_t>(i)], top + height);
+                    }
+                    const Outputs out = c.run(kernels);
+                    for (std::int64_t i = 0; i < 4; ++i) {
+                        const double truth = c.oracle(i).hard(), got = out.hard[static_cast<std::size_t>(i)];
+                        CHECK(got >= 0);
+                        CHECK_NEAR(got, truth, 2e-6 * truth + 3e-7);
+                    }
+                }
+    });
+}

@@ -12,6 +12,21 @@ namespace kdfast::test {
 
 using Vector = std::vector<double>;
 
+inline Vector capped(const cpu::Cap& cap, Vector x) {
+    const double scale = static_cast<double>(cap.scale), softcap = static_cast<double>(cap.softcap);
+    for (double& v : x)
+        if (v != -std::numeric_limits<double>::infinity())
+            v = softcap == 0 ? scale * v : softcap * std::tanh(scale * v / softcap);
+    return x;
+}
+
+// The derivative of a capped logit by what is stored of it.
+inline double slope(const cpu::Cap& cap, double logit) {
+    if (logit == -std::numeric_limits<double>::infinity()) return 0;
+    const double y = cap.softcap == 0 ? 0 : logit / static_cast<double>(cap.softcap);
+    return static_cast<double>(cap.scale) * (1 - y * y);
+}
+
 inline double logsumexp(const Vector& x) {
     double top = -std::numeric_limits<double>::infinity();
     for (double v : x) top = v > top || std::isnan(v) ? v : top;

@@ -70,6 +70,39 @@ TEST(every_divergence_and_dtype_matches_fp64) {
     });
 }
 
+TEST(capped_logits_match_fp64) {
+    for_each_isa([&](const cpu::Kernels& kernels) {
+        for (const Term& term : every_term)
+            for (DType dtype : dtypes)
+                for (const cpu::Cap& cap : {cpu::Cap{1, 3}, cpu::Cap{0.4f, 0}, cpu::Cap{-1.5f, 5}}) {
+                    const Scope scope(text(cpu::divergence_names[static_cast<std::size_t>(term.kind)], " ",
+                                           dtype_names[static_cast<std::size_t>(dtype)], " ", cap.scale, " ",
+                                           cap.softcap));
+                    Case c(random, 2, integer(random, 2, 2500), dtype);
+                    c.terms = {term};
+                    c.temperature = integer(random, 0, 1) ? 1.0f : 1.6f;
+                    c.smoothing = integer(random, 0, 1) ? 0.1f : 0.0f;
+                    c.student_cap = cap;
+                    c.teacher_caps = {cpu::Cap{0.8f, 4}};
+                    if (c.columns > 2) c.student.set(1, c.labels[1] == 0 ? 1 : 0, -infinity);
+                    if (c.columns > 2) c.teachers[0].set(1, c.labels[1] == 0 ? 1 : 0, -infinity);
+                    const Outputs out = c.run(kernels);
+                    c.check(out);
+                    CHECK(c.run_twice(kernels).same(out));
+                    CHECK(c.run_in_place(kernels) == out.grad);
+                    c.threads = 8;
+                    CHECK(c.run(kernels).same(out));
+                }
+        for (bool mix : {false, true}) {
+            Case c(random, 2, 1100, DType::bf16, 3);
+            c.mix_logits = mix;
+            c.student_cap = {1, 4};
+            c.teacher_caps = {cpu::Cap{2, 5}, cpu::Cap{}, cpu::Cap{0.5f, 0}};
+            c.check(c.run(kernels));
+        }
+    });
+}
+
 TEST(terms_mix) {
     for_each_isa([&](const cpu::Kernels& kernels) {
         for (DType dtype : dtypes) {

@@ -1,5 +1,5 @@
 // Packed tokens of every ISA against the decoder of blocks, and hostile ones in memory without a byte to spare.
-#include "cache/packed.h"
+#include "cache/rows/packed.h"
 
 #include <algorithm>
 #include <cmath>

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cache/reader.h"
+#include "cache/store/reader.h"
 
 using namespace kdfast::cache;
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kdfast
 from kdfast.benchmark.cases import ALPHA, DTYPES, TEMPERATURE, Case
 from kdfast.benchmark.errors import BenchError
+from kdfast.loss import distill_loss
 
 KDFAST = "kdfast"
 OVERWRITE = "kdfast-overwrite"
@@ -66,10 +66,10 @@ def eager_loss(divergence: str) -> Loss:
 
 def _kdfast_loss(divergence: str, *, overwrite_logits: bool = False) -> Loss:
     options = {"temperature": TEMPERATURE, "alpha": ALPHA, "overwrite_logits": overwrite_logits}
-    distill_loss: Callable[..., Any] = kdfast.distill_loss
+    function: Callable[..., Any] = distill_loss
 
     def loss(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        value: Tensor = distill_loss(s, t, y, divergence=divergence, **options)
+        value: Tensor = function(s, t, y, divergence=divergence, **options)
         return value
 
     return loss
@@ -172,10 +172,11 @@ class TriadStep:
 
     def __init__(self, work: Workload) -> None:
         from kdfast import _core
+        from kdfast.views import view
 
         a, b = _as_floats(work.student.detach()), _as_floats(work.teacher)
         self._held = (a, b, work.written)
-        a_view, b_view, out_view = (_core.View(x.data_ptr(), "float32", x.shape, x.stride()) for x in self._held)
+        a_view, b_view, out_view = (view(x) for x in self._held)
         self._triad: Callable[[], None] = lambda: _core.triad(a_view, b_view, out_view, torch.get_num_threads())
 
     def prepare(self) -> None:

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 if TYPE_CHECKING:
-    import kdfast
+    from kdfast.spec.packed import PackedTargets
 
 #: By the names of the tiles' table: Triton's target, 32-bit registers of a processor, its shared memory in bytes, and
 #: the most warps on it.
@@ -64,7 +64,7 @@ class Compiled:
 
 def _dense_calls() -> dict[str, dict[str, Any]]:
     """Arguments of ``distill_loss``, by name, whose launches are the production ones."""
-    from kdfast.divergence import PARAMETERS, Divergence
+    from kdfast.spec.divergence import PARAMETERS, Divergence
 
     calls: dict[str, dict[str, Any]] = {name: {"divergence": name} for name in PARAMETERS}
     calls["alpha_div"]["divergence"] = Divergence("alpha_div", a=0.5)
@@ -78,11 +78,13 @@ def _dense_calls() -> dict[str, dict[str, Any]]:
     calls["ensemble of 3"] = {"divergence": "jsd", "teachers": 3}
     calls["ensemble of 3 logits"] = {"divergence": "forward_kl", "teachers": 3, "ensemble": "logit"}
     calls["forward_kl, few rows"] = {"divergence": "forward_kl", "processors": 132}
+    calls["jsd, capped heads"] = {"divergence": "jsd", "softcap": 30.0}
     sparse = {"divergence": "forward_kl", "kept": 64}
     mixture = {"divergence": {"forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2}}
     calls["sparse, k = 64"] = sparse
     calls["sparse, k = 64, fp32, smoothing"] = sparse | {"dtype": torch.float32, "label_smoothing": 0.1}
     calls["sparse, k = 64, per token"] = sparse | {"reduction": "none"}
+    calls["sparse, k = 64, capped head"] = sparse | {"softcap": 30.0}
     calls["sparse, k = 64, few rows"] = sparse | {"processors": 132}
     calls["sparse, k = 64, zero"] = sparse | {"tail": "zero"}
     calls["sparse jsd, k = 64, renorm"] = sparse | {"divergence": "jsd", "tail": "renorm"}
@@ -110,20 +112,20 @@ def _select_calls() -> dict[str, dict[str, Any]]:
 
 
 def _select(*, dtype: torch.dtype = torch.bfloat16, rows: int = 4, vocab: int = VOCAB, **options: Any) -> None:
-    import kdfast
+    from kdfast.soft_targets import soft_targets
 
     with mock.patch.dict(os.environ, {"KDFAST_BACKEND": "triton"}):
-        kdfast.soft_targets(torch.zeros(rows, vocab, dtype=dtype), **options)
+        soft_targets(torch.zeros(rows, vocab, dtype=dtype), **options)
 
 
-def _packed(rows: int, kept: int, lse: Mapping[float, torch.Tensor], vocab: int = VOCAB) -> kdfast.PackedTargets:
+def _packed(rows: int, kept: int, lse: Mapping[float, torch.Tensor], vocab: int = VOCAB) -> PackedTargets:
     """Targets whose bytes, which nobody reads, are zeros."""
-    import kdfast
+    from kdfast.spec.packed import PackedTargets
 
     size = -(-(kept * (vocab - 1).bit_length() + 7) // 8 + kept // 2) // 4 * 4
     offset = torch.arange(rows, dtype=torch.int32) * (size // 4)
     data = torch.zeros(rows * size, dtype=torch.uint8)
-    return kdfast.PackedTargets(data, offset, torch.zeros(rows), kept=kept, vocab_size=vocab, grid=4, lse=lse)
+    return PackedTargets(data, offset, torch.zeros(rows), kept=kept, vocab_size=vocab, grid=4, lse=lse)
 
 
 def _unpack(kept: int) -> None:
@@ -185,18 +187,28 @@ def _distill(
     packed: bool = False,
     learned: bool = False,
     processors: int = 1,
+    softcap: float | None = None,
     **options: Any,
 ) -> None:
-    import kdfast
     from kdfast.kernels.triton import tiles
+    from kdfast.loss import distill_loss
+    from kdfast.spec.head import LMHead
+    from kdfast.spec.sparse import SparseTargets
 
     shape = rows if isinstance(rows, tuple) else (rows,)
     # with `stretched`, rows that two strides say: every second token of each sequence
-    seen = (lambda x: x[:, ::2]) if stretched else (lambda x: x)
     wide = (shape[0], 4) if stretched else shape
-    student = seen(torch.zeros(*wide, vocab, dtype=dtype)).requires_grad_()
-    shape = student.shape[:-1]
-    teacher: Any = [seen(torch.zeros(*wide, vocab, dtype=dtype)) for _ in range(teachers)]
+
+    def logits() -> Any:
+        if softcap is None:
+            x = torch.zeros(*wide, vocab, dtype=dtype)
+            return (x[:, ::2] if stretched else x).requires_grad_()
+        hidden, weight = torch.zeros(*shape, 8, dtype=dtype, requires_grad=True), torch.zeros(vocab, 8, dtype=dtype)
+        return LMHead(hidden, weight, softcap=softcap)
+
+    student: Any = logits()
+    shape = shape if softcap is not None else student.shape[:-1]
+    teacher: Any = [logits() for _ in range(teachers)]
     options = {"temperature": 2.0} | options
     if learned:
         options["temperature"] = torch.tensor(2.0, requires_grad=True)
@@ -207,9 +219,9 @@ def _distill(
         teacher = _packed(shape[0], kept, lse, vocab)
         if not packed:
             ids = torch.arange(kept, dtype=torch.int32).expand(*shape, kept)
-            teacher = kdfast.SparseTargets(ids, torch.zeros(*shape, kept), vocab_size=vocab, lse=lse)
+            teacher = SparseTargets(ids, torch.zeros(*shape, kept), vocab_size=vocab, lse=lse)
     with mock.patch.object(tiles, "processors", return_value=processors):
-        loss = kdfast.distill_loss(student, teacher, labels, backend="triton", **options)
+        loss = distill_loss(student, teacher, labels, backend="triton", **options)
         loss.sum().backward()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import kdfast
+from kdfast.ops._registry import backends
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -43,8 +44,8 @@ class Machine:
             system=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
             torch=torch.__version__,
-            kdfast=kdfast.__version__,
-            backend=kdfast.backends().chosen,
+            kdfast=importlib.metadata.version("kdfast"),
+            backend=backends().chosen,
             commit=_commit(),
         )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from kdfast.benchmark.cases import Case
 from kdfast.benchmark.compare import Row
@@ -27,11 +27,11 @@ class Grid:
 
     def rich(self) -> Table:
         """For a terminal."""
-        table = Table(title=escape(self.title), title_justify="left", title_style="bold")
+        table = Table(title=Text(self.title), title_justify="left", title_style="bold")
         for index, name in enumerate(self.header):
             table.add_column(name, justify="left" if index < self.text_columns else "right", no_wrap="\n" not in name)
         for row in self.rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(Text, row))
         return table
 
     def markdown(self) -> str:

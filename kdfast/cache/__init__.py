@@ -3,6 +3,9 @@
 The format is ``csrc/cache/FORMAT.md``; reading, writing, checksums and codecs are compiled.
 """
 
+import importlib
+from typing import Any
+
 from kdfast.cache.dataset import Dataset, collate
 from kdfast.cache.error import CacheError
 from kdfast.cache.maintenance import Merge, Repair, Verification, merge, repair, verify
@@ -31,3 +34,10 @@ __all__ = [
     "statistics",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "job":  # which reads documents and runs teachers: imported by who asks for it
+        return importlib.import_module("kdfast.cache.job")
+    msg = f"module 'kdfast.cache' has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -11,8 +11,8 @@ from torch import Tensor
 from kdfast.cache.error import CacheError
 from kdfast.cache.keys import key_text
 from kdfast.cache.reader import Reader
-from kdfast.packed import PackedTargets
-from kdfast.targets import SparseTargets
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.sparse import SparseTargets
 
 
 class Samples(Protocol):

@@ -1,6 +1,10 @@
-"""The one error of the cache."""
+"""The errors of the cache."""
 
 from __future__ import annotations
+
+
+class JobError(ValueError):
+    """A teacher, data or options that a cache cannot be built from; the message says which and what would do."""
 
 
 class CacheError(ValueError):
@@ -28,3 +32,6 @@ class CacheError(ValueError):
         where += [] if self.key is None else [f"sample {self.key!r}"]
         where += [] if self.offset is None else [f"byte {self.offset}"]
         return f"{self.args[0]} [{self.code}; {', '.join(where)}]" if where else f"{self.args[0]} [{self.code}]"
+
+
+CacheError.__module__ = "kdfast"  # where it is for users, and for what they pickle

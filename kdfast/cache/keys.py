@@ -17,11 +17,22 @@ TokenIds: TypeAlias = Tensor | Sequence[int]
 def key_text(key: object) -> str:
     """The stored form of a key: text as it is, an int as its decimal string."""
     if isinstance(key, str):
+        if not key.isascii():
+            require_unicode(key, "a key")
         return key
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         return str(int(key))
     msg = f"a key must be a str or an int, got {type(key).__name__}"
     raise TypeError(msg)
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Raises ValueError for a text that UTF-8 cannot hold: half of a surrogate pair, as an escape in JSON makes one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        msg = f"{what} must be text that UTF-8 can hold, got {text[error.start]!a} at character {error.start}"
+        raise ValueError(msg) from None
 
 
 def token_hash(token_ids: TokenIds, tokens: int, key: str) -> bytes:

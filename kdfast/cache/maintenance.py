@@ -96,6 +96,9 @@ def merge(
 ) -> Merge:
     """Copies the samples of some caches, byte for byte, into another, which is made where there is none.
 
+    All caches are looked at before anything is copied or made, as far as their indices tell: that they are caches with
+    the same header, and no key with different token ids. Every sample is verified as it is copied.
+
     Raises:
         CacheError: caches whose headers differ, damage in a source, or a key with different token ids in two of them.
         ValueError: no source, or a URL.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.dense_cpu import _view
-from kdfast.packed import PackedTargets
+from kdfast.spec.packed import PackedTargets
+from kdfast.views import view
 
 if TYPE_CHECKING:
     from kdfast import _core
@@ -42,7 +42,7 @@ def packed(
 
     def pack(files: dict[int, str]) -> None:
         some = [i for i, entry in enumerate(entries) if not files or entry.shard in files]
-        items = [(entries[i], *selection.range(i), *(None if x is None else _view(x) for x in made[i])) for i in some]
+        items = [(entries[i], *selection.range(i), *(None if x is None else view(x) for x in made[i])) for i in some]
         data = engine.pack(items, torch.get_num_threads(), files)  # type: ignore[arg-type]  # views in their order
         packs.update(zip(some, data, strict=True))
 
@@ -52,7 +52,7 @@ def packed(
         data = packs[i]
         offset, top, lse, k_eff, gold = fields
         copy = torch.empty(len(data), dtype=torch.uint8, device="cpu")
-        data.copy_to(_view(copy))
+        data.copy_to(view(copy))
         of_stored = {} if lse is None else dict(zip(stored, lse, strict=True))
         out.append(
             PackedTargets(

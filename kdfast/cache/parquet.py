@@ -38,12 +38,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from kdfast.cache.error import CacheError
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import CacheError, JobError
 from kdfast.cache.keys import key_text, token_hash
 from kdfast.cache.reader import Reader
 from kdfast.cache.writer import Tier, Writer
-from kdfast.targets import SAMPLED, SparseTargets
+from kdfast.spec.sparse import SAMPLED, SparseTargets
 
 #: What the mass of a token may exceed 1 by: that of fp32 log-probabilities that were rounded, not computed in bf16.
 MASS_ROUNDING = 1e-5
@@ -283,10 +282,21 @@ def _captured(columns: list[str]) -> Iterator[float]:
 
 def _rows_of(file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
     """Each row by column: scalars as Python's, lists as Arrow's."""
+    number = 0
     for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
         for i in range(batch.num_rows):
-            row = {name: batch.column(name)[i] for name in batch.schema.names}
-            yield {name: x.values if hasattr(x, "values") else x.as_py() for name, x in row.items()}
+            yield {name: _value(batch.column(name)[i], name, number) for name in batch.schema.names}
+            number += 1
+
+
+def _value(x: Any, column: str, row: int) -> Any:
+    if hasattr(x, "values"):
+        return x.values
+    try:
+        return x.as_py()
+    except UnicodeDecodeError as error:  # Arrow takes any bytes for text
+        msg = f"row {row}, column {column!r}: no UTF-8: {error.reason} at byte {error.start}"
+        raise JobError(msg) from error
 
 
 @dataclass(frozen=True)
@@ -301,7 +311,7 @@ class _Rows:
     def sample(self, number: int, row: Mapping[str, Any]) -> tuple[str, SparseTargets, bytes | None]:
         try:
             key = key_text(row.get(self.columns.key, number))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             msg = f"row {number}: {error}"
             raise JobError(msg) from error
         try:

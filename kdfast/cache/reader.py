@@ -17,8 +17,8 @@ from kdfast.cache.metadata import metadata
 from kdfast.cache.packing import packed
 from kdfast.cache.prefetch import advise
 from kdfast.cache.remote.files import is_url
-from kdfast.packed import PackedTargets
-from kdfast.targets import SAMPLED, SparseTargets
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.sparse import SAMPLED, SparseTargets
 
 if TYPE_CHECKING:
     from kdfast import _core

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast.cache.keys import TokenIds
-from kdfast.targets import SparseTargets
+from kdfast.spec.sparse import SparseTargets
 
 
 class Event(Protocol):

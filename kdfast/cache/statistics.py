@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kdfast.cache.reader import Reader
-from kdfast.targets import SAMPLED
+from kdfast.spec.sparse import SAMPLED
 
 _BINS = 48
 _LEAST_TAIL = 1e-12

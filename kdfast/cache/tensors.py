@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kdfast.ops.dense_cpu import _view
+from kdfast.views import view
 
 if TYPE_CHECKING:
     from kdfast import _core
@@ -17,5 +17,5 @@ def cache_tensors(tensors: Mapping[str, Tensor]) -> _core.CacheTensors:
     """The engine's view of the fields of some targets: ``ids`` and, by name, those that are there."""
     from kdfast import _core
 
-    fields = {name: _view(value) for name, value in tensors.items()}
+    fields = {name: view(value) for name, value in tensors.items()}
     return _core.CacheTensors(fields.pop("ids"), **fields)

@@ -18,7 +18,7 @@ from kdfast.cache.manifest import write_manifest
 from kdfast.cache.metadata import metadata_text
 from kdfast.cache.staging import Staging
 from kdfast.cache.tensors import cache_tensors
-from kdfast.targets import SAMPLED, SparseTargets
+from kdfast.spec.sparse import SAMPLED, SparseTargets
 
 if TYPE_CHECKING:
     from kdfast import _core

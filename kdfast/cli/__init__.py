@@ -8,40 +8,50 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-EXIT_USAGE = 2
+from kdfast.cli.missing import exit_missing
 
 
 class Command(NamedTuple):
-    """Where a command lives, and the extra that brings what it imports."""
+    """Where a command lives, the extra that brings what it imports, and what the list of commands says of it."""
 
     module: str  # the function has the command's name
     extra: str
+    summary: str = ""
 
 
 #: Every command; a new one is a row here and a module with a function of that name.
 COMMANDS = {
-    "demo": Command("kdfast.cli.demo", "demo"),
-    "bench": Command("kdfast.cli.bench", "bench"),
-    "doctor": Command("kdfast.cli.doctor", "demo"),
-    "plan": Command("kdfast.cli.plan", "demo"),
-    "cache": Command("kdfast.cli.cache", "demo"),
-    "report": Command("kdfast.cli.report", "demo"),
-    "tune": Command("kdfast.cli.tune", "tune"),
+    "demo": Command("kdfast.cli.demo", "demo", "Distil a small GPT on Python's own source code."),
+    "bench": Command("kdfast.cli.bench", "bench", "Time the loss beside its competitors."),
+    "doctor": Command("kdfast.cli.doctor", "demo", "Say what is available here, and what would run."),
+    "plan": Command("kdfast.cli.plan", "demo", "Say what a step of each path costs in memory."),
+    "cache": Command("kdfast.cli.cache", "demo", "Fill a soft-target cache, and look after it."),
+    "report": Command("kdfast.cli.report", "demo", "Measure a student against its teacher."),
+    "tune": Command("kdfast.cli.tune", "tune", "Search a temperature, an alpha or any loss weight."),
 }
+
+#: Commands that train for minutes. Threads that spin while they wait for one another make that an hour where other
+#: processes want the cores: they sleep instead. Not those that measure time alone.
+SHARING = ("demo", "tune")
 
 
 def main() -> None:
     """Runs the command line; the console script's entry point."""
+    given = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if given in SHARING:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch's OpenMP is loaded
     try:
         import typer
     except ModuleNotFoundError as error:
-        asked = next((COMMANDS[word] for word in sys.argv[1:] if word in COMMANDS), COMMANDS["demo"])
-        exit_missing("kdfast", error, asked.extra)
+        exit_missing("kdfast", error, COMMANDS.get(given or "", COMMANDS["demo"]).extra)
     app = typer.Typer(
         name="kdfast",
         help="Fast, exact knowledge distillation for PyTorch.",
@@ -52,16 +62,41 @@ def main() -> None:
     )
 
     @app.callback()
-    def root() -> None:  # a callback keeps the command's name necessary while there is only one
+    def root(
+        version: bool = typer.Option(
+            False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ) -> None:
         pass
 
     for name, command in COMMANDS.items():
-        loaded = _load(name, command)
+        loaded = _load(name, command) if name == given else _listed(command)  # which spares torch's import
         if isinstance(loaded, typer.Typer):
             app.add_typer(loaded, name=name)
         else:
             app.command(name)(loaded)
     app(prog_name="kdfast")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"kdfast {importlib.metadata.version('kdfast')}")
+        sys.exit(0)
+
+
+def _listed(command: Command) -> Callable[..., Any]:
+    """A command that is only listed."""
+
+    def listed() -> None:
+        raise NotImplementedError
+
+    there = importlib.util.find_spec(command.module) is not None
+    listed.__doc__ = command.summary if there else _not_installed(command)
+    return listed
+
+
+def _not_installed(command: Command) -> str:
+    return f'(not installed: pip install "kdfast[{command.extra}]")'
 
 
 def _load(name: str, command: Command) -> Callable[..., Any]:
@@ -74,7 +109,7 @@ def _load(name: str, command: Command) -> Callable[..., Any]:
         def unavailable() -> None:
             exit_missing(f"kdfast {name}", missing, command.extra)
 
-        unavailable.__doc__ = f'(not installed: pip install "kdfast[{command.extra}]")'
+        unavailable.__doc__ = _not_installed(command)
         return unavailable
 
     if not inspect.isfunction(function):
@@ -88,14 +123,3 @@ def _load(name: str, command: Command) -> Callable[..., Any]:
             exit_missing(f"kdfast {name}", error, command.extra)
 
     return run
-
-
-def exit_missing(who: str, error: ModuleNotFoundError, extra: str) -> Any:
-    """Names the extra and exits; a missing module of our own is a broken installation and stays a traceback."""
-    package = (error.name or "").partition(".")[0]
-    if package in {"", "kdfast"}:
-        raise error
-    print(
-        f'{who} needs the package "{package}", which is not installed: pip install "kdfast[{extra}]"', file=sys.stderr
-    )
-    sys.exit(EXIT_USAGE)

@@ -62,16 +62,12 @@ def bench(
     The competitors of a case take turns in one process, after their results have been checked against each other. Exit
     code 0: done, and no regression; 1: a regression or a wrong result; 2: wrong use or an unusable file.
     """
-    from rich.console import Console
-
     from kdfast.benchmark.errors import BenchError, WrongResultError
+    from kdfast.cli.terminal import console
 
-    # Wide enough for the tables where the output is a file or a CI's log, which has no width of its own.
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)
     try:
         failed = _bench(
-            console,
+            console(),
             quick=quick,
             case_patterns=case or [],
             competitor_patterns=competitor or [],
@@ -87,7 +83,7 @@ def bench(
             gates=gate,
         )
     except (BenchError, WrongResultError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True)
         raise typer.Exit(EXIT_USAGE if isinstance(error, BenchError) else EXIT_REGRESSION) from None
     if failed:
         raise typer.Exit(EXIT_REGRESSION)
@@ -112,6 +108,7 @@ def _bench(
 ) -> bool:
     """Does what the options say; True where the gate fails."""
     import torch
+    from rich.text import Text
 
     from kdfast.benchmark import cases, competitors, tables
     from kdfast.benchmark.compare import DEFAULT_GATES, compare
@@ -119,6 +116,7 @@ def _bench(
     from kdfast.benchmark.machine import Machine
     from kdfast.benchmark.measure import measure
     from kdfast.benchmark.results import AGAINST, Run
+    from kdfast.reporting.outputs import check_file
 
     if base_file is None and (new_file or fail_below is not None or gates):
         msg = "--with, --fail-below and --gate need --compare BASE.json"
@@ -134,10 +132,12 @@ def _bench(
             msg = f"--gate must be one of {', '.join(AGAINST)}, got {name!r}"
             raise BenchError(msg)
     gates = gates or DEFAULT_GATES
-    for file in (json, markdown):
-        if file is not None and not file.parent.is_dir():
-            msg = f"{file}: there is no folder {file.parent}"
-            raise BenchError(msg)
+    for name, file in {"--json": json, "--markdown": markdown}.items():
+        if file is not None:
+            try:
+                check_file(file, name)
+            except OSError as error:
+                raise BenchError(str(error)) from error
 
     base = None if base_file is None else Run.read(base_file)
     if base is not None and new_file is not None:
@@ -154,25 +154,25 @@ def _bench(
         selected = cases.select(case_patterns, quick=quick)
     if list_only:
         console.print(tables.cases_grid(selected).rich())
-        console.print("competitors: " + ", ".join(c.name for c in chosen), markup=False, highlight=False)
+        console.print("competitors: " + ", ".join(c.name for c in chosen))
         return False
     if base is not None:
         _require_common(base, selected)
 
     run = Run(Machine.here(), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
-    console.print(str(run.machine), highlight=False, markup=False, soft_wrap=True)
+    console.print(str(run.machine), soft_wrap=True)
     if base is not None:
         _say_differences(console, base, run)
 
     def measure_one(case: cases.Case) -> CaseResult:
         with console.status("") as status:
-            return measure(case, chosen, rounds=rounds, say=status.update)
+            return measure(case, chosen, rounds=rounds, say=lambda text: status.update(Text(text)))
 
     for case in selected:
         run.cases[case.name] = result = measure_one(case)
         console.print(tables.case_grid(result).rich())
         for name, why in result.skipped.items():
-            console.print(f"{name} was not measured: {why}", markup=False, highlight=False)
+            console.print(f"{name} was not measured: {why}")
         _write(run, json, markdown)  # after every case, so that an interrupted run leaves what it has
     if len(selected) > 1:
         console.print(tables.summary_grid(list(run.cases.values())).rich())
@@ -204,7 +204,7 @@ def _say_differences(console: Console, base: Run, new: Run) -> None:
     differences = base.machine.differences(new.machine)
     if differences:
         text = "; ".join(differences)
-        console.print(f"note: the base was measured elsewhere ({text}); ratios may differ for that alone", markup=False)
+        console.print(f"note: the base was measured elsewhere ({text}); ratios may differ for that alone")
 
 
 def _retried(
@@ -220,7 +220,7 @@ def _retried(
     from kdfast.benchmark.compare import better, compare_case
 
     for name in dict.fromkeys(row.case for row in rows if row.fails(fail_below, gates)):
-        console.print(f"{name} is below {fail_below} of the base: measuring it once more", highlight=False)
+        console.print(f"{name} is below {fail_below} of the base: measuring it once more")
         again = measure_one(base.cases[name].case)
         rows = better(rows, compare_case(base.cases[name], again))
     return rows
@@ -242,10 +242,8 @@ def _verdict(console: Console, rows: Sequence[Row], fail_below: float | None, ga
             f"{row.new:.2f} times: {row.by_median:.3f} of the base, {row.by_best:.3f} in the best rounds, the limit is "
             f"{fail_below}",
             style="red",
-            highlight=False,
-            markup=False,
             soft_wrap=True,
         )
     if not failures:
-        console.print(f"no regression: {gated} gated ratios, none below {fail_below} of the base", highlight=False)
+        console.print(f"no regression: {gated} gated ratios, none below {fail_below} of the base")
     return bool(failures)

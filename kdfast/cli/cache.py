@@ -14,9 +14,11 @@ from rich.table import Table
 import kdfast.cache as store
 from kdfast.cache.remote.files import is_url
 from kdfast.cli.cache_build import build
-from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_USAGE, fail, guarded, needs
+from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_USAGE, fail, guarded, needs, writable
 from kdfast.cli.cache_parquet import export, import_
 from kdfast.cli.cache_push import push
+from kdfast.cli.terminal import console
+from kdfast.reporting.words import counted, were_there
 
 cache = typer.Typer(help="Fill a soft-target cache, look into it, and look after it.", no_args_is_help=True)
 cache.command()(build)
@@ -48,6 +50,8 @@ def info(
     """Say what a cache holds: teacher, sizes, bytes per token, entropy and tail mass."""
     if plot is not None and plot.suffix not in (".png", ".svg"):
         fail(f"--plot takes a .png or .svg file, got {plot}", EXIT_USAGE)
+    if plot is not None:
+        writable(plot, "--plot")
     reader = guarded(store.Reader, path, local_cache=local_cache)
     shards = reader.shards()
     tokens, size = sum(s.tokens for s in shards), sum(s.bytes for s in shards)
@@ -75,12 +79,12 @@ def info(
         if not tiers:
             fail("--plot: no samples to draw", EXIT_FAULTY)
         with needs("kdfast cache info", {"matplotlib": "demo"}):
-            from kdfast.reporting.cache import write_plot
+            from kdfast.cache.plot import write_plot
         teacher = reader.metadata.get("teacher")
         title = f"{Path(path).resolve().name}" + (f", teacher {teacher}" if teacher else "")
         looked = sum(one.samples for one in tiers.values())
-        title += f": {len(reader):,} samples, {tokens:,} tokens, {size / 2**20:,.1f} MiB"
-        title += f"; {sum(one.tokens for one in tiers.values()):,} tokens of {looked:,} samples shown"
+        title += f": {counted(len(reader), 'sample')}, {counted(tokens, 'token')}, {size / 2**20:,.1f} MiB; "
+        title += f"{counted(sum(one.tokens for one in tiers.values()), 'token')} of {counted(looked, 'sample')} shown"
         try:
             write_plot(plot, title, tiers, statistics)
         except OSError as error:
@@ -95,7 +99,7 @@ def _print_info(
     tiers: Mapping[str, store.Size],
     statistics: store.Statistics | None,
 ) -> None:
-    console, shards = Console(), reader.shards()
+    terminal, shards = console(), reader.shards()
     table = Table(title=path, show_header=False, title_justify="left")
     rows: list[tuple[str, str]] = [(name, str(value)) for name, value in reader.metadata.items()]
     rows += [
@@ -109,19 +113,19 @@ def _print_info(
     ]
     for tier, one in tiers.items():
         if one.tokens:
-            said = f"{one.bytes / one.tokens:.1f} bytes a token, without indices, in {one.samples:,} samples"
+            said = f"{one.bytes / one.tokens:.1f} bytes a token, without indices, in {counted(one.samples, 'sample')}"
             rows.append((f"tier {tier}", said))
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    terminal.print(table)
     if statistics is not None:
-        console.print(
-            f"Of {statistics.tokens:,} tokens in {statistics.samples:,} samples: "
+        terminal.print(
+            f"Of {counted(statistics.tokens, 'token')} in {counted(statistics.samples, 'sample')}: "
             f"{statistics.kept:.1f} entries a token, "
             f"entropy of what is kept {statistics.entropy:.3f} nats, tail mass {statistics.tail:.4f} (means at T = 1)"
         )
         for name, histogram in (("entropy, nats", statistics.entropies), ("log10 of tail mass", statistics.tails)):
-            _print_histogram(console, name, histogram)
+            _print_histogram(terminal, name, histogram)
 
 
 def _as_json(statistics: store.Statistics) -> dict[str, Any]:
@@ -135,8 +139,8 @@ def verify(path: _Path, local_cache: _LocalCache = None) -> None:
     for fault in found.faults:
         typer.echo(str(fault), err=True)
     typer.echo(
-        f"{found.samples:,} samples, {found.tokens:,} tokens, {found.bytes / 2**20:,.1f} MiB: "
-        + (f"{len(found.faults)} faults" if found.faults else "all right")
+        f"{counted(found.samples, 'sample')}, {counted(found.tokens, 'token')}, {found.bytes / 2**20:,.1f} MiB: "
+        + (counted(len(found.faults), "fault") if found.faults else "all right")
     )
     if found.faults:
         raise typer.Exit(EXIT_FAULTY)
@@ -164,14 +168,15 @@ def merge(
     into: Annotated[str, typer.Option(help="directory of the cache to copy to", show_default=False)],
 ) -> None:
     """Copy the samples of some caches into another, byte for byte."""
+    writable(into, "--into", folder=True)
     merged = guarded(store.merge, sources, into)
-    typer.echo(f"{merged.samples:,} samples copied, {merged.there_already:,} were there already")
+    typer.echo(f"{counted(merged.samples, 'sample')} copied, {were_there(merged.there_already)}")
 
 
-def _print_histogram(console: Console, name: str, histogram: store.Histogram) -> None:
+def _print_histogram(terminal: Console, name: str, histogram: store.Histogram) -> None:
     """One line for four bins: their lower edge, a bar, their tokens and share."""
     counts = [sum(histogram.counts[i : i + 4]) for i in range(0, len(histogram.counts), 4)]
     most, total = max(counts), sum(counts)
-    console.print(f"\n{name}: from, tokens, share")
+    terminal.print(f"\n{name}: from, tokens, share")
     for edge, n in zip(histogram.edges[::4], counts, strict=False):
-        console.print(f"{edge:8.2f} {'█' * round(40 * n / most):<40} {n:>12,} {n / total:6.1%}")
+        terminal.print(f"{edge:8.2f} {'█' * round(40 * n / most):<40} {n:>12,} {n / total:6.1%}")

@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from kdfast.cache import CacheError
-from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_INTERRUPTED, EXIT_USAGE, fail, needs
-from kdfast.interrupt import Interrupt
+from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_INTERRUPTED, EXIT_USAGE, fail, needs, writable
+from kdfast.cli.interrupt import Interrupt
+from kdfast.cli.terminal import console, program
+from kdfast.reporting.words import counted, were_there
 
 if TYPE_CHECKING:
     from kdfast.cache.job import Filled, Job
@@ -83,6 +84,7 @@ def build(
     from kdfast.cache.job import Capture, Job, JobError, Source
 
     rank, world = _ranks()
+    writable(out, "OUT", folder=True)
     try:
         with needs("kdfast cache build", _EXTRAS):
             if not ray and (ray_address is not None or ray_actors is not None):
@@ -153,7 +155,7 @@ def _interrupted() -> None:
 
 
 def _command() -> str:
-    return shlex.join(["kdfast", *sys.argv[1:]])
+    return shlex.join([*program(), *sys.argv[1:]])
 
 
 def _ranks() -> tuple[int, int]:
@@ -188,7 +190,9 @@ class _Display:
     """A bar on a terminal; the last line in words everywhere."""
 
     def __init__(self, *, shown: bool) -> None:
-        self._progress = Progress(BarColumn(), TextColumn("{task.description}"), console=Console(), disable=not shown)
+        self._progress = Progress(
+            BarColumn(), TextColumn("{task.description}", markup=False), console=console(), disable=not shown
+        )
         self._task = self._progress.add_task("", total=1.0)
         self._started = time.monotonic()
 
@@ -216,8 +220,8 @@ class _Display:
         seconds = time.monotonic() - self._started
         who = f"process {rank} of {world}: " if world > 1 else ""
         typer.echo(
-            f"{who}{filled.samples:,} samples written, {filled.there:,} were there already; "
-            f"{filled.tokens:,} tokens in {seconds:.1f} s ({filled.tokens / seconds:,.0f} tokens/s)"
+            f"{who}{counted(filled.samples, 'sample')} written, {were_there(filled.there)}; "
+            f"{counted(filled.tokens, 'token')} in {seconds:.1f} s ({filled.tokens / seconds:,.0f} tokens/s)"
             + (f", {filled.committed_bytes / filled.tokens:.1f} bytes/token" if filled.tokens else "")
         )
 

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import typer
 
 from kdfast.cache import CacheError
-from kdfast.cli import EXIT_USAGE, exit_missing
+from kdfast.cache.remote.files import is_url
+from kdfast.cli.missing import EXIT_USAGE, exit_missing
+from kdfast.reporting.outputs import check_file, check_folder
 
 EXIT_FAULTY = 1
 EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
-__all__ = ["EXIT_FAULTY", "EXIT_INTERRUPTED", "EXIT_USAGE", "fail", "guarded", "needs"]
+__all__ = ["EXIT_FAULTY", "EXIT_INTERRUPTED", "EXIT_USAGE", "fail", "guarded", "needs", "writable"]
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Ends the command with a message and no traceback."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+def writable(path: str | os.PathLike[str], argument: str, *, folder: bool = False) -> None:
+    """Ends the command where a file, or files in a folder, could not be written once the work is done."""
+    if is_url(os.fspath(path)):
+        return
+    try:
+        (check_folder if folder else check_file)(path, argument)
+    except OSError as error:
+        fail(str(error), EXIT_USAGE)
 
 
 @contextlib.contextmanager

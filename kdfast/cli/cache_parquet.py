@@ -9,7 +9,8 @@ import typer
 
 from kdfast.cache import CacheError, Reader
 from kdfast.cache.writer import Tier
-from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_USAGE, fail, guarded, needs
+from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_USAGE, fail, guarded, needs, writable
+from kdfast.reporting.words import counted, were_there
 
 
 def export(
@@ -20,6 +21,7 @@ def export(
     local_cache: Annotated[Path | None, typer.Option(help="of a URL, the folder for what is fetched")] = None,
 ) -> None:
     """Write a cache as a Parquet file, one row a sample. Of a URL every shard is fetched."""
+    writable(file, "FILE")
     reader = guarded(Reader, cache, local_cache=local_cache)
     try:
         with needs("kdfast cache export", {"pyarrow": "cache"}):
@@ -28,7 +30,9 @@ def export(
             done = export_parquet(reader, file)
     except (CacheError, OSError) as error:
         fail(str(error), EXIT_FAULTY)
-    typer.echo(f"{done.samples:,} samples, {done.tokens:,} tokens, {file.stat().st_size / 2**20:,.1f} MiB")
+    typer.echo(
+        f"{counted(done.samples, 'sample')}, {counted(done.tokens, 'token')}, {file.stat().st_size / 2**20:,.1f} MiB"
+    )
 
 
 def import_(
@@ -57,6 +61,7 @@ def import_(
     """Write a Parquet file of ids and log-probabilities, such as vLLM's, into a cache."""
     from kdfast.cache.job import JobError
 
+    writable(out, "OUT", folder=True)
     named = {"teacher": teacher, "revision": revision, "tokenizer": tokenizer}
     try:
         with needs("kdfast cache import", {"pyarrow": "cache"}):
@@ -77,4 +82,4 @@ def import_(
         fail(str(error), EXIT_USAGE)
     except (CacheError, OSError) as error:
         fail(str(error), EXIT_FAULTY)
-    typer.echo(f"{done.samples:,} samples written, {done.there:,} were there already; {done.tokens:,} tokens")
+    typer.echo(f"{counted(done.samples, 'sample')} written, {were_there(done.there)}; {counted(done.tokens, 'token')}")

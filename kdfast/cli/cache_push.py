@@ -9,6 +9,7 @@ import typer
 
 import kdfast.cache as store
 from kdfast.cli.cache_errors import EXIT_FAULTY, EXIT_USAGE, fail, needs
+from kdfast.reporting.words import counted, were_there
 
 
 def push(
@@ -28,6 +29,6 @@ def push(
     except (ValueError, OSError) as error:
         fail(str(error), EXIT_FAULTY)
     typer.echo(
-        f"{done.sent} shards sent, {done.sent_bytes / 2**20:,.1f} MiB; {done.there_already} were there already; "
-        f"{done.samples:,} samples"
+        f"{counted(done.sent, 'shard')} sent, {done.sent_bytes / 2**20:,.1f} MiB; {were_there(done.there_already)}; "
+        f"{counted(done.samples, 'sample')}"
     )

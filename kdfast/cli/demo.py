@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+from kdfast.cli.cache_errors import EXIT_INTERRUPTED, EXIT_USAGE, fail
+
 DEFAULT_OUT = Path("kdfast-report")
 
 
@@ -20,11 +19,20 @@ def demo(
     ] = False,
     seed: Annotated[int, typer.Option(help="First seed: initial weights and order of the batches.", min=0)] = 0,
     seeds: Annotated[int, typer.Option(help="Number of seeds, counted up from the first.", min=1)] = 1,
-    temperature: Annotated[float | None, typer.Option(help="Temperature of all distilled students.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the distillation term, 0 to 1.")] = None,
-    divergence: Annotated[str | None, typer.Option(help="Divergence of the third student.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of each student.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of text the students train on.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of all distilled students.", show_default="1.0")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of the distillation term, 0 to 1.", show_default="0.9")
+    ] = None,
+    divergence: Annotated[str | None, typer.Option(help="Divergence of the third student.", show_default="jsd")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of each student.", show_default="800; 60 with --quick")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of text the students train on.", show_default="204800; 24576 with --quick"),
+    ] = None,
     online: Annotated[
         bool, typer.Option("--online", help="Distil from all of the teacher's logits, in memory; no cache.")
     ] = False,
@@ -45,15 +53,16 @@ def demo(
     import jinja2  # noqa: F401 - what the run needs only at its end is looked for before it starts
     import matplotlib  # noqa: F401
     import torch
-    from rich.console import Console
 
+    from kdfast.cli.interrupt import Interrupt
+    from kdfast.cli.terminal import again, console
     from kdfast.demo.checkpoint import Interrupted
     from kdfast.demo.display import Display, cache_text, results_table
+    from kdfast.demo.results import verdict
     from kdfast.demo.run import REPORT_NAME, RESULTS_NAME, run_demo
     from kdfast.demo.settings import DemoError, DemoSettings
-    from kdfast.interrupt import Interrupt
 
-    console = Console()
+    terminal = console()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
@@ -71,7 +80,7 @@ def demo(
             online=online,
             compare=compare and not online,
         )
-        with Interrupt() as interrupt, Display(console) as display:
+        with Interrupt() as interrupt, Display(terminal) as display:
             results = run_demo(
                 settings, out, display, resume=resume, restart=restart, interrupted=lambda: interrupt.requested
             )
@@ -90,32 +99,20 @@ def demo(
             "--threads": threads,
             "--out": None if out == DEFAULT_OUT else out,
         }
-        console.print(f"\ninterrupted; go on with:\n  {_command(given)} --resume", highlight=False, soft_wrap=True)
+        terminal.print(f"\ninterrupted; go on with:\n  {again('demo', given)} --resume", soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (DemoError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(EXIT_USAGE) from None
-    console.print(results_table(results))
+        fail(str(error), EXIT_USAGE)
+    terminal.print(results_table(results))
+    terminal.print(verdict(results), soft_wrap=True)
     if results["cache"]:
-        console.print(cache_text(results), highlight=False, soft_wrap=True)
+        terminal.print(cache_text(results), soft_wrap=True)
     comparison = results["loss_comparison"]
-    console.print(
-        f"forward KL and cross-entropy with gradient, one batch: {comparison['kdfast_ms']:.1f} ms in kdfast, "
-        f"{comparison['eager_ms']:.1f} ms in plain PyTorch lines",
-        highlight=False,
-    )
-    console.print(
-        f"{results['seconds']:.0f} s in all; report: {out / REPORT_NAME}, figures: {out / RESULTS_NAME}",
-        highlight=False,
+    terminal.print(
+        f"Forward KL and cross-entropy with gradient, one batch: {comparison['kdfast_ms']:.1f} ms in kdfast, "
+        f"{comparison['eager_ms']:.1f} ms in plain PyTorch lines.",
         soft_wrap=True,
     )
-
-
-def _command(given: dict[str, Any]) -> str:
-    words = ["kdfast", "demo"]
-    for name, value in given.items():
-        if value is True:
-            words.append(name)
-        elif value is not None and value is not False:
-            words += [name, str(value)]
-    return shlex.join(words)
+    terminal.print(
+        f"{results['seconds']:.0f} s in all; report: {out / REPORT_NAME}, figures: {out / RESULTS_NAME}", soft_wrap=True
+    )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdfast.cli.cache_errors import EXIT_USAGE, fail
-from kdfast.factory import FactoryError, find
+from kdfast.integrations.factory import FactoryError, find
+
+if TYPE_CHECKING:
+    from kdfast.demo.display import Display
 
 DEFAULT_OUT = Path("distillation-report")
 NEEDED = ("student", "teacher", "loader")
@@ -39,10 +42,23 @@ def report(
     import matplotlib  # noqa: F401
 
     import kdfast
+    from kdfast.cli.terminal import console
+    from kdfast.demo.display import Display
+    from kdfast.reporting.outputs import check_folder
+    from kdfast.reporting.report import HTML_NAME, JSON_NAME
 
+    try:
+        check_folder(out, "--out", (HTML_NAME, JSON_NAME))
+    except OSError as error:
+        fail(str(error), EXIT_USAGE)
+    terminal = console(stderr=True)  # what is printed at the end stays alone on the other stream
+    terminal.print(f"making the models and the data: {factory}", soft_wrap=True)
     options = _options(factory) | {"out": out} | ({} if title is None else {"title": title})
     try:
-        found = kdfast.report(**options)
+        with Display(terminal) as display:
+            if isinstance(options["loader"], Iterable):  # what is none is told by the report
+                options["loader"] = _Watched(options["loader"], display)
+            found = kdfast.report(**options)
     except (TypeError, ValueError, OSError) as error:
         if not _ours(error):
             raise
@@ -74,6 +90,20 @@ def _options(factory: str) -> dict[str, Any]:
         wrong = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which kdfast.report has not"
         fail(f"--factory {factory}: what it returned {wrong}", EXIT_USAGE)
     return dict(made)
+
+
+class _Watched:
+    """A loader that says how far it has been read."""
+
+    def __init__(self, loader: Iterable[Any], display: Display) -> None:
+        self.loader, self.display = loader, display
+
+    def __iter__(self) -> Iterator[Any]:
+        self.display.task("batches through all models", len(self.loader) if isinstance(self.loader, Sized) else None)
+        for number, batch in enumerate(self.loader, 1):
+            yield batch
+            self.display.advance(number)
+        self.display.note("timing the models, and drawing the page")
 
 
 def _ours(error: BaseException) -> bool:

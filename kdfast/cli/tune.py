@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kdfast.cli.cache_errors import EXIT_INTERRUPTED, EXIT_USAGE, fail
-from kdfast.factory import FactoryError, find
+from kdfast.integrations.factory import FactoryError, find
 
 DEFAULT_OUT = Path("kdfast-tune")
 QUICK = {"trials": 4, "seeds": 2, "confirm": 2, "finalists": 2}
 COUNTS = {"trials": 20, "seeds": 3, "confirm": 5, "finalists": 3}
+
+
+def _counts(name: str) -> str:
+    return f"{COUNTS[name]}; {QUICK[name]} with --quick"
 
 
 def tune(
@@ -29,7 +32,8 @@ def tune(
     space: Annotated[
         list[str] | None,
         typer.Option(
-            help="name=low:high, with :log or :int; name=a,b,c; or name=value, which is not searched. May be repeated."
+            help="name=low:high, with :log or :int; name=a,b,c; or name=value, which is not searched. May be repeated.",
+            show_default="of the demonstration temperature=1:8:log, alpha=0:1",
         ),
     ] = None,
     baseline: Annotated[
@@ -37,11 +41,17 @@ def tune(
     ] = None,
     metric: Annotated[str | None, typer.Option(help="What the function returns, with its unit.")] = None,
     maximize: Annotated[bool, typer.Option("--maximize", help="More of the metric is better.")] = False,
-    trials: Annotated[int | None, typer.Option(help="Settings tried.  [default: 20]", min=1)] = None,
+    trials: Annotated[int | None, typer.Option(help="Settings tried.", min=1, show_default=_counts("trials"))] = None,
     seed: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
-    seeds: Annotated[int | None, typer.Option(help="Paired seeds of each trial.  [default: 3]", min=1)] = None,
-    confirm: Annotated[int | None, typer.Option(help="Fresh seeds of the finalists.  [default: 5]", min=1)] = None,
-    finalists: Annotated[int | None, typer.Option(help="Trials run with fresh seeds.  [default: 3]", min=1)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Paired seeds of each trial.", min=1, show_default=_counts("seeds"))
+    ] = None,
+    confirm: Annotated[
+        int | None, typer.Option(help="Fresh seeds of the finalists.", min=1, show_default=_counts("confirm"))
+    ] = None,
+    finalists: Annotated[
+        int | None, typer.Option(help="Trials run with fresh seeds.", min=1, show_default=_counts("finalists"))
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="The same path in a minute on the demonstration; figures mean nothing.")
     ] = False,
@@ -58,21 +68,21 @@ def tune(
     import jinja2  # noqa: F401 - what the page needs only at the end is looked for before the models run
     import matplotlib  # noqa: F401
     import torch
-    from rich.console import Console
 
     from kdfast import tuning
+    from kdfast.cli.interrupt import Interrupt
+    from kdfast.cli.terminal import again, console
     from kdfast.demo.display import Display
     from kdfast.demo.settings import DemoError
-    from kdfast.interrupt import Interrupt
-    from kdfast.reporting.tuning import finalists_table, trials_table
+    from kdfast.tuning.page import finalists_table, trials_table
 
-    console = Console(stderr=as_json)
+    terminal = console(stderr=as_json)
     if threads is not None:
         torch.set_num_threads(threads)
     given = {"trials": trials, "seeds": seeds, "confirm": confirm, "finalists": finalists}
     counts = {name: given[name] or (QUICK if quick else COUNTS)[name] for name in COUNTS}
     try:
-        with Interrupt() as interrupt, Display(console) as display:
+        with Interrupt() as interrupt, Display(terminal) as display:
             asked = _Asked(factory, space, baseline, metric, quick=quick, display=display)
             figures = tuning.tune(
                 asked.objective,
@@ -94,7 +104,8 @@ def tune(
                 prepare=asked.prepare,
             )
     except tuning.Interrupted:
-        words = _command(
+        words = again(
+            "tune",
             {
                 "--factory": factory,
                 "--space": space,
@@ -106,9 +117,9 @@ def tune(
                 "--quick": quick,
                 "--threads": threads,
                 "--out": None if out == DEFAULT_OUT else out,
-            }
+            },
         )
-        console.print(f"\ninterrupted; go on with:\n  {words} --resume", highlight=False, soft_wrap=True)
+        terminal.print(f"\ninterrupted; go on with:\n  {words} --resume", soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except ModuleNotFoundError as error:  # kdfast's own are imported by now
         if factory is None:
@@ -119,14 +130,13 @@ def tune(
     if as_json:
         typer.echo((out / tuning.RESULTS_NAME).read_text(encoding="utf-8"))
         return
-    console.print(trials_table(figures))
-    console.print(finalists_table(figures))
-    console.print(figures["sentence"], highlight=False, soft_wrap=True)
+    terminal.print(trials_table(figures))
+    terminal.print(finalists_table(figures))
+    terminal.print(figures["sentence"], soft_wrap=True)
     for edge in figures["at_the_edge"]:
-        console.print(f"The search's best {edge}: a wider one may hold better.", highlight=False, soft_wrap=True)
-    console.print(
+        terminal.print(f"The search's best {edge}: a wider one may hold better.", soft_wrap=True)
+    terminal.print(
         f"{figures['seconds']:.0f} s; report: {out / tuning.PAGE_NAME}, figures: {out / tuning.RESULTS_NAME}",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -177,15 +187,3 @@ def _function(factory: str) -> Any:
         msg = f"--factory {factory}: it must take (settings, seed, report): {error}"
         raise FactoryError(msg) from error
     return function
-
-
-def _command(given: dict[str, Any]) -> str:
-    words = ["kdfast", "tune"]
-    for name, value in given.items():
-        if value is True:
-            words.append(name)
-        elif isinstance(value, list):
-            words += [word for one in value for word in (name, one)]
-        elif value is not None and value is not False:
-            words += [name, str(value)]
-    return shlex.join(words)

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kdfast.reporting.words import counted
+
 LINES_PER_TASK = 5  # where the output is not a terminal
 SMOOTHED_STEPS = 20
 
@@ -22,17 +24,17 @@ class Display:
         self._live: Progress | None = None
         self._task: TaskID | None = None
         self._title = ""
-        self._total = 0
+        self._total: int | None = 0
         self._printed = 0
 
     def __enter__(self) -> Display:
         """Starts the live lines on a terminal."""
         if self.console.is_terminal:
             self._live = Progress(
-                TextColumn("{task.description:<28}"),
+                TextColumn("{task.description:<28}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[count]}", markup=False),
+                TextColumn("{task.fields[detail]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self.console,
@@ -48,24 +50,28 @@ class Display:
             self._live.stop()
 
     def note(self, text: str) -> None:
-        """Prints a line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """Prints a line, brackets and all."""
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-    def task(self, title: str, total: int) -> None:
-        """Begins a counted piece of work."""
+    def task(self, title: str, total: int | None) -> None:
+        """Begins a counted piece of work; None: nobody knows how much there is."""
         self._title, self._total, self._printed = title, total, 0
         if self._live is not None:
-            self._task = self._live.add_task(title, total=total, detail="")
+            self._task = self._live.add_task(title, total=total, detail="", count=self._count(0))
 
     def advance(self, done: int, detail: str = "") -> None:
         """Reports how much of the current piece is done; `detail` is shown beside it."""
         if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=done, detail=detail)
+            self._live.update(self._task, completed=done, detail=detail, count=self._count(done))
         elif self._live is None:
-            share = done * LINES_PER_TASK // self._total
+            # Of an unknown number a line each time it has doubled.
+            share = done.bit_length() if self._total is None else done * LINES_PER_TASK // max(1, self._total)
             if share > self._printed:
                 self._printed = share
-                self.note(f"{self._title}: {done}/{self._total} {detail}".rstrip())
+                self.note(f"{self._title}: {self._count(done).strip()} {detail}".rstrip())
+
+    def _count(self, done: int) -> str:
+        return f"{done:>5}" if self._total is None else f"{done:>5}/{self._total}"
 
 
 def terms_text(history: dict[str, list[float]]) -> str:
@@ -81,14 +87,13 @@ def results_table(results: dict[str, Any]) -> Table:
     """Returns the final table, one row for the teacher and one for each way of training."""
     several = len(results["settings"]["seeds"]) > 1
     title = "Held-out text" + (" (quick run: too short to mean anything)" if results["quick"] else "")
+    seeds = counted(len(results["settings"]["seeds"]), "seed")
     caption = (
-        f"perplexity and agreement: mean ± standard deviation over {len(results['settings']['seeds'])} seeds"
-        if several
-        else "one seed"
+        f"perplexity, agreement with the teacher: mean ± standard deviation over {seeds}" if several else "one seed"
     )
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
-    for name in ("para-\nmeters", "perplexity", "agrees with\nteacher, %", "ECE", "tokens\nper s", "loss, %\nof step"):
+    for name in ("para-\nmeters", "perplexity", "agree-\nment, %", "ECE", "tokens\nper s", "loss, %\nof step"):
         table.add_column(name, justify="right", no_wrap=True)
     teacher = results["teacher"]
     score = teacher["evaluation"]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kdfast
 from kdfast.demo.model import GPT
+from kdfast.loss import distill_loss
 from kdfast.reporting.calibration import expected_calibration_error, reliability
 
 
@@ -121,7 +121,7 @@ def compare_loss_time(
 
     def ours() -> None:
         leaf = student.detach().requires_grad_()
-        loss: Any = kdfast.distill_loss(leaf, teacher, labels, temperature=temperature, alpha=alpha)
+        loss: Any = distill_loss(leaf, teacher, labels, temperature=temperature, alpha=alpha)
         torch.autograd.backward(loss)
 
     def eager() -> None:

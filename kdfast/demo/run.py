@@ -22,14 +22,16 @@ from kdfast.demo.data import places, sequences
 from kdfast.demo.display import Display, terms_text
 from kdfast.demo.evaluate import compare_loss_time, evaluate, inference_speed
 from kdfast.demo.model import GPT
-from kdfast.demo.results import comparison, summary
+from kdfast.demo.page import write_report
+from kdfast.demo.results import comparison, gains, summary
 from kdfast.demo.settings import DemoError, DemoSettings, Method
 from kdfast.demo.student import Student
 from kdfast.demo.targets import Stored, Targets, Written
 from kdfast.demo.teacher import check_memory, label, load_teacher
 from kdfast.demo.tokenizer import encode
-from kdfast.reporting.demo import write_report
 from kdfast.reporting.environment import environment
+from kdfast.reporting.outputs import check_folder
+from kdfast.reporting.words import counted
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.html"
@@ -60,11 +62,15 @@ def run_demo(
         The results, as written to `results.json`.
 
     Raises:
-        DemoError: a checkpoint that is missing, in the way or of another run; a cache that is damaged or of another
-            teacher or text; too little memory.
+        DemoError: a folder that cannot be written; a checkpoint that is missing, in the way or of another run; a cache
+            that is damaged or of another teacher or text; too little memory.
         FileNotFoundError: this Python has no standard library in source form.
         Interrupted: `interrupted` said yes; the checkpoint is written.
     """
+    try:
+        check_folder(out, "--out", (RESULTS_NAME, REPORT_NAME))
+    except OSError as error:
+        raise DemoError(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
     if resume:
         progress = checkpoint.load(out, settings)
@@ -101,7 +107,8 @@ class _Run:
         settings, display, out = self.settings, self.display, self.out
         if self.progress.finished or self.progress.current is not None:
             step = 0 if self.progress.current is None else self.progress.current["step"]
-            display.note(f"going on after {len(self.progress.finished)} students and {step} steps of the next one")
+            students, steps = counted(len(self.progress.finished), "student"), counted(step, "step")
+            display.note(f"going on after {students} and {steps} of the next one")
         display.note("reading the standard library's source")
         teacher, tokenizer, record = load_teacher()
         corpus = load_corpus()
@@ -163,6 +170,7 @@ class _Run:
             },
             "students": self.progress.finished,
             "summary": summary(settings, self.progress.finished),
+            "gains": gains(settings, self.progress.finished),
             "comparison": comparison(settings, self.progress.finished),
             "loss_comparison": times,
             "seconds": time.perf_counter() - self.started,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-import kdfast
 from kdfast.demo.model import GPTConfig
-from kdfast.reference import TAIL_RULES
+from kdfast.spec.divergence import Divergence
+from kdfast.spec.reference import TAIL_RULES
 
 
 class DemoError(RuntimeError):
@@ -82,7 +82,7 @@ class DemoSettings:
             msg = "divergence is that of the third student; the second one has forward_kl already: name another"
             raise DemoError(msg)
         try:
-            kdfast.Divergence(self.divergence)
+            Divergence(self.divergence)
         except ValueError as error:
             raise DemoError(str(error)) from error
         served = TAIL_RULES["bucket"]

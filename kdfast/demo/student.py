@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kdfast
 from kdfast.demo.data import batch_order, learning_rate_factor
 from kdfast.demo.model import GPT
 from kdfast.demo.settings import DemoSettings, Method
 from kdfast.demo.targets import Targets
+from kdfast.loss import distill_loss
+from kdfast.spec.reduction import DistillTerms
 
 TIMED = ("model", "loss", "optimizer", "data")
 
@@ -65,9 +66,9 @@ class Student:
         leaf = logits.detach().requires_grad_()
         terms: Any
         if target is None or self.method.divergence is None:
-            terms = kdfast.distill_loss(leaf, None, labels, return_terms=True)
+            terms = distill_loss(leaf, None, labels, return_terms=True)
         else:
-            terms = kdfast.distill_loss(
+            terms = distill_loss(
                 leaf,
                 target,
                 labels,
@@ -98,7 +99,7 @@ class Student:
         if self.step in self.probes["step"]:
             return
         with torch.inference_mode():
-            terms: Any = kdfast.distill_loss(self.model(ids[:, :-1]), teacher_logits, ids[:, 1:], return_terms=True)
+            terms: Any = distill_loss(self.model(ids[:, :-1]), teacher_logits, ids[:, 1:], return_terms=True)
         self.probes["step"].append(self.step)
         _record(terms, self.probes)
 
@@ -123,7 +124,7 @@ class Student:
         self.history, self.probes, self.seconds = state["history"], state["probes"], state["seconds"]
 
 
-def _record(terms: kdfast.DistillTerms, curves: dict[str, list[float]]) -> None:
+def _record(terms: DistillTerms, curves: dict[str, list[float]]) -> None:
     if terms.soft is not None:
         curves["soft"].append(terms.soft.item())
     if terms.hard is not None:

@@ -13,12 +13,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kdfast import SparseTargets, cache
+from kdfast import cache
 from kdfast.cache.job import Capture, Filled, Sample, Teacher, fill
 from kdfast.cache.statistics import statistics
 from kdfast.demo.display import Display
 from kdfast.demo.model import GPT
 from kdfast.demo.teacher import BATCH, TEACHER_FOLDER, logits_of
+from kdfast.spec.sparse import SparseTargets
 
 #: Rows (B,) of the distillation set to logits (B, S, V) or targets (B, S, K).
 Targets: TypeAlias = Callable[[Tensor], Tensor | SparseTargets]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.targets import LMHead
+from kdfast.spec.head import LMHead
 
 #: Factors of the logits, by the name of their option in a model's configuration; what it means where it is there.
 _FACTORS = {
@@ -76,13 +76,14 @@ class CausalLM:
         """
         n = min(_CHECKED_TOKENS, int(attention_mask[0].sum()))
         ids, mask = input_ids[:1, :n], attention_mask[:1, :n]
-        ours = self(ids, mask).logits()[0]
+        head = self(ids, mask)
+        ours = head.logits()[0]
         theirs = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         name = type(self.model).__name__
         if ours.shape != theirs.shape:
             msg = f"{name} gives logits {tuple(theirs.shape)}, hidden states and output embedding {tuple(ours.shape)}"
             raise ValueError(msg)
-        eps = torch.finfo(ours.dtype).eps
+        eps = torch.finfo(head.hidden.dtype).eps  # the model rounds to it scaled and capped logits, too
         finite = theirs.isfinite()
         same_holes = torch.equal(ours.isfinite(), finite)
         a, b = (torch.where(finite, x.double(), 0.0) for x in (ours, theirs))

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from kdfast.problem import _scalar
+from kdfast.spec.problem import _scalar
 
 Setting: TypeAlias = float | Callable[[int], "float | Tensor"]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kdfast.packed import PackedTargets
-from kdfast.targets import LMHead, SparseTargets
+from kdfast.spec.head import LMHead
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.sparse import SparseTargets
 
 IGNORED = -100  # a label that drops its token from every term
 

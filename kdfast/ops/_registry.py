@@ -6,19 +6,30 @@ itself. ``None`` as backend takes the first row that serves the call; a name tak
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from kdfast import reference
-from kdfast.ops import dense_autograd, dense_cpu, head_autograd
-from kdfast.problem import Problem, build_problem
-from kdfast.reference import DistillTerms
+from kdfast.ops.dense import autograd as dense_autograd
+from kdfast.ops.dense import cpu as dense_cpu
+from kdfast.ops.dense.inputs import KERNEL_DTYPES
+from kdfast.ops.head import autograd as head_autograd
+from kdfast.ops.select import cpu as select_cpu
+from kdfast.ops.select import triton as select_triton
+from kdfast.spec import reference, selection
+from kdfast.spec.problem import Logits, Problem, build_problem, device_of
+from kdfast.spec.reduction import DistillTerms
+from kdfast.spec.selection import Request, Selected
+from kdfast.views import EXTENSION_MISSING
 
 #: Columns from which the plain PyTorch fallback costs enough memory and time to be worth a word.
 LARGE_VOCABULARY = 16384
@@ -44,16 +55,22 @@ def _interprets() -> bool:
 OLDEST_TRITON = (3, 6)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _triton_version() -> str | None:
-    """Of the module, as its distribution has other names in builds for AMD."""
+def _installed_triton() -> str | None:
+    """Version of the module; its distribution has other names in builds for AMD, Intel and Windows."""
     if importlib.util.find_spec("triton") is None:
         return None
+    for name in ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "pytorch-triton", "triton-windows"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
     return str(importlib.import_module("triton").__version__)
 
 
+#: Looked up once, where no compiler traces it.
+TRITON_VERSION = _installed_triton()
+
+
 def _triton_unavailable() -> str | None:
-    version = _triton_version()
+    version = TRITON_VERSION
     if version is None:
         return "Triton is not installed: pip install 'kdfast[triton]'"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
@@ -65,7 +82,7 @@ def _triton_unavailable() -> str | None:
 
 def _triton_detail() -> str:
     where = "the interpreter, on the CPU" if _interprets() else torch.cuda.get_device_name()
-    return f"Triton {_triton_version()} kernels, {where}"
+    return f"Triton {TRITON_VERSION} kernels, {where}"
 
 
 def _declines(problem: Problem, devices: tuple[str, ...]) -> str | None:
@@ -102,7 +119,7 @@ def _unpacks(problem: Problem, backend: str) -> bool:
 ROWS: tuple[Implementation, ...] = (
     Implementation(
         "cpu",
-        lambda: dense_cpu.EXTENSION_MISSING,
+        lambda: EXTENSION_MISSING,
         lambda problem: _declines(problem, ("cpu",)),
         lambda problem: _distill_loss(problem, "cpu"),
         dense_cpu.detail,
@@ -123,6 +140,37 @@ ROWS: tuple[Implementation, ...] = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class Selector:
+    """One way to choose soft targets."""
+
+    name: str
+    unavailable: Callable[[], str | None]
+    declines: Callable[[Logits, Request], str | None]
+    select: Callable[[Tensor, Request, int], Selected]
+
+
+def _not_taken(x: Logits, device: str) -> str | None:
+    """Why the kernels for tensors of a device cannot take these logits."""
+    if device_of(x).type != device:
+        return f"logits on {device_of(x)}"
+    dtype = x.dtype if isinstance(x, Tensor) else x.hidden.dtype
+    return None if dtype in KERNEL_DTYPES else f"{dtype} logits (it takes float32, bfloat16 and float16)"
+
+
+def _not_selected_by_triton(x: Logits, request: Request) -> str | None:
+    reason = _not_taken(x, "cpu" if _interprets() else "cuda")
+    return reason or select_triton.declines(request, x.shape[-1])
+
+
+#: Best first.
+SELECTORS: tuple[Selector, ...] = (
+    Selector("cpu", lambda: EXTENSION_MISSING, lambda x, _: _not_taken(x, "cpu"), select_cpu.select),
+    Selector("triton", _triton_unavailable, _not_selected_by_triton, select_triton.select),
+    Selector("reference", lambda: None, lambda _x, _request: None, selection.select),
+)
+
 #: Named in the design and in the signature, but without a row: what to say when one is asked for.
 _PLANNED = {"cuda": "no CUDA kernels in this version"}
 
@@ -130,26 +178,61 @@ _warned: set[str] = set()
 
 
 def select(problem: Problem, backend: str | None) -> Implementation:
-    """The implementation that serves ``problem``.
+    """The implementation of the loss that serves ``problem``.
 
     Raises:
         ValueError: a backend of an unknown name.
         RuntimeError: a named backend that is not available or cannot serve this call, with the reason.
     """
+    return _serving(
+        ROWS,
+        lambda row: row.declines(problem),
+        backend,
+        slow="distill_loss runs in plain PyTorch, with full-size copies" if _is_large(problem.vocab_size) else None,
+    )
+
+
+def selector(x: Logits, request: Request) -> Selector:
+    """The implementation of ``soft_targets`` that serves a request.
+
+    Raises:
+        ValueError: KDFAST_BACKEND is no backend's name.
+        RuntimeError: KDFAST_BACKEND names one that is not available or cannot serve this call, with the reason.
+    """
+    return _serving(
+        SELECTORS,
+        lambda row: row.declines(x, request),
+        None,
+        slow="soft_targets runs in plain PyTorch, with fp64 copies of its logits" if _is_large(x.shape[-1]) else None,
+    )
+
+
+def _is_large(columns: int) -> bool:
+    return columns >= LARGE_VOCABULARY
+
+
+_Row = TypeVar("_Row", Implementation, Selector)
+
+
+def _serving(
+    rows: tuple[_Row, ...], declines: Callable[[_Row], str | None], backend: str | None, *, slow: str | None
+) -> _Row:
+    """The first row that serves a call, or the one that is named; ``slow`` is said once where that is the reference."""
     name = backend if backend is not None else os.environ.get("KDFAST_BACKEND") or None
     if name is not None:
-        row = _named(name, "backend" if backend is not None else "KDFAST_BACKEND")
-        reason = row.unavailable() or row.declines(problem)
-        if reason:
+        check_name(name, "backend" if backend is not None else "KDFAST_BACKEND")
+        named = next((row for row in rows if row.name == name), None)
+        reason = _PLANNED[name] if named is None else named.unavailable() or declines(named)
+        if named is None or reason:
             msg = f"backend {name!r} cannot serve this call: {reason}"
             raise RuntimeError(msg)
-        return row
+        return named
     declined: list[str] = []
-    for row in ROWS:
-        reason = row.unavailable() or row.declines(problem)
+    for row in rows:
+        reason = row.unavailable() or declines(row)
         if reason is None:
-            if row.name == "reference" and problem.vocab_size >= LARGE_VOCABULARY:
-                _say_once(f"distill_loss runs in plain PyTorch, with full-size copies: {'; '.join(declined)}")
+            if row.name == "reference" and slow:
+                _say_once(f"{slow}: {'; '.join(declined)}")
             return row
         declined.append(f"{row.name}: {reason}")
     msg = "no implementation"  # pragma: no cover - the reference serves every call
@@ -164,19 +247,11 @@ def check_name(name: str, source: str) -> None:
         raise ValueError(msg)
 
 
-def _named(name: str, source: str) -> Implementation:
-    check_name(name, source)
-    if name in _PLANNED:
-        msg = f"backend {name!r} is not available: {_PLANNED[name]}"
-        raise RuntimeError(msg)
-    return next(row for row in ROWS if row.name == name)
-
-
 def _say_once(message: str) -> None:
     if torch.compiler.is_compiling() or message in _warned:
         return
     _warned.add(message)
-    warnings.warn(message, UserWarning, stacklevel=4)
+    warnings.warn(message, UserWarning, stacklevel=5)
 
 
 @dataclass(frozen=True)
@@ -228,7 +303,7 @@ def backends(problem: Problem | None = None, *, dtype: torch.dtype = torch.float
     """What is available on this machine, what would be chosen, and why.
 
     Args:
-        problem: a call to ask about, as :func:`kdfast.problem.build_problem` makes it; None for a plain dense loss.
+        problem: a call to ask about, of :func:`kdfast.spec.problem.build_problem`; None for a plain dense loss.
         dtype: dtype of the logits in that plain loss.
         device: device of the logits in that plain loss.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from typing import Any
@@ -11,10 +12,8 @@ import torch
 
 def environment() -> dict[str, Any]:
     """Returns what figures are recorded beside."""
-    import kdfast  # which imports the report in turn
-
     return {
-        "kdfast": kdfast.__version__,
+        "kdfast": importlib.metadata.version("kdfast"),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "machine": platform.machine(),

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from kdfast.methods.batch import Inputs, accepted
 from kdfast.methods.layers import unwrapped
 from kdfast.methods.step import IGNORED, logits_of
-from kdfast.targets import LMHead
+from kdfast.spec.head import LMHead
 
 CHUNK = 2**24  # logits at a time, so that their fp32 copies stay small
 SHOWN = 3  # predictions of a model for an example that is shown

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kdfast.reporting import plots
 from kdfast.reporting.pages import template
-from kdfast.reporting.plots import COLOURS, GREY, Ranged, Reliability
+from kdfast.reporting.plots import LABELS_ONLY, PARTS, TEACHER, Ranged, Reliability, student_colour
 from kdfast.reporting.table import interval
+from kdfast.reporting.verdict import verdict
 
 OUTCOMES = (
-    ("inherited", "inherited", COLOURS[1]),
-    ("other", "wrong otherwise", COLOURS[4]),
-    ("corrected", "corrected", COLOURS[2]),
+    ("inherited", "inherited", PARTS[0]),
+    ("other", "wrong otherwise", PARTS[1]),
+    ("corrected", "corrected", PARTS[2]),
 )
 SQUARE = (3.4, 3.4)  # inches
 
@@ -24,7 +27,7 @@ def render(figures: dict[str, Any]) -> str:
         figures: of a :class:`kdfast.reporting.report.Report`.
     """
     models = figures["models"]
-    return template("report.html.j2").render(
+    return template(Path(__file__).parent / "templates" / "report.html.j2").render(
         r=figures,
         teacher=models[0],
         students=[model for model in models if model["role"] == "student"],
@@ -33,15 +36,32 @@ def render(figures: dict[str, Any]) -> str:
         unit="token" if figures["task"] == "language model" else "example",
         plots=_plots(figures),
         interval=interval,
+        verdict=lambda name: verdict(figures, name),
+        labels=bucket_labels(figures["entropy_buckets"]),
         megabytes=lambda n: f"{n / 1e6:,.2f}" if n >= 1e4 else f"{n / 1e6:.4f}",
     )
+
+
+def bucket_labels(buckets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """From where to where each bucket goes, in as few digits as tell all ends of the buckets apart."""
+    for digits in range(2, 18):
+        ends = [[f"{end:.{digits}g}" for end in dict.fromkeys((row["low"], row["high"]))] for row in buckets]
+        labels = [" to ".join(pair) for pair in ends]
+        if len(set(labels)) == len(labels) and all(len(set(pair)) == len(pair) for pair in ends):
+            break
+    return labels
 
 
 def _plots(figures: dict[str, Any]) -> dict[str, Any]:
     models = figures["models"]
     others = models[1:]
-    colour = {model["name"]: GREY for model in models[:1]}
-    colour |= {model["name"]: COLOURS[i % len(COLOURS)] for i, model in enumerate(others)}
+    students = (model["name"] for model in models if model["role"] == "student")
+    colour = {name: student_colour(i) for i, name in enumerate(students)}
+    colour |= {
+        model["name"]: TEACHER if model["role"] == "teacher" else LABELS_ONLY
+        for model in models
+        if model["name"] not in colour
+    }
 
     def ranged(model: dict[str, Any], estimate: dict[str, Any], scale: float = 1.0) -> Ranged:
         value, low, high = (None if estimate[k] is None else scale * estimate[k] for k in ("value", "low", "high"))
@@ -99,7 +119,7 @@ def _plots(figures: dict[str, Any]) -> dict[str, Any]:
                 plots.NARROW,
             )
     buckets = figures["entropy_buckets"]
-    ticks = [f"{row['low']:.2g} to {row['high']:.2g}" for row in buckets]
+    ticks = bucket_labels(buckets)
     found["buckets"] = [
         plots.interval_lines(
             title,

@@ -1,4 +1,4 @@
-"""The templates of the pages."""
+"""The templates of the pages: one that all extend, and each beside the code that fills it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from kdfast.reporting.words import counted
 
-def template(name: str) -> Template:
-    """A page's template; a figure that is missing is an error."""
+_BASE = Path(__file__).parent / "templates"
+
+
+def template(path: Path) -> Template:
+    """A page's template, which may extend ``base.html.j2``; a figure that is missing is an error."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader([path.parent, _BASE]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(name)
+    environment.globals["counted"] = counted
+    return environment.get_template(path.name)

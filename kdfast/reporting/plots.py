@@ -14,9 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-# Okabe and Ito's palette: told apart by readers who do not see all colours. Grey is for what is compared against.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREY = "#6B7280"
+# A model has its colour on every page: the teacher, a student that learned from labels only, and the distilled ones in
+# their order. Okabe and Ito's palette: told apart by readers who do not see all colours.
+TEACHER = "#6B7280"
+LABELS_ONLY = "#D55E00"
+DISTILLED = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+PARTS = ("#4C3B76", "#8C7AB8", "#C0B4DC", "#E4DFF0")  # of what a model does or takes: no model's colour, dark to light
+GREY = "#6B7280"  # of lines to compare against
 INK = "#1F2937"
 
 NARROW = 5.0  # inches: a panel that is read on a phone
@@ -96,6 +100,11 @@ class Ranged:
     value: float | None
     low: float | None
     high: float | None
+
+
+def student_colour(number: int) -> str:
+    """The colour of a page's distilled student, counted from 0."""
+    return DISTILLED[number % len(DISTILLED)]
 
 
 def curve_panels(panels: Sequence[Panel], smoothing: int = 1) -> str:

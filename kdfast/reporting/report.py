@@ -22,7 +22,9 @@ from kdfast.reporting.environment import environment
 from kdfast.reporting.examples import Classes, Describe, shown
 from kdfast.reporting.figures import comparisons, entropy_buckets, model_figures
 from kdfast.reporting.measure import Measurement, Model, Role
+from kdfast.reporting.outputs import check_folder
 from kdfast.reporting.table import table
+from kdfast.reporting.verdict import verdict
 
 HTML_NAME = "report.html"
 JSON_NAME = "report.json"
@@ -76,7 +78,8 @@ class Report:
         return f'<iframe srcdoc="{page}" style="width: 100%; height: 900px; border: 0"></iframe>'
 
     def __str__(self) -> str:
-        return table(self.figures)
+        students = [model["name"] for model in self.figures["models"] if model["role"] == "student"]
+        return "\n".join([table(self.figures), "", *(verdict(self.figures, name) for name in students)])
 
 
 def report(
@@ -139,6 +142,7 @@ def report(
         TypeError: models that are no modules, or return no logits; labels that are no integers.
         ValueError: an empty loader, shapes, vocabularies or labels that do not fit, layers that are not there.
         ModuleNotFoundError: ``out`` is given, and matplotlib or jinja2 is missing.
+        OSError: ``out`` cannot be written, which is found before the models run.
 
     Source:
         Stanton et al., "Does knowledge distillation really work?", arXiv 2106.05945 (agreement beside accuracy); Guo et
@@ -155,6 +159,7 @@ def report(
     models = _models(student, teacher, baseline, names or {})
     if out is not None:
         _require_page()
+        check_folder(out, "out", (HTML_NAME, JSON_NAME))
     measurement = Measurement(models, causal=causal, top_k=top_k, examples=examples, vocab=vocab)
     asked = None if layers is None else tuple((pair[0], pair[1]) for pair in layers)
     comparison = Comparison(models, split, asked, measurement)

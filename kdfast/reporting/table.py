@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdfast.reporting.words import counted
+
 
 def table(figures: dict[str, Any]) -> str:
     """Models by row, with 95 % intervals, then what the students' differences are."""
@@ -32,8 +34,8 @@ def table(figures: dict[str, Any]) -> str:
         for row in rows
     ]
     data = figures["data"]
-    what = "tokens" if language else "examples"
-    lines = [f"{figures['title']}: {data['positions']:,} {what}, 95 % intervals in brackets", "", *lines, ""]
+    what = counted(data["positions"], "token" if language else "example")
+    lines = [f"{figures['title']}: {what}, 95 % intervals in brackets", "", *lines, ""]
     for row in figures["comparisons"]:
         pair = f"{row['first']} less {row['second']}"
         if row["accuracy"] is not None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-import kdfast
 from kdfast.demo.corpus import HELD_OUT_PERCENT, Corpus, SourceFile, load_corpus, percentile
 from kdfast.demo.data import sequences
 from kdfast.demo.display import Display
@@ -15,6 +14,8 @@ from kdfast.demo.settings import DemoSettings, Method
 from kdfast.demo.student import Student
 from kdfast.demo.teacher import label, load_teacher
 from kdfast.demo.tokenizer import encode
+from kdfast.loss import distill_loss
+from kdfast.spec.divergence import Divergence
 from kdfast.tuning.search import Report
 from kdfast.tuning.space import TuneError, format_settings
 
@@ -78,7 +79,7 @@ class DemoObjective:
         total = 0.0
         with torch.inference_mode():
             for part in torch.split(self.validation, self.length.batch):
-                loss: Any = kdfast.distill_loss(student.model(part[:, :-1]), None, part[:, 1:], reduction="sum")
+                loss: Any = distill_loss(student.model(part[:, :-1]), None, part[:, 1:], reduction="sum")
                 total += float(loss)
         return total / self.validation[:, 1:].numel()
 
@@ -102,7 +103,7 @@ def trained_by(settings: dict[str, Any], length: DemoSettings) -> tuple[Method, 
         msg = f"temperature and learning_rate must be above 0 and alpha 0 to 1, got {format_settings(values)}"
         raise TuneError(msg)
     try:
-        kdfast.Divergence(values["divergence"])
+        Divergence(values["divergence"])
     except (TypeError, ValueError) as error:
         raise TuneError(str(error)) from error
     rate = values.pop("learning_rate")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from kdfast.reporting.uncertainty import mean
+from kdfast.reporting.uncertainty import mean, student_t
+from kdfast.reporting.words import counted
 from kdfast.tuning.search import Tried
 from kdfast.tuning.space import format_settings, format_value, position
 
@@ -41,14 +43,62 @@ def trials(tried: Iterable[Tried], best: Tried) -> list[dict[str, Any]]:
     return rows
 
 
-def not_told_apart(rows: Iterable[Mapping[str, Any]], names: Iterable[str], *, maximize: bool) -> dict[str, list[Any]]:
-    """Values of each setting among the whole trials whose difference from the best may be chance."""
-    near = [
-        row["settings"]
-        for row in rows
-        if row["state"] == "complete" and not _worse(row["from_best"], maximize=maximize)
-    ]
+def not_told_apart(
+    rows: Iterable[Mapping[str, Any]],
+    best: int,
+    names: Iterable[str],
+    finalists: Sequence[Mapping[str, Any]] = (),
+    *,
+    maximize: bool,
+) -> dict[str, list[Any]]:
+    """Values of each setting among the whole trials whose difference from the best may be chance.
+
+    A few seeds say little of one trial's noise: the interval of its own three differences would hold settings that are
+    worse by any measure. A trial is left out, too, where it is worse with every seed and by more than chance explains
+    at the noise of all differences from the best that are no larger than its own, and of the finalists' on fresh seeds.
+
+    Args:
+        rows: as of :func:`trials`.
+        best: number of the best one.
+        names: of the settings.
+        finalists: settings and ``values`` on fresh seeds, the best first.
+        maximize: whether more of the metric is better.
+    """
+    sign = -1.0 if maximize else 1.0
+    whole = {row["number"]: row for row in rows if row["state"] == "complete"}
+    first = torch.tensor(whole[best]["values"], dtype=torch.float64)
+    worse = {n: sign * (torch.tensor(row["values"], dtype=torch.float64) - first) for n, row in whole.items()}
+    fresh = [sign * torch.tensor(_differences(one, finalists[0]), dtype=torch.float64) for one in finalists[1:]]
+    noise = _Noise()
+    for one in fresh:
+        noise.add(one)
+    near = []
+    for number in sorted(worse, key=lambda n: float(worse[n].mean())):
+        if number != best:
+            noise.add(worse[number])
+        plainly = _worse(whole[number]["from_best"], maximize=maximize) or noise.below(worse[number])
+        if number == best or not plainly:
+            near.append(whole[number]["settings"])
     return {name: sorted({settings[name] for settings in near}, key=_order) for name in names}
+
+
+class _Noise:
+    """The variance of paired differences about their means, from as many as were added."""
+
+    def __init__(self) -> None:
+        self.squares, self.freedom = 0.0, 0
+
+    def add(self, differences: torch.Tensor) -> None:
+        if len(differences) > 1 and bool(differences.isfinite().all()):
+            self.squares += float((differences - differences.mean()).square().sum())
+            self.freedom += len(differences) - 1
+
+    def below(self, differences: torch.Tensor) -> bool:
+        """Whether 0 is below all of them, and below their mean by more than this noise explains."""
+        if not self.freedom or not bool((differences > 0).all()):
+            return False
+        half = student_t(self.freedom) * math.sqrt(self.squares / self.freedom / len(differences))
+        return float(differences.mean()) > half
 
 
 def confirmation(
@@ -100,7 +150,7 @@ def sentence(figures: Mapping[str, Any]) -> str:
     found = figures["recommendation"]
     best = found["finalists"][0]
     use = format_settings(found["settings"])
-    seeds = f"over {len(figures['confirm_seeds'])} fresh paired seeds"
+    seeds = f"over {counted(len(figures['confirm_seeds']), 'fresh paired seed')}"
     unit = f"{figures['metric']}, {'more' if figures['maximize'] else 'less'} is better"
     if found["verdict"] == "no baseline":
         text = f"Use {use}: {_with_interval(best['mean'])} ({unit}) {seeds}."

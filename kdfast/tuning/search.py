@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class Objective(Protocol):
 
 class Interrupted(Exception):
     """The search was asked to stop; what is finished is on disk."""
+
+
+class ObjectiveError(TuneError, TypeError):
+    """The objective is no function, or what it returns or reports is no number."""
 
 
 class Diverged(Exception):
@@ -87,6 +92,7 @@ class Search:
         watch: Callable[[str], None],
     ) -> None:
         self.objective, self.space, self.seeds = objective, space, tuple(seeds)
+        self.name = str(identity.get("objective", ""))
         self.maximize, self.interrupted, self.watch = maximize, interrupted, watch
         path = folder / STUDY_NAME
         check_folder(folder, resume=resume)
@@ -111,7 +117,7 @@ class Search:
 
         Raises:
             Interrupted: it was asked to stop.
-            TypeError: the objective did not return a number.
+            ObjectiveError: the objective did not return a number.
         """
         while len(self.tried()) < trials:
             trial = self.study.ask({**self.space.searched})
@@ -183,16 +189,26 @@ class Search:
         self.watch(what)
 
         def watched(step: int, value: float) -> None:
+            value = self._number(value, "report")
             report(step, value)
             self.watch(f"{what}, step {step}: {format_value(value)}")
 
-        value: Any = self.objective(settings, seed, watched)
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            msg = f"a run must return a number, the metric; got {type(value).__name__}"
-            raise TypeError(msg)
+        value = self._number(self.objective(settings, seed, watched), "return")
         if not math.isfinite(value):
             raise Diverged
-        return float(value)
+        return value
+
+    def _number(self, value: Any, verb: str) -> float:
+        """A metric as a float; a tensor or an array of one element is one, too."""
+        shape = tuple(getattr(value, "shape", ()))
+        try:
+            if not isinstance(value, bool | str | bytes) and math.prod(shape) == 1:
+                return float(value.item() if shape else value)
+        except (TypeError, ValueError, RuntimeError):  # whatever says that there is no number in it
+            pass
+        got = f"{type(value).__name__} {value!r}"[:80] if not shape else f"{type(value).__name__} of shape {shape}"
+        msg = f"objective {self.name} must {verb} a number, the metric, got {got}"
+        raise ObjectiveError(msg)
 
     def _stop_if_asked(self) -> None:
         if self.interrupted():
@@ -200,9 +216,9 @@ class Search:
 
     def _checked_report(self, step: int, value: float) -> None:
         self._stop_if_asked()
-        if step < 0 or step != int(step):
-            msg = f"a step must be a whole number from 0, got {step}"
-            raise ValueError(msg)
+        if not isinstance(step, numbers.Real) or step < 0 or not float(step).is_integer():
+            msg = f"objective {self.name}: a step must be a whole number from 0, got {step!r}"
+            raise ObjectiveError(msg)
         if not math.isfinite(value):
             raise Diverged
 

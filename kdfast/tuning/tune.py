@@ -10,8 +10,10 @@ from typing import Any
 
 from kdfast.demo.display import Display
 from kdfast.reporting.environment import environment
+from kdfast.reporting.outputs import check_folder as check_writable
+from kdfast.reporting.words import counted
 from kdfast.tuning.result import at_the_edge, confirmation, not_told_apart, sentence, trials
-from kdfast.tuning.search import Objective, Search, Tried, check_folder
+from kdfast.tuning.search import STUDY_NAME, Objective, ObjectiveError, Search, Tried, check_folder
 from kdfast.tuning.space import Space, TuneError, format_settings, format_value
 
 RESULTS_NAME = "tune.json"
@@ -67,13 +69,21 @@ def tune(
         The results, as written to ``tune.json``.
 
     Raises:
-        TuneError: a search that is missing, in the way or of other settings; a baseline of other names; no trial that
-            ran to its end.
+        TuneError: a folder that cannot be written; a search that is missing, in the way or of other settings; a
+            baseline of other names; no trial that ran to its end.
+        ObjectiveError: the objective is no function, or returns or reports what is no number; a TuneError, too.
         Interrupted: ``interrupted`` said yes.
     """
     started = time.perf_counter()
     beaten = None if baseline is None else _baseline(space, baseline)
+    if not callable(objective):
+        msg = f"objective {name} must be a function of (settings, seed, report), got {type(objective).__name__}"
+        raise ObjectiveError(msg)
     check_folder(out, resume=resume)
+    try:
+        check_writable(out, "--out", (RESULTS_NAME, PAGE_NAME, STUDY_NAME))
+    except OSError as error:
+        raise TuneError(str(error)) from error
     prepare()
     search = Search(
         out,
@@ -101,7 +111,7 @@ def tune(
         display.advance(done)
     ranked = _different(search.ranked())[:finalists]
     if not ranked:
-        msg = f"none of the {trial_count} trials ran to its end: all diverged"
+        msg = f"of {counted(trial_count, 'trial')} none ran to its end: all diverged"
         raise TuneError(msg)
     fresh = range(seed + seeds, seed + seeds + confirm_seeds)
     rows = []
@@ -131,7 +141,7 @@ def tune(
         "environment": environment(),
         "best": ranked[0].number,
         "trials": tried,
-        "not_told_apart": not_told_apart(tried, space.searched, maximize=maximize),
+        "not_told_apart": not_told_apart(tried, ranked[0].number, space.searched, rows, maximize=maximize),
         "at_the_edge": at_the_edge(ranked[0].settings, space.ranges()),
         "recommendation": confirmation(rows, None if beaten is None else reference, maximize=maximize),
         "seconds": time.perf_counter() - started,
@@ -142,7 +152,7 @@ def tune(
 
 
 def _write(figures: dict[str, Any], out: Path) -> None:
-    from kdfast.reporting.tuning import render
+    from kdfast.tuning.page import render
 
     text = json.dumps(_without_nan(figures), indent=1, allow_nan=False)
     (out / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")
@@ -179,7 +189,9 @@ def _different(ranked: list[Tried]) -> list[Tried]:
 
 def _line(one: Tried, seeds: int) -> str:
     text = (
-        f"{format_value(one.mean)} over {len(one.values)} of {seeds} seeds" if one.values else "within the first seed"
+        f"{format_value(one.mean)} over {len(one.values)} of {counted(seeds, 'seed')}"
+        if one.values
+        else "within the first seed"
     )
     state = "" if one.state == "complete" else f", {one.state}"
     return f"trial {one.number}: {format_settings(one.settings)}: {text}{state}"

@@ -37,12 +37,13 @@ from kdfast.kernels.triton.dense_rows import (
     TAU_TWO,
     VALUES,
     exponent_scale,
-    load,
+    logits,
     or_zero,
     row_of,
     scalar,
     teacher_tile,
     tiles_of,
+    to_stored,
 )
 from kdfast.kernels.triton.dense_sums import finish_sums, sum_rest, sum_taught, sum_teacher
 from kdfast.kernels.triton.divergences import LN2
@@ -161,7 +162,7 @@ def _passes(
             t_at, t_log2 = or_zero(t_top), tl.log2(t_sum)
             z_at, z_log2, one_at, one_log2, sum_student, present = finish_sums(
                 student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
-                rest_smooth, rest_present, t_at, t_log2, KINDS, TRUNCATED, SMOOTH,
+                rest_smooth, rest_present, t_log2, KINDS, TRUNCATED, SMOOTH,
             )  # fmt: skip
             if stats is not None and DISTRIBUTIONS == 1:
                 tl.store(stats + STATE, t_at)
@@ -194,7 +195,7 @@ def _passes(
         for back in range(last - first):
             offsets = (last - 1 - back) * BLOCK + tl.arange(0, BLOCK)
             mask = offsets < given.columns
-            u = (load(row, offsets, mask) - z_at) * c - z_log2
+            u = (logits(student, row, offsets, mask) - z_at) * c - z_log2
             v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
             p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
             value += divergences.sum_terms(divergences.value, given, p, q, u, v, d, KINDS)
@@ -240,7 +241,8 @@ def _passes(
             c_hard = tl.where(inside, c_hard, float("nan"))
             c_one = c_hard
         if factors.z is not None:
-            c_one += 2.0 * tl.load(factors.z + i) * (one_at + one_log2 * LN2)
+            c_z = tl.load(factors.z + i)
+            c_one += tl.where(c_z == 0.0, 0.0, 2.0 * c_z * (one_at + one_log2 * LN2))
         smoothed = scalar(0.0)
         if SMOOTH:
             smoothed = c_hard * given.label_smoothing
@@ -265,7 +267,7 @@ def _passes(
                     j = last - 1 - step
                 offsets = j * BLOCK + tl.arange(0, BLOCK)
                 mask = offsets < given.columns
-                z = load(row, offsets, mask)
+                z = logits(student, row, offsets, mask)
                 u = (z - z_at) * c - z_log2
                 if KEPT > 0:
                     p = tl.exp2(u)
@@ -281,6 +283,7 @@ def _passes(
                 if factors.hard is not None or factors.z is not None:
                     g += of_softmax(z, p, c_one, one_at, one_log2, one_from_p, TAU, TRUNCATED)
                 g = less_target(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
+                g = to_stored(student, g, z)
                 tl.store(g_row + offsets, g.to(grad.data.dtype.element_ty), mask=mask)
             begin = given.columns
         else:
@@ -290,9 +293,10 @@ def _passes(
             for step in range(r_last - r_first):
                 offsets = begin + (r_last - 1 - step) * BLOCK + tl.arange(0, BLOCK)
                 mask = offsets < given.vocab
-                z = load(row, offsets, mask)
+                z = logits(student, row, offsets, mask)
                 g = c_one * tl.exp2((z - one_at) * LOG2E - one_log2)
                 g = less_target(g, z, offsets, label, c_hard, smoothed, present, SMOOTH)
+                g = to_stored(student, g, z)
                 tl.store(g_row + offsets, g.to(grad.data.dtype.element_ty), mask=mask)
         if KEPT > 0:
             tl.debug_barrier()  # what they have as columns like any other is in memory
@@ -420,7 +424,12 @@ def combine_sums_kernel(
         tops = tl.load(at)
         z_top, at_tau = _together(tops, tl.load(at + 1), c)
         z_top, at_one = _together(tops, tl.load(at + 2), LOG2E)
-        z_top, cross = _together(tops, tl.load(at + 3), c)
+        crosses = tl.load(at + 3)
+        if DISTRIBUTIONS == 1:  # distances to a split's own maxima
+            t_tops = tl.load(at + SUMS)
+            apart = (or_zero(tl.max(t_tops, 0)) - or_zero(t_tops)) - (or_zero(z_top) - or_zero(tops))
+            crosses += tl.load(at + 1) * apart
+        z_top, cross = _together(tops, crosses, c)
         present = tl.load(at + 5)
         moved = tl.load(at + 4) + present * (or_zero(tops) - or_zero(z_top))
         smooth, present = tl.sum(tl.where(present > 0.0, moved, 0.0), 0), tl.sum(present, 0)
@@ -439,7 +448,7 @@ def combine_sums_kernel(
             tl.store(stats + STATE + 2 * k + 1, t_log2)
         z_at, z_log2, _, _, _, _ = finish_sums(
             student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
-            rest_smooth, rest_present, t_at, t_log2, KINDS, TRUNCATED, SMOOTH,
+            rest_smooth, rest_present, t_log2, KINDS, TRUNCATED, SMOOTH,
         )  # fmt: skip
         if KEPT > 0:
             finish_kept(student, given, wanted, stats, i, c, z_at, z_log2, cross, KEPT, RULE, KINDS)

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from kdfast.kernels.triton import divergences
 from kdfast.kernels.triton.dense_hard import less_target, of_softmax
-from kdfast.kernels.triton.dense_rows import INF, LOG2E, STATE, load, or_zero, row_of
+from kdfast.kernels.triton.dense_rows import INF, LOG2E, STATE, logits, or_zero, row_of, to_stored
 from kdfast.kernels.triton.divergences import LN2, times
 from kdfast.kernels.triton.unpack import NOWHERE, escapes_begin, unpack_ids, unpack_steps
 
@@ -156,7 +156,7 @@ def _outcomes(student, given, i, c, z_at, z_log2, log2_beside, KEPT: tl.constexp
     v = exact.to(tl.float32)
     if RULE == BUCKET:
         left = _mass_left(exact)
-    u = (load(row_of(student, i), tl.where(used, ids, 0), used) - z_at) * c - z_log2
+    u = (logits(student, row_of(student, i), tl.where(used, ids, 0), used) - z_at) * c - z_log2
     if RULE <= RENORM:
         shift = 0.0
         if RULE == RENORM:
@@ -244,11 +244,11 @@ def kept_gradient(
     TRUNCATED: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):
-    """The whole gradient of the kept columns in [begin, end): (ids, which are there, gradient)."""
+    """The whole gradient of the kept columns in [begin, end), as it is stored: (ids, which are there, gradient)."""
     ids, used, exact = _entries(given, i, KEPT, RULE)
     v = exact.to(tl.float32)
     here = used & (ids >= begin) & (ids < end)
-    z = load(row_of(student, i), tl.where(here, ids, 0), here)
+    z = logits(student, row_of(student, i), tl.where(here, ids, 0), here)
     u = (z - z_at) * c - z_log2
     p = tl.exp2(u)
     if RULE <= RENORM:
@@ -263,4 +263,5 @@ def kept_gradient(
     g = tl.where(c_soft == 0.0, 0.0, c_soft * g)
     if factors.hard is not None or factors.z is not None:
         g += of_softmax(z, p, c_one, one_at, one_log2, one_from_p, TAU, TRUNCATED)
-    return ids, here, less_target(g, z, ids, label, c_hard, smoothed, present, SMOOTH)
+    g = less_target(g, z, ids, label, c_hard, smoothed, present, SMOOTH)
+    return ids, here, to_stored(student, g, z)

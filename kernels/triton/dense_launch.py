@@ -6,7 +6,6 @@ Allocates O(rows), with kept columns O(rows x kept); never asks the device for a
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from kdfast.kernels.triton import dense, dense_rows, tiles
 from kdfast.kernels.triton.dense_kept import RULES
-from kdfast.kernels.triton.dense_rows import Factors, Given, Kept, Rows, Wanted
+from kdfast.kernels.triton.dense_rows import Cap, Factors, Given, Kept, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
 from kdfast.kernels.triton.unpack import packed_of
-from kdfast.reference import check_ids
+from kdfast.spec.reference import check_ids
+from kdfast.spec.values import at_hand
 
 LOG2E = dense_rows.LOG2E.value
 NO_FACTORS = Factors(None, None, None)
@@ -46,6 +46,15 @@ def _readable_rows(x: Tensor) -> Rows:
     return _rows(x) or _rows(x.contiguous())  # type: ignore[return-value]
 
 
+def _cap(x: Any) -> Cap | None:
+    """What kernels are told of a :class:`kdfast.spec.head.Cap`."""
+    if x.plain:
+        return None
+    return (
+        Cap(x.scale / x.softcap, x.scale, x.softcap, 1 / x.softcap) if x.softcap else Cap(x.scale, x.scale, None, None)
+    )
+
+
 def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -55,7 +64,7 @@ def _check_values(student: Tensor, inputs: Any, tau: float | None, *, elsewhere:
     if tau is not None and not tau > 0:
         msg = f"temperature must be > 0, got {tau}"
         raise ValueError(msg)
-    if not (student.device.type == "cpu" or os.environ.get("KDFAST_CHECK") == "1"):
+    if not at_hand(student.device):
         return
     if student.device.type != "cpu" and not inputs.temperature > 0:
         msg = f"temperature must be > 0, got {inputs.temperature.item()}"
@@ -139,6 +148,10 @@ class _Call:
         self.device, self.rows = student.device, student.numel() // vocab
         self.student, self.grad, self.factors = _readable_rows(student), grad, factors
         self.teachers = tuple(_readable_rows(t) for t in inputs.teachers)
+        if inputs.caps:
+            mine, *theirs = map(_cap, inputs.caps)
+            self.student = self.student._replace(cap=mine)
+            self.teachers = tuple(t._replace(cap=cap) for t, cap in zip(self.teachers, theirs, strict=True))
         self.distributions = min(1, n) if inputs.mix_logits else n
         # Whether pass 1 knows the sum of `student`, which the gradient needs.
         self.known = all(name == "forward_kl" for name in inputs.names) or (
@@ -165,7 +178,8 @@ class _Call:
         self.kept = 0 if self.given.kept is None else padded(self.given.kept.size)
         many = self.distributions > 1 or len(inputs.names) > 1
         kept = "kept many" if self.kept > tiles.FEW_KEPT else "kept"
-        work = kept if self.kept else "many" if many else "light" if light else "other"
+        capped = not all(cap.plain for cap in inputs.caps)
+        work = kept if self.kept else "capped" if capped else "many" if many else "light" if light else "other"
         self.tile = tiles.dense_tile(self.device, work, vocab)
         self.splits = tiles.dense_splits(self.device, self.rows, vocab, self.tile)
         needs_one = inputs.labels is not None or factors.hard is not None or factors.z is not None

@@ -27,6 +27,18 @@ SUMS = tl.constexpr(10)
 VALUES = tl.constexpr(7)  # value; student, student u, p u; teacher, teacher v, q v
 
 
+class Cap(NamedTuple):
+    """How logits follow from what is stored of them, x: softcap tanh(rate x), or rate x without a softcap.
+
+    A column of -inf stays one, and has no gradient.
+    """
+
+    rate: float  # scale / softcap, or scale
+    scale: float
+    softcap: Any  # None: none
+    inverse: Any  # 1 / softcap
+
+
 class Rows(NamedTuple):
     """Where the rows of a (..., V) tensor lie: row i at (i // inner) * outer_stride + (i % inner) * inner_stride."""
 
@@ -34,6 +46,7 @@ class Rows(NamedTuple):
     inner: int
     outer_stride: int
     inner_stride: int
+    cap: Any = None  # Cap; None: logits are stored as they are
 
 
 class Kept(NamedTuple):
@@ -101,6 +114,43 @@ def load(row, offsets, mask):
 
 
 @triton.jit
+def tanh(x):
+    """Relative error 3e-7: a polynomial where the exponentials would cancel."""
+    size, square = tl.abs(x), x * x
+    e = tl.exp2(size * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    y = 2.06390887954e-2 - 5.70498872745e-3 * square
+    y = y * square - 5.37397155531e-2
+    y = y * square + 1.33314422036e-1
+    y = y * square - 3.33332819422e-1
+    return tl.where(size < 0.625, x + x * square * y, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def logits(rows, row, offsets, mask):
+    """The same of a row of ``rows``, through its cap."""
+    x = load(row, offsets, mask)
+    if rows.cap is not None:
+        z = x * rows.cap.rate
+        if rows.cap.softcap is not None:
+            z = rows.cap.softcap * tanh(z)
+        x = tl.where(x == -INF, -INF, z)
+    return x
+
+
+@triton.jit
+def to_stored(rows, g, z):
+    """The gradient of what is stored from that of logits z."""
+    if rows.cap is not None:
+        slope = rows.cap.scale
+        if rows.cap.softcap is not None:
+            y = z * rows.cap.inverse
+            slope = slope * ((1.0 - y) * (1.0 + y))
+        g = tl.where(z == -INF, 0.0, g * slope)
+    return g
+
+
+@triton.jit
 def scalar(x: tl.constexpr):
     """A number as fp32, for a variable that a loop changes."""
     return tl.full([], x, tl.float32)
@@ -135,7 +185,7 @@ def teacher_tile(teachers, given, i, offsets, mask, K: tl.constexpr, MIX: tl.con
         total = tl.zeros(offsets.shape, tl.float32)
         for k in tl.static_range(len(teachers)):
             w = tl.load(given.teacher_weights + k * given.weight_teacher_stride + i * given.weight_row_stride)
-            total += tl.where(w == 0.0, 0.0, w * load(row_of(teachers[k], i), offsets, mask))
+            total += tl.where(w == 0.0, 0.0, w * logits(teachers[k], row_of(teachers[k], i), offsets, mask))
         return tl.where(mask, total, -INF)
     else:
-        return load(row_of(teachers[K], i), offsets, mask)
+        return logits(teachers[K], row_of(teachers[K], i), offsets, mask)

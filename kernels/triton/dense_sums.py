@@ -14,7 +14,7 @@ from kdfast.kernels.triton.dense_rows import (
     TAU_ONE,
     TAU_OTHER,
     TAU_TWO,
-    load,
+    logits,
     or_zero,
     row_of,
     scalar,
@@ -43,9 +43,10 @@ def sum_taught(
 ):
     """Sums over the taught columns: (max z, at tau, at 1, cross, sum z - max, present, max t, sum t).
 
-    Cross is sum 2^((z - max) c) (z - t), the reverse KL before normalisation; with TAIL, which is the padded number of
-    kept columns, it is the sum at tau over the others. Sums are kept by lane, and brought under a tile's new maximum as
-    a whole, so that a tile costs one reduction for each maximum.
+    Cross is sum 2^((z - max z) c) ((z - max z) - (t - max t)), the reverse KL before normalisation: of distances to the
+    maxima, as what sets z and t apart may be small beside a level that all of a row have. With TAIL, which is the
+    padded number of kept columns, it is the sum at tau over the others. Sums are kept by lane, and brought under a
+    tile's new maximum as a whole, so that a tile costs one reduction for each maximum.
     """
     row = row_of(student, i)
     z_top, t_top, smooth, present = scalar(float("-inf")), scalar(float("-inf")), scalar(0.0), scalar(0.0)
@@ -59,11 +60,12 @@ def sum_taught(
     for j in range(first, last):
         offsets = j * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < given.columns
-        z = load(row, offsets, mask)
+        z = logits(student, row, offsets, mask)
         top = tl.maximum(z_top, tl.max(z, 0))
         at = or_zero(top)
         e = tl.exp2((z - at) * c)
         shrink = tl.exp2((z_top - at) * c)
+        before = at_tau
         at_tau = at_tau * shrink + e
         if TAU == TAU_TWO:
             at_one = at_one * (shrink * shrink) + e * e
@@ -79,10 +81,11 @@ def sum_taught(
             present += tl.sum(there.to(tl.float32), 0)
         if WITH_TEACHER:
             t = teacher_tile(teachers, given, i, offsets, mask, 0, MIX)
-            if CROSS:
-                cross = cross * shrink + tl.where(e == 0.0, 0.0, e * (z - t))
             new = tl.maximum(t_top, tl.max(t, 0))
             t_at = or_zero(new)
+            if CROSS:
+                moved = (t_at - or_zero(t_top)) - (at - or_zero(z_top))
+                cross = (cross + before * moved) * shrink + tl.where(e == 0.0, 0.0, e * ((z - at) - (t - t_at)))
             t_sum = t_sum * tl.exp2((t_top - t_at) * c) + tl.exp2((t - t_at) * c)
             t_top = new
         z_top = top
@@ -102,7 +105,7 @@ def sum_rest(student, given, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr
     first, last = tiles_of(given.vocab - given.columns, split, BLOCK, SPLITS)
     for j in range(first, last):
         offsets = j * BLOCK + tl.arange(0, BLOCK)
-        z = load(row, offsets, offsets < given.vocab - given.columns)
+        z = logits(student, row, offsets, offsets < given.vocab - given.columns)
         new = tl.maximum(top, tl.max(z, 0))
         at = or_zero(new)
         total = total * tl.exp2((top - at) * LOG2E) + tl.exp2((z - at) * LOG2E)
@@ -150,7 +153,6 @@ def finish_sums(
     rest_sum,
     rest_smooth,
     rest_present,
-    t_at,
     t_log2,
     KINDS: tl.constexpr,
     TRUNCATED: tl.constexpr,
@@ -167,7 +169,7 @@ def finish_sums(
             smooth += tl.where(rest_present > 0.0, rest_smooth + rest_present * (or_zero(rest_top) - one_at), 0.0)
             present += rest_present
     # sum p (ln p - ln q), which is sum student of the reverse KL
-    reverse = (cross / at_tau - (z_at - t_at)) * (c * LN2) - (z_log2 - t_log2) * LN2
+    reverse = (cross / at_tau) * (c * LN2) - (z_log2 - t_log2) * LN2
     sum_student = scalar(0.0)
     for k in tl.static_range(len(KINDS)):
         sum_student += given.weights[k] * divergences.sum_of_student(KINDS[k], reverse)
@@ -186,7 +188,7 @@ def finish_sums(
     if wanted.hard is not None:
         label = tl.load(given.labels + i)
         inside = (label >= 0) & (label < given.vocab)
-        z = tl.load(row_of(student, i) + tl.where(inside, label, 0)).to(tl.float32)
+        z = logits(student, row_of(student, i), tl.where(inside, label, 0), True)
         ce = (one_at - z) + one_log2 * LN2
         if SMOOTH:
             ce += given.label_smoothing * ((z - one_at) - smooth / present)

@@ -98,11 +98,12 @@ def value(KIND: tl.constexpr, x, p, q, u, v, d):
     elif KIND == TVD:
         return 0.5 * tl.abs(p - q)
     elif KIND == ALPHA_DIV:
-        # x q + (1 - x) p - q^x p^(1 - x), near equality q [(1 - x) g(d) - g((1 - x) d)]
+        # (x q + (1 - x) p - q^x p^(1 - x)) / (x (1 - x)), near equality q [(1 - x) g(d) - g((1 - x) d)] / (x (1 - x)),
+        # of whose series, term by term, nothing is left to cancel
         y = 1.0 - x
-        near = q * (y * (d * d) * kl_series(d) - (y * d) * (y * d) * kl_series(y * d))
-        far = x * q + y * p - tl.exp2(x * v + y * u)
-        return tl.where(tl.abs(d) < SERIES_LIMIT, near, far) / (x * y)
+        near = q * (d * d) * ((G2 * (1.0 + y + y * y) * d + G1 * (1.0 + y)) * d + G0)
+        far = (x * q + y * p - tl.exp2(x * v + y * u)) / (x * y)
+        return tl.where(tl.abs(d) < SERIES_LIMIT, near, tl.where(far < 0.0, 0.0, far))
     else:  # (sqrt p - sqrt q)^2 / 2 = sqrt(p q) (cosh(d / 2) - 1)
         r = tl.exp2(0.5 * (u + v))
         y2 = 0.25 * (d * d)

@@ -39,7 +39,7 @@ from kdfast.kernels.triton.select_rows import (
 
 @triton.jit
 def uniform(seed, token, draw):
-    """Uniforms in [0, 1) with 53 bits, fp64: Philox4x32-10, as ``kdfast.selection.uniforms`` has them."""
+    """Uniforms in [0, 1) with 53 bits, fp64: Philox4x32-10, as ``kdfast.spec.selection.uniforms`` has them."""
     none = tl.zeros(draw.shape, tl.int32)
     low, high = (token & 0xFFFFFFFF).to(tl.uint32) + none.to(tl.uint32), (token >> 32).to(tl.uint32)
     a, b, _, _ = tl.philox(seed, draw, low, high + none.to(tl.uint32), none)

@@ -321,9 +321,9 @@ def run(logits: Tensor, request: Any, first_token: int, out: Any) -> None:
 
     Args:
         logits: on a GPU, or on the CPU under the interpreter; any strides.
-        request: :class:`kdfast.selection.Request`, with k up to :data:`MOST_K`.
+        request: :class:`kdfast.spec.selection.Request`, with k up to :data:`MOST_K`.
         first_token: number of the first token, for draws.
-        out: :class:`kdfast.selection.Selected`, contiguous.
+        out: :class:`kdfast.spec.selection.Selected`, contiguous.
     """
     if logits.numel() == 0:
         return

@@ -5,7 +5,7 @@ with Writer(out, vocab_size=teacher.vocab_size, ...) as writer:
 fill(writer, teacher, samples, Capture(k=64), batch_tokens=16384)
 """
 
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import JobError
 from kdfast.cache.job.fill import Capture, Filled, fill
 from kdfast.cache.job.samples import Document, Sample, samples_of
 from kdfast.cache.job.sources import Source

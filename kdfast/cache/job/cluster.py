@@ -19,8 +19,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from kdfast.cache.error import CacheError
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import CacheError, JobError
 from kdfast.cache.job.fill import Filled
 from kdfast.cache.job.samples import Sample
 from kdfast.cache.job.spec import Job

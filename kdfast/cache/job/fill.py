@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.cache.error import CacheError
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import CacheError, JobError
 from kdfast.cache.job.samples import Sample
 from kdfast.cache.job.teacher import Teacher
 from kdfast.cache.reader import Reader
 from kdfast.cache.writer import Writer
-from kdfast.problem import Logits
 from kdfast.soft_targets import Method, soft_targets
-from kdfast.targets import SAMPLED, LMHead, SparseTargets
+from kdfast.spec.head import LMHead
+from kdfast.spec.problem import Logits
+from kdfast.spec.sparse import SAMPLED, SparseTargets
 
 #: Batches whose samples are looked at together and sorted by length.
 _WINDOW_BATCHES = 32

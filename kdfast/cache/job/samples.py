@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import JobError
 
 #: Documents, and characters, that are tokenised at once: tokenizers do so in parallel.
 _DOCUMENTS_AT_ONCE = 256

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import JobError
 from kdfast.cache.job.samples import Document
 from kdfast.cache.job.turns import Turns
+from kdfast.cache.keys import require_unicode
 
 #: A directory that holds one of these was written by ``save_to_disk``.
 _SAVED = ("dataset_info.json", "dataset_dict.json")
@@ -74,6 +75,7 @@ class Source:
             found = sorted(given.rglob("*.txt")) if given.is_dir() else [given]
             for path in found:
                 name = path.relative_to(given).as_posix() if given.is_dir() else path.name
+                _require_unicode(name, "the name of a text file", ascii(str(path)))
                 if name in files:
                     msg = f"two text files are named {name!r}, {files[name]} and {path}: give a directory above them"
                     raise JobError(msg)
@@ -98,7 +100,9 @@ class Source:
                         where = f"{path}, line {at}"
                         try:
                             value = json.loads(_decoded(line, where))
-                        except json.JSONDecodeError as error:
+                        except JobError:
+                            raise
+                        except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets in brackets
                             msg = f"{where}: no JSON: {error}"
                             raise JobError(msg) from error
                         yield _Record(number, where, value, turns.read, turns.shared)
@@ -135,10 +139,13 @@ class Source:
                 raise JobError(msg)
             key: object = number if self.id_field is None else _of(record, self.id_field, where, "--id-field")
             if isinstance(key, bool) or not isinstance(key, (str, int)):
-                msg = f"{where}: {self.id_field!r} must be a text or a whole number, got {type(key).__name__}"
+                msg = f"{where}: field {self.id_field!r} must be a text or a whole number, got {type(key).__name__}"
                 raise JobError(msg)
             content = _of(record, self.field, where, "--field")
             held = content if isinstance(content, str) else _token_ids(content, where)
+            for text, field in ((key, self.id_field), (held, self.field)):
+                if isinstance(text, str) and not text.isascii():
+                    _require_unicode(text, f"field {field!r}", where)
             yield Document(str(key), held, False, read, shared)
 
     def _arrays(self, length: int, rank: int, world: int) -> Iterator[Document]:
@@ -188,6 +195,14 @@ def _decoded(content: bytes, where: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         msg = f"{where}: no UTF-8: {error.reason} at byte {error.start}"
+        raise JobError(msg) from error
+
+
+def _require_unicode(text: str, what: str, where: str) -> None:
+    try:
+        require_unicode(text, what)
+    except ValueError as error:
+        msg = f"{where}: {error}"
         raise JobError(msg) from error
 
 

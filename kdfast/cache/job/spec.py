@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 
-from kdfast.cache.error import CacheError
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import CacheError, JobError
 from kdfast.cache.job.fill import Capture, Filled, fill
 from kdfast.cache.job.samples import Document, Sample, samples_of
 from kdfast.cache.job.sources import Source

@@ -10,10 +10,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kdfast.cache.job.error import JobError
-from kdfast.factory import FactoryError, find
-from kdfast.problem import Logits
-from kdfast.targets import LMHead
+from kdfast.cache.error import JobError
+from kdfast.integrations.factory import FactoryError, find
+from kdfast.spec.head import LMHead
+from kdfast.spec.problem import Logits
 
 #: (input_ids (B, S) int64, attention_mask (B, S) int64) to logits (B, S, V), or an LMHead over (B, S, H).
 Forward: TypeAlias = Callable[[Tensor, Tensor], Logits]

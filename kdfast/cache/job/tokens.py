@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdfast.cache.job.error import JobError
+from kdfast.cache.error import JobError
 from kdfast.cache.job.samples import Encoder
 
 

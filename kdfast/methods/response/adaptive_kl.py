@@ -7,12 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast import reference
+from kdfast.methods.gate import gated
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Reduction
+from kdfast.spec import reference
+from kdfast.spec.problem import Reduction
+from kdfast.spec.reduction import token_weights
 
 
 def adaptive_kl_loss(
@@ -82,11 +84,11 @@ def adaptive_kl_loss(
         num_items=num_items,
     )
     checked("head", head, 0.0, 1.0, open_low=True)
-    w, teacher = reference.token_weights(problem), teacher.detach()
+    w, teacher = token_weights(problem), tokens.teacher_of(problem)
     with torch.no_grad():
         z, t = (tokens.arithmetic(problem, x.detach()) for x in (student, teacher))
         tau = tokens.temperature(problem, z)
-        p, q = torch.softmax(z / tau, -1), torch.softmax(t / tau, -1)
+        p, q = torch.softmax(reference._over(z, tau), -1), torch.softmax(reference._over(t, tau), -1)
         mass, order = q.sort(dim=-1, descending=True, stable=True)
         gap = (q - p).abs_().gather(-1, order)
         in_head = mass.cumsum(-1) - mass < head
@@ -94,8 +96,9 @@ def adaptive_kl_loss(
         total = g_head + g_tail
         share = torch.where(total == 0, 0.5, g_head / torch.where(total == 0, 1.0, total))
         rest = torch.where(total == 0, 0.5, g_tail / torch.where(total == 0, 1.0, total))
-    forward = tokens.engine(problem, student, teacher, None, w * share, temperature=temperature)
-    reverse = tokens.engine(problem, student, teacher, None, w * rest, divergence="reverse_kl", temperature=temperature)
+    z = gated(student, alpha)
+    forward = tokens.engine(problem, z, teacher, None, w * share, temperature=temperature)
+    reverse = tokens.engine(problem, z, teacher, None, w * rest, divergence="reverse_kl", temperature=temperature)
     return tokens.blended(problem, student, labels, forward + reverse, w, alpha)
 
 

@@ -7,11 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast import reference
+from kdfast.methods.gate import gated
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
+from kdfast.spec import reference
+from kdfast.spec.reduction import token_weights
 
 #: Deviations below so many roundings of the mean are none: what is left of equal values that were centred.
 ROUNDINGS = 8.0
@@ -164,15 +166,17 @@ def _terms(
         student, teacher, labels, temperature=temperature, ignore_index=ignore_index, weights=weights
     )
     tokens.not_negative(beta=beta, gamma=gamma)
-    w = reference.token_weights(problem)  # sums to 1, or to 0 where no token counts
+    w = token_weights(problem)  # sums to 1, or to 0 where no token counts
     by = w.reshape(-1, 1)
-    z, t = (tokens.arithmetic(problem, x).reshape(-1, problem.vocab_size) for x in (student, teacher.detach()))
+    given = (gated(student, alpha), tokens.teacher_of(problem))
+    z, t = (tokens.arithmetic(problem, x).reshape(-1, problem.vocab_size) for x in given)
     tau = tokens.temperature(problem, z)
     p, q = torch.softmax(reference._over(z, tau), -1), torch.softmax(reference._over(t, tau), -1)
     even = torch.full_like(p[:1], 1 / problem.vocab_size)
     rows = (by.squeeze(-1) * _distance(p, q, even, 1)).sum() * tau.square()
     columns = _distance(p, q, by, 0).mean() * tau.square()
-    loss = tokens.blended(problem, student, labels, beta * rows + gamma * columns, w, alpha)
+    soft = tokens.weighed(beta, rows) + tokens.weighed(gamma, columns)
+    loss = tokens.blended(problem, student, labels, soft, w, alpha)
     return loss, {"rows": rows, "columns": columns}
 
 

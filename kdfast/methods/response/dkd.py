@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from kdfast import reference
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Problem, Reduction
+from kdfast.spec import reference
+from kdfast.spec.problem import Problem, Reduction
+from kdfast.spec.reduction import soft_scale, token_weights
 
 
 def dkd_loss(
@@ -72,7 +73,7 @@ def dkd_loss(
     """
     target, others = _parts(student, teacher, labels, temperature, ignore_index, weights, reduction, num_items)
     tokens.not_negative(alpha=alpha, beta=beta)
-    return alpha * target + beta * others
+    return tokens.weighed(alpha, target) + tokens.weighed(beta, others)
 
 
 class DKD(Loss):
@@ -141,7 +142,8 @@ class DKD(Loss):
             value(self.temperature, step.number),
             weights=step.weights,
         )
-        return self.alpha * target + self.beta * others, {"target": target, "others": others}
+        loss = tokens.weighed(self.alpha, target) + tokens.weighed(self.beta, others)
+        return loss, {"target": target, "others": others}
 
 
 def _parts(
@@ -165,13 +167,12 @@ def _parts(
         reduction=reduction,
         num_items=num_items,
     )
-    tokens.several_columns(problem, "DKD compares the label with the others")
-    w, teacher = reference.token_weights(problem), teacher.detach()
+    w, teacher = token_weights(problem), tokens.teacher_of(problem)
     y = tokens.column_of_label(problem)
     z, t = student.scatter(-1, y, -reference.INF), teacher.scatter(-1, y, -reference.INF)
     others = tokens.engine(problem, z, t, None, w, temperature=temperature)
     kl = reference.kl(_label_or_not(problem, teacher, t, y), _label_or_not(problem, student, z, y))
-    target = tokens.reduced(problem, w, kl) * reference.soft_scale(problem, w)
+    target = tokens.reduced(problem, w, kl) * soft_scale(problem, w)
     return target, others
 
 
@@ -179,6 +180,7 @@ def _label_or_not(problem: Problem, x: Tensor, others: Tensor, y: Tensor) -> Ten
     """(log p_y, log(1 - p_y)) from logits and those without the label's, (..., V) -> (..., 2)."""
     rest = tokens.arithmetic(problem, others)
     tau = tokens.temperature(problem, rest)
-    label = tokens.arithmetic(problem, x.gather(-1, y)).squeeze(-1) / tau
+    top = rest.detach().amax(-1, keepdim=True)  # from which both are counted, as tau would magnify their rounding
+    label = ((tokens.arithmetic(problem, x.gather(-1, y)) - top) / tau).squeeze(-1)
     odds = label - torch.logsumexp(reference._over(rest, tau), -1)
     return torch.stack([logsigmoid(odds), logsigmoid(-odds)], -1)

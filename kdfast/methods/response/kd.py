@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kdfast.divergence import DivergenceLike
-from kdfast.loss import distill_loss
+from kdfast.loss import distill_loss, option_names
 from kdfast.methods.loss import Loss, Value
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
+from kdfast.spec.divergence import DivergenceLike
+
+#: What options are called elsewhere.
+_MEANT = dict.fromkeys(("T", "t", "tau", "temp"), "temperature")
+_OWN = ("temperature", "alpha", "divergence", "weight", "name")
 
 
 class KD(Loss):
@@ -38,8 +43,8 @@ class KD(Loss):
         options: others of :func:`kdfast.distill_loss`, as ``tail`` or ``teacher_weights``.
 
     Raises:
-        TypeError: an option that the Distiller decides: student, teacher, labels, weights, reduction, num_items; or a
-            setting that is neither a number nor a schedule.
+        TypeError: an option that the Distiller decides: student, teacher, labels, weights, reduction, num_items; one
+            that :func:`kdfast.distill_loss` does not have; or a setting that is neither a number nor a schedule.
         ValueError: a temperature or alpha out of range.
 
     Source:
@@ -74,6 +79,13 @@ class KD(Loss):
         if decided:
             msg = f"KD: {', '.join(sorted(decided))} come with the batch: see Distiller"
             raise TypeError(msg)
+        taken = option_names()
+        for option in options:
+            if option not in taken:
+                meant = _MEANT.get(option) or next(iter(difflib.get_close_matches(option, [*_OWN, *taken], 1)), None)
+                hint = f": did you mean {meant}?" if meant else f"; it takes {', '.join([*_OWN, *sorted(taken)])}"
+                msg = f"KD got an unknown option {option!r}{hint}"
+                raise TypeError(msg)
         self.temperature = checked("temperature", temperature, 0.0, open_low=True)
         self.alpha = None if alpha is None else checked("alpha", alpha, 0.0, 1.0)
         self.divergence = divergence

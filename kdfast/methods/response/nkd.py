@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast import reference
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Reduction
+from kdfast.spec import reference
+from kdfast.spec.problem import Reduction
+from kdfast.spec.reduction import soft_scale, token_weights
 
 
 def nkd_loss(
@@ -70,7 +71,7 @@ def nkd_loss(
     """
     target, others = _parts(student, teacher, labels, temperature, ignore_index, weights, reduction, num_items)
     tokens.not_negative(gamma=gamma)
-    return target + gamma * others
+    return target + tokens.weighed(gamma, others)
 
 
 class NKD(Loss):
@@ -129,7 +130,7 @@ class NKD(Loss):
             value(self.temperature, step.number),
             weights=step.weights,
         )
-        return target + self.gamma * others, {"target": target, "others": others}
+        return target + tokens.weighed(self.gamma, others), {"target": target, "others": others}
 
 
 def _parts(
@@ -153,8 +154,7 @@ def _parts(
         reduction=reduction,
         num_items=num_items,
     )
-    tokens.several_columns(problem, "NKD sets the label apart from the others")
-    w, teacher = reference.token_weights(problem), teacher.detach()
+    w, teacher = token_weights(problem), tokens.teacher_of(problem)
     y = tokens.column_of_label(problem)
     t_y = torch.log_softmax(tokens.arithmetic(problem, teacher), -1).gather(-1, y).squeeze(-1).exp()
     target = tokens.engine(problem, student, None, labels, w * t_y)
@@ -163,4 +163,4 @@ def _parts(
     rest = tokens.arithmetic(problem, t)
     log_t = torch.log_softmax(reference._over(rest, tokens.temperature(problem, rest)), -1)
     entropy = -(log_t.exp() * torch.where(log_t == -reference.INF, 0.0, log_t)).sum(-1)
-    return target, others + tokens.reduced(problem, w, entropy) * reference.soft_scale(problem, w)
+    return target, others + tokens.reduced(problem, w, entropy) * soft_scale(problem, w)

@@ -7,13 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.divergence import DivergenceLike, divergence_terms
+from kdfast.methods.gate import gated
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Reduction
+from kdfast.spec import reference
+from kdfast.spec.divergence import DivergenceLike, divergence_terms
+from kdfast.spec.problem import Reduction
+from kdfast.spec.reduction import token_weights
 
 EPSILON = 1e-7  # the authors', added to the deviation
 
@@ -80,9 +82,9 @@ def standardised_loss(
         reduction=reduction,
         num_items=num_items,
     )
-    tokens.several_columns(problem, "one logit has no standard deviation")
-    w = reference.token_weights(problem)
-    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in (student, teacher.detach()))
+    w = token_weights(problem)
+    given = (gated(student, alpha), tokens.teacher_of(problem))
+    z, t = (_standardised(tokens.arithmetic(problem, x)) for x in given)
     soft = tokens.engine(problem, z, t, None, w, divergence=divergence, temperature=temperature)
     return tokens.blended(problem, student, labels, soft, w, alpha)
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.divergence import DivergenceLike
 from kdfast.loss import distill_loss
+from kdfast.methods.gate import gated
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import Step
-from kdfast.problem import Problem, _scalar, build_problem
+from kdfast.spec import reference
+from kdfast.spec.divergence import DivergenceLike
+from kdfast.spec.problem import Problem, _scalar, build_problem, check_plain_logits
+from kdfast.spec.reduction import weighted
 
 
 def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> Problem:
@@ -23,21 +25,18 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
         ValueError: a shape, device, name or value that cannot be meant.
     """
     for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            msg = f"{name} must be a tensor of logits (..., V), got {type(x).__name__}"
-            if hasattr(x, "logits"):
-                msg += f": pass {name}.logits() of a kdfast.LMHead, {name}.logits of a model's output"
-            raise TypeError(msg)
-    problem = build_problem(student, teacher, labels, alpha=1.0, **options)
+        check_plain_logits(name, x)
+    # Terms are asked for so that the labels stay, though their own term has no weight here.
+    problem = build_problem(student, teacher, labels, alpha=1.0, return_terms=True, **options)
     reference._check_values(problem, student)
     return problem
 
 
-def several_columns(problem: Problem, why: str) -> None:
-    """Raises ValueError for logits of one column."""
-    if problem.vocab_size < 2:
-        msg = f"student must have at least 2 columns, got {problem.vocab_size}: {why}"
-        raise ValueError(msg)
+def teacher_of(problem: Problem) -> Tensor:
+    """The teacher's logits (..., V), detached."""
+    (teacher,) = problem.teachers
+    assert isinstance(teacher, Tensor)
+    return teacher
 
 
 def not_negative(**factors: float) -> None:
@@ -99,7 +98,7 @@ def engine(
 
 def reduced(problem: Problem, weights: Tensor, x: Tensor) -> Tensor:
     """Sum of weights * x over the tokens, or the products themselves, as the problem's reduction says."""
-    return reference.weighted(weights, x, problem.reduction)
+    return weighted(weights, x, problem.reduction)
 
 
 def blended(
@@ -116,7 +115,22 @@ def blended(
     if labels is None:
         msg = f"alpha must be 1 without labels, got {alpha!r}: pass labels too"
         raise ValueError(msg)
-    return alpha * soft + (1 - alpha) * engine(problem, student, None, labels, weights)
+    if not isinstance(alpha, Tensor) and alpha == 0:
+        return engine(problem, student, None, labels, weights)
+    rest = 1 - alpha
+    hard = engine(problem, gated(student, rest), None, labels, weights)
+    return weighed(alpha, soft) + weighed(rest, hard)
+
+
+def weighed(factor: float | Tensor, x: Tensor) -> Tensor:
+    """The product of a part of a loss and its factor; a factor of 0 silences an infinite part.
+
+    The gradient is silenced where the part is computed from what :func:`kdfast.methods.gate.gated` returned, or where
+    the factor is a number, which leaves the part out.
+    """
+    if isinstance(factor, Tensor):
+        return weighted(factor.to(x), x, "none")
+    return torch.zeros_like(x) if factor == 0 else factor * x
 
 
 def alpha_of(alpha: Setting, step: Step) -> float | Tensor:

@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast import reference
+from kdfast.methods.gate import gated
 from kdfast.methods.loss import Loss
 from kdfast.methods.response import tokens
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
-from kdfast.problem import Reduction, _scalar
+from kdfast.spec.problem import Reduction, _scalar
+from kdfast.spec.reduction import token_weights
 
 
 def ttm_loss(
@@ -78,13 +79,13 @@ def ttm_loss(
         num_items=num_items,
     )
     _scalar("gamma", gamma, open_low=True)
-    w = reference.token_weights(problem)
-    t = tokens.arithmetic(problem, teacher.detach())
+    w = token_weights(problem)
+    t = tokens.arithmetic(problem, tokens.teacher_of(problem))
     power = gamma * t
     by = w
     if weighted:
         by = w * (torch.logsumexp(power, -1) - gamma * torch.logsumexp(t, -1)).exp()
-    soft = tokens.engine(problem, student, power, None, by)
+    soft = tokens.engine(problem, gated(student, alpha), power, None, by)
     return tokens.blended(problem, student, labels, soft, w, alpha)
 
 

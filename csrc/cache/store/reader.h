@@ -1,0 +1,68 @@
+// Samples out of a cache, by key.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cache/rows/packed.h"
+#include "cache/store/catalog.h"
+#include "cache/store/model_store.h"
+
+namespace kdfast::cache {
+
+// What to read, and where to.
+struct ReadRequest {
+    const Place* place = nullptr;
+    std::int64_t first = 0;      // token
+    Destination out;             // of out.tokens tokens
+    const File* file = nullptr;  // the shard where it is not in the cache's directory; not the reader's
+};
+
+// The same for tokens that stay packed.
+struct PackRequest {
+    const Place* place = nullptr;
+    std::int64_t first = 0;  // token
+    std::int64_t tokens = 0;
+    Packed out;
+    const File* file = nullptr;
+};
+
+// Safe for many threads at once, and in a process forked from one that has it: files are opened when they are first
+// read, and never seeked in.
+class Reader {
+  public:
+    // Throws for damage that may hide keys, unless it may be appended to `damage`.
+    explicit Reader(const std::string& directory, std::vector<Fault>* damage = nullptr);
+    ~Reader();
+    Reader(const Reader&) = delete;
+    Reader& operator=(const Reader&) = delete;
+
+    const Catalog& catalog() const { return catalog_; }
+    // Throws Fault missing, or duplicate.
+    const Place& find(std::string_view key) const;
+    // What the fields of a sample are, from its verified header.
+    FrameHeader header(const Place& place) const { return header(file(place), place); }
+    FrameHeader header(const File& file, const Place& place) const;  // its shard lies elsewhere
+    void read(const ReadRequest& request) const;
+    // Sorted by where they lie, on up to `threads` threads.
+    void read(std::vector<ReadRequest> requests, int threads) const;
+    // Of samples of the fixed codec.
+    void pack(const PackRequest& request) const;
+    void pack(std::vector<PackRequest> requests, int threads) const;
+
+  private:
+    // use(layout, block, tokens of the block, first of them, how many, row of the first) for each block of a frame that
+    // holds some of the tokens, once its checksum has been verified.
+    template <class Use>
+    void blocks(const File& shard, const FrameHeader& h, std::int64_t first, std::int64_t count, Use use) const;
+    const File& file(const Place& place) const;
+
+    Catalog catalog_;
+    mutable std::vector<std::atomic<const File*>> files_;  // of shards; null: not opened yet
+    ModelStore models_;
+};
+
+}  // namespace kdfast::cache

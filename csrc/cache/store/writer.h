@@ -1,0 +1,100 @@
+// Samples into a cache: copied, encoded by workers, and appended in order by one more thread, so that who writes waits
+// only where a bounded queue is full.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "cache/compact/tier.h"
+#include "cache/store/catalog.h"
+#include "cache/store/shard.h"
+
+namespace kdfast::cache {
+
+struct WriterOptions {
+    CacheHeader header;
+    Codec tier = Codec::fixed;    // of topk and topp
+    std::uint8_t grid = 4;        // of log-probabilities: steps of 2^-grid nats
+    std::uint8_t drawn_grid = 8;  // of the masses of pps
+    std::uint16_t block_tokens = 128;
+    ShardSeries::Limits limits;
+    std::uint64_t queue_bytes = std::uint64_t{256} << 20;  // of samples that wait
+    int threads = 1;                                       // that encode
+};
+
+struct Sample {
+    std::string key;
+    Method method = Method::topk;
+    std::uint32_t kept = 0;
+    double parameter = 0;  // as in the frame
+    std::optional<std::uint64_t> seed;
+    std::optional<TokenHash> token_hash;
+    Source targets;
+};
+
+class Writer {
+  public:
+    // Makes the cache where there is none; throws Fault mismatch where there is another.
+    Writer(std::string directory, WriterOptions options);
+    ~Writer();  // what was not committed is lost
+    Writer(const Writer&) = delete;
+    Writer& operator=(const Writer&) = delete;
+
+    // Whether the sample is new: one that is there already, with equal token ids, is left as it is. Copies what it is
+    // given. Every call throws the first error of the threads behind it.
+    bool write(const Sample& sample);
+    bool has(std::string_view key) const;
+    std::uint64_t commit();  // samples of this writer that are durable now, which are all that were written
+    void close();            // commits, finishes the shard, ends the journal
+    std::uint64_t id() const { return writer_; }
+    std::uint64_t waiting_bytes() const;
+
+  private:
+    struct Job;
+    void check_usable();
+    void submit(std::unique_lock<std::mutex>& lock, std::shared_ptr<Job> job);
+    void wait_for(const std::shared_ptr<Job>& job);
+    void encode_jobs();
+    void write_jobs();
+    void carry_out(Job& job);
+    void stop();
+    void fail(std::exception_ptr error);
+
+    const std::string directory_;
+    const WriterOptions options_;
+    const std::uint64_t writer_;
+    const long process_;
+    std::vector<std::byte> header_bytes_;
+    std::unordered_map<std::string, std::optional<TokenHash>> known_;  // keys there, and those written
+
+    // Of the thread that appends.
+    ShardSeries series_;
+    CompactTier compact_;
+
+    // In a process forked from this one they have waiters that are not there, and to destroy them waits for ever.
+    struct Signals {
+        std::mutex mutex;
+        std::condition_variable work, room, done;
+    };
+    std::unique_ptr<Signals> signals_ = std::make_unique<Signals>();
+    std::deque<std::shared_ptr<Job>> encoding_;  // not taken by a worker yet
+    std::deque<std::shared_ptr<Job>> order_;     // as they were written, until appended
+    std::uint64_t waiting_ = 0;                  // bytes
+    std::uint64_t committed_ = 0;                // samples
+    bool stopping_ = false;
+    bool closed_ = false;
+    std::exception_ptr error_;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace kdfast::cache

@@ -1,0 +1,113 @@
+"""The compiled CPU kernel of the dense loss: tensors in, tensors filled."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdfast.ops.dense.inputs import Inputs, stats_size
+from kdfast.views import _core, contiguous_rows, view
+
+
+def detail() -> str:
+    """What the kernel runs with."""
+    isas = ", ".join(_core.supported_isas())
+    return f"C++ kernel, {_core.isa()} of {isas}, {torch.get_num_threads()} threads"
+
+
+def _call(
+    passes: str, student: Tensor, inputs: Inputs, outputs: dict[str, Tensor | None], *, dtemperature: bool = False
+) -> None:
+    """``outputs`` are the kernel's named outputs and coefficients, (...) or (..., V) tensors or None."""
+    per_token = {
+        k: getattr(inputs, k).contiguous()
+        for k in ("labels", "counted", "teacher_weights", "kept_ids", "kept_values", "kept_per_row")
+        if getattr(inputs, k) is not None
+    }
+    teachers = [contiguous_rows(t) for t in inputs.teachers]
+    held = per_token | {k: v if k == "grad" else v.contiguous() for k, v in outputs.items() if v is not None}
+    _core.dense(
+        passes=passes,
+        student=view(student),
+        teachers=[view(t) for t in teachers],
+        temperature=inputs.temperature.item(),
+        names=inputs.names,
+        weights=inputs.weights,
+        parameters=inputs.parameters,
+        mix_logits=inputs.mix_logits,
+        columns=inputs.columns,
+        label_smoothing=inputs.label_smoothing,
+        kept_columns=inputs.kept_columns,
+        tail_rule=inputs.tail_rule,
+        scales=[cap.scale for cap in inputs.caps],
+        softcaps=[cap.softcap for cap in inputs.caps],
+        values_with_dtemperature=dtemperature,
+        threads=torch.get_num_threads(),
+        **{k: view(v) for k, v in held.items()},
+    )
+
+
+def run(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
+    """One call; ``stats`` together with ``grad`` asks for the gradient of an earlier one."""
+    later = outputs.get("stats") is not None and outputs.get("grad") is not None
+    _call("gradient" if later else "all", student, inputs, outputs)
+
+
+# The kernel's row of stats: at tau (high, low), at 1 (high, low), sum student, columns present; (high, low) of each
+# teacher. High and low add up to the log2 of a sum of exponentials.
+
+
+def sums(student: Tensor, inputs: Inputs) -> Tensor:
+    """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
+    student = contiguous_rows(student)
+    shape = student.shape[:-1]
+    stats = torch.empty((*shape, stats_size(inputs)), dtype=torch.float32)
+    logit_sum = torch.empty(shape, dtype=torch.float32)
+    _call("sums", student, inputs, {"stats": stats, "logit_sum": logit_sum})
+    s = stats.double()
+
+    def together(high: Tensor, low: Tensor) -> Tensor:  # -inf, of columns without mass, has no low part
+        return torch.where(high == -math.inf, high, high + low)
+
+    parts = [together(s[..., 0], s[..., 1]), together(s[..., 2], s[..., 3]), logit_sum.double(), s[..., 5]]
+    return torch.stack([*parts, *together(s[..., 6::2], s[..., 7::2]).unbind(-1)], -1)
+
+
+def stats_of(totals: Tensor, sum_student: Tensor, inputs: Inputs) -> Tensor:
+    """The kernel's stats from totals over all columns; see :class:`kdfast.ops.dense.Launcher`."""
+
+    def halves(x: Tensor) -> list[Tensor]:
+        high = x.float()
+        return [high, torch.where(high.isfinite(), x - high.double(), 0.0).float()]
+
+    weight = inputs.weights[0] if len(inputs.weights) == 1 else 1.0  # the kernel multiplies by a single term's later on
+    known = (sum_student / weight if weight else sum_student).float()
+    columns = [*halves(totals[..., 0]), *halves(totals[..., 1]), known, totals[..., 3].float()]
+    for k in range(4, totals.shape[-1]):
+        columns += halves(totals[..., k])
+    return torch.stack(columns, -1)
+
+
+def values(student: Tensor, inputs: Inputs, totals: Tensor, *, dtemperature: bool) -> Tensor:
+    """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
+    student = contiguous_rows(student)
+    out = torch.empty((*student.shape[:-1], 7), dtype=torch.float32)
+    stats = stats_of(totals, torch.zeros(student.shape[:-1], dtype=torch.float64), inputs)
+    _call("values", student, inputs, {"stats": stats, "values": out}, dtemperature=dtemperature)
+    return out
+
+
+def fresh_gradient(student: Tensor) -> Tensor:
+    """Memory for a gradient, in huge pages where the system has them."""
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    _core.advise_huge_pages(view(grad))
+    return grad
+
+
+def scale(grad: Tensor, factor: Tensor) -> None:
+    """``grad *= factor`` in place; nothing is done for a factor of 1."""
+    value = factor.item()
+    if value != 1.0:
+        _core.scale(view(grad), value, torch.get_num_threads())

@@ -1,0 +1,1 @@
+"""The choice of soft targets: top-k, top-p and draws."""

@@ -1,0 +1,1 @@
+"""The loss over shards of a vocabulary that lie on several ranks."""

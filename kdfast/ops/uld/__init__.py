@@ -1,0 +1,1 @@
+"""Universal logit distillation: sorted probabilities of two vocabularies."""

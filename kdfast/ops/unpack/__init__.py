@@ -1,0 +1,1 @@
+"""Packed targets to ids and log-probabilities."""

@@ -1,0 +1,1 @@
+"""What is computed, in plain PyTorch: no module here knows a kernel."""
