@@ -10,10 +10,15 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest
 # Processes that share the tests. Torch computes with several threads in each, which sleep where they would spin.
 WORKERS ?= 2
+# The oldest Triton that pyproject.toml lets in, with the newest NumPy: the pins of triton-oldest, and nowhere else.
+OLDEST_TRITON = triton==3.6.0
+OLDEST_NUMPY = numpy>=2.4
 INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed shifts signs silence) \
   kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
+# What of the interpreter's tests the oldest Triton repeats: each kernel, by its edges.
+OLDEST_TESTS = one_column or one_kept or one_entry or split or sample or pps or every_operator
 
-.PHONY: demo test environment lint bench docs tables nightly sanitize clean
+.PHONY: demo test triton-oldest environment lint bench docs tables nightly sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
@@ -25,6 +30,13 @@ test: $(VENV)/.test build/peers
 ifeq ($(shell uname),Linux)
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(INTERPRETED)
 endif
+
+# Every kernel compiled, k = 1 and odd rows among them, and a part of the interpreter's tests, by the oldest Triton. Its
+# folder stands before the environment's own packages, which stay as they are.
+triton-oldest: $(VENV)/.test build/oldest
+	cd / && PYTHONPATH=$(CURDIR)/build/oldest $(abspath $(BIN))/python -P -c "import triton; print('Triton', triton.__version__)"
+	PYTHONPATH=$(CURDIR)/build/oldest $(PYTEST) -n $(WORKERS) tests/kernels/test_triton_compile.py
+	PYTHONPATH=$(CURDIR)/build/oldest TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "$(OLDEST_TESTS)" $(INTERPRETED)
 
 # All that test and lint need, so that they can run side by side.
 environment: $(VENV)/.test $(VENV)/.dev build/peers
@@ -72,6 +84,10 @@ $(VENV)/bin/python:
 # others, and seen by that test alone.
 build/peers: $(VENV)/.test tests/docs/peers.txt
 	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ -r tests/docs/peers.txt
+
+# Without the constraints of the newest.
+build/oldest: $(VENV)/.test Makefile
+	rm -rf $@ && PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --target $@ "$(OLDEST_TRITON)" "$(OLDEST_NUMPY)"
 
 # Built once for all sets of extras.
 $(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)

@@ -8,6 +8,7 @@ from triton.runtime import interpreter
 
 _original = interpreter._convert_float
 _patch_lang = interpreter._patch_lang
+_patch_tensor = interpreter._patch_lang_tensor
 
 
 def _convert(values, source, target, rounding_mode):
@@ -28,6 +29,12 @@ def _patch_once(fn):
     return interpreter._LangPatchScope() if done else _patch_lang(fn)
 
 
+def _patch_index(tensor, scope):
+    """Scalars, which are arrays of one number, as bounds of loops: older releases ask NumPy for what 2.4 refuses."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 def _fma(_, x, y, z):
     """Rounds once, which older releases do not."""
     wide = x.data.astype(np.float64) * y.data + z.data
@@ -44,6 +51,7 @@ def mend():
     """Apply, for the life of the process."""
     interpreter._convert_float = _convert
     interpreter._patch_lang = _patch_once
+    interpreter._patch_lang_tensor = _patch_index
     interpreter.InterpreterBuilder.create_fma = _fma
     tl.sort = _sort
     np.seterr(all="ignore")  # -inf - -inf and its like are part of the kernels, and no GPU warns

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from bench import heads
-from bench.gpu.head import HeadCase, Inputs, errors_against_fp64
+from bench.gpu.head import HeadCase, Inputs, errors_against_fp64, tolerance
 
-__all__ = ["Inputs", "cases", "competitors", "gradient_errors"]
+__all__ = ["Inputs", "cases", "competitors", "gradient_errors", "tolerance"]
 
 
 def cases(*, rehearse: bool) -> Iterator[HeadCase]:
@@ -26,6 +27,6 @@ def competitors(case: HeadCase, x: Inputs) -> heads.Steps:
     return heads.cross_entropy(x, backend="triton", compiles=x.hidden.is_cuda, triton=True)
 
 
-def gradient_errors(case: HeadCase, device: torch.device) -> dict[str, float]:
+def gradient_errors(case: HeadCase, device: torch.device) -> dict[str, Any]:
     """See :mod:`bench.gpu`."""
     return errors_against_fp64(case, device, heads.kdfast_cross_entropy, heads.eager_cross_entropy)

@@ -12,9 +12,14 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _bandwidth(results: dict[str, Any]) -> str:
+    copy = results["copy_bytes_per_second"]
+    return "unknown" if copy is None else f"{copy / 1e12:.2f} TB/s"
+
+
 def _share(case: dict[str, Any], ms: float | None, results: dict[str, Any]) -> float | None:
     """Of the copy bandwidth; None where traffic is not the floor."""
-    if ms is None or case["floor_bytes"] is None:
+    if ms is None or case["floor_bytes"] is None or results["copy_bytes_per_second"] is None:
         return None
     return float(case["floor_bytes"] / (ms * 1e-3) / results["copy_bytes_per_second"])
 
@@ -34,7 +39,7 @@ def summary(results: dict[str, Any]) -> str:
         rows.append([case["name"], _cell(ms, ".3f") if ms else ours["note"], share, "; ".join(others)])
     lines = [["case", "ms", "of copy", "time of others / kdfast"], ["---", "---:", "---:", "---"], *rows]
     said = f"On {machine['device']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}; "
-    said += f"a copy moves {results['copy_bytes_per_second'] / 1e12:.2f} TB/s:\n\n"
+    said += f"a copy moves {_bandwidth(results)}:\n\n"
     return said + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -46,7 +51,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         ", ".join(f"{k} {v}" for k, v in machine.items() if k != "device"),
         "",
-        f"Copy bandwidth, device to device: {results['copy_bytes_per_second'] / 1e12:.2f} TB/s. `of copy` is the share",
+        f"Copy bandwidth, device to device: {_bandwidth(results)}. `of copy` is the share",
         "of it, over the bytes that any implementation moves. Medians of interleaved rounds, caches flushed between",
         'steps. Rows that begin with "bare" are floors: a part of the work that no implementation is spared.',
         "",
@@ -72,15 +77,39 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", "## Not run: out of time", "", *(f"- {name}" for name in results["not_run"])]
     lines += [
         "",
-        "## Largest error of the gradient, over its largest element; of soft targets that of a log-normaliser",
+        "## Largest error of the gradient, over its largest element; of soft targets that of a log-normaliser, in nats",
         "",
-        "| case | kdfast | eager |",
-        "|---|---:|---:|",
+        "| case | kdfast | at | tolerance | eager |",
+        "|---|---:|---|---:|---:|",
     ]
+    for case in results["cases"]:
+        if case["errors"]:
+            ours, eager = case["errors"]["kdfast"], case["errors"]["eager"]
+            cells = [
+                case["name"],
+                _error(ours),
+                str(ours["index"]),
+                f"{case['errors']['tolerance']:.1e}",
+                _error(eager),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    notes = [c for c in results["cases"] if c["errors_note"]]
+    lines += [f"| {c['name']} | {c['errors_note'].strip().splitlines()[-1].replace('|', '/')} | | | |" for c in notes]
     lines += [
-        f"| {case['name']} | {case['errors']['kdfast']:.2e} | {case['errors']['eager']:.2e} |"
-        for case in results["cases"]
-        if case["errors"]
+        "",
+        "## Launches of a step, and its time in a CUDA graph",
+        "",
+        "| case | by kdfast | on the device | ms |",
     ]
-    lines += [f"| {case['name']} | {case['errors_note']} | |" for case in results["cases"] if case["errors_note"]]
+    lines += ["|---|---:|---:|---:|"]
+    for case in results["cases"]:
+        counted, graph = case.get("launches"), case.get("captured")
+        if counted and graph:
+            time = graph["note"] if graph["milliseconds"] is None else f"{graph['milliseconds']:.3f}"
+            device = "-" if counted["device"] is None else counted["device"]
+            lines.append(f"| {case['name']} | {counted['triton']} | {device} | {time} |")
     return "\n".join(lines) + "\n"
+
+
+def _error(error: dict[str, Any]) -> str:
+    return "not finite" if error["value"] is None else f"{error['value']:.2e}"

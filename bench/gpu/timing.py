@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -135,3 +137,54 @@ def _free(clock: Clock) -> None:
     gc.collect()
     if clock.on_gpu:
         torch.cuda.empty_cache()
+
+
+def launches(clock: Clock, step: Callable[[], object]) -> dict[str, int | str | None]:
+    """Kernels of a warm step: those of Triton that kdfast launches, and all that the device ran.
+
+    The second is None on a CPU, and a text where the profiler does not serve.
+    """
+    from kdfast.kernels.triton import dense_launch
+
+    ours, launch = 0, dense_launch.launch
+
+    def counting(*args: Any, **options: Any) -> None:
+        nonlocal ours
+        ours += 1
+        launch(*args, **options)
+
+    with mock.patch.object(dense_launch, "launch", counting):
+        step()
+    if not clock.on_gpu:
+        return {"triton": ours, "device": None}
+    try:
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            step()
+            torch.cuda.synchronize()
+        on_device = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return {"triton": ours, "device": len(on_device)}
+    except Exception as error:  # such as counters that the machine does not grant
+        return {"triton": ours, "device": said(error)}
+
+
+def captured(clock: Clock, step: Callable[[], object], rounds: int = 7) -> dict[str, float | str | None]:
+    """Milliseconds of a step that a CUDA graph has recorded: device work without the host's share of launches."""
+    if not clock.on_gpu:
+        return {"milliseconds": None, "note": "needs a GPU"}
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = step()  # what it returns stays, or its memory would be used again
+        graph.replay()
+        middle = statistics.median(clock.time(graph.replay) for _ in range(rounds))
+        del kept, graph
+        _free(clock)
+        return {"milliseconds": middle, "note": ""}
+    except Exception as error:  # a step that copies from pageable memory, or looks at a value
+        return {"milliseconds": None, "note": said(error)}

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,21 +111,21 @@ def _select_calls() -> dict[str, dict[str, Any]]:
     }
 
 
-def _select(*, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
+def _select(*, dtype: torch.dtype = torch.bfloat16, rows: int = 4, vocab: int = VOCAB, **options: Any) -> None:
     from kdfast.soft_targets import soft_targets
 
     with mock.patch.dict(os.environ, {"KDFAST_BACKEND": "triton"}):
-        soft_targets(torch.zeros(4, VOCAB, dtype=dtype), **options)
+        soft_targets(torch.zeros(rows, vocab, dtype=dtype), **options)
 
 
-def _packed(rows: int, kept: int, lse: Mapping[float, torch.Tensor]) -> PackedTargets:
+def _packed(rows: int, kept: int, lse: Mapping[float, torch.Tensor], vocab: int = VOCAB) -> PackedTargets:
     """Targets whose bytes, which nobody reads, are zeros."""
     from kdfast.spec.packed import PackedTargets
 
-    size = -(-(kept * (VOCAB - 1).bit_length() + 7) // 8 + kept // 2) // 4 * 4
+    size = -(-(kept * (vocab - 1).bit_length() + 7) // 8 + kept // 2) // 4 * 4
     offset = torch.arange(rows, dtype=torch.int32) * (size // 4)
     data = torch.zeros(rows * size, dtype=torch.uint8)
-    return PackedTargets(data, offset, torch.zeros(rows), kept=kept, vocab_size=VOCAB, grid=4, lse=lse)
+    return PackedTargets(data, offset, torch.zeros(rows), kept=kept, vocab_size=vocab, grid=4, lse=lse)
 
 
 def _unpack(kept: int) -> None:
@@ -136,8 +136,8 @@ def _unpack(kept: int) -> None:
     unpack_launch.run(x.data, x.offset, x.top, x._all_k_eff(), VOCAB, x.grid, ids, logprobs)
 
 
-def _calls() -> dict[str, Callable[[], None]]:
-    """Every call whose launches are compiled."""
+def _production_calls() -> dict[str, Callable[[], None]]:
+    """Calls at the sizes that kernels are made for."""
     calls: dict[str, Callable[[], None]] = {}
     calls |= {name: functools.partial(_distill, **arguments) for name, arguments in _dense_calls().items()}
     calls |= {name: functools.partial(_select, **arguments) for name, arguments in _select_calls().items()}
@@ -145,8 +145,42 @@ def _calls() -> dict[str, Callable[[], None]]:
     return calls
 
 
+def _edge_calls() -> dict[str, Callable[[], None]]:
+    """Calls at sizes that Triton treats apart: numbers that are 1, which it makes constants, and odd rows."""
+    calls: dict[str, Callable[[], None]] = {}
+    kl, odd = {"divergence": "forward_kl"}, VOCAB + 1
+    for name, shape in {"one row": {"rows": 1}, "odd V": {"vocab": odd}, "V = 2": {"vocab": 2}}.items():
+        calls[f"forward_kl, {name}"] = functools.partial(_distill, **kl, **shape)
+        calls[f"ensemble of 2, {name}"] = functools.partial(_distill, **kl, teachers=2, **shape)
+        for packed in (False, True):
+            what = f"{'packed' if packed else 'sparse'}, k = 1, {name}"
+            calls[what] = functools.partial(_distill, **kl, kept=1, packed=packed, **shape)
+            calls[f"{what}, few rows"] = functools.partial(
+                _distill, **kl, kept=1, packed=packed, processors=132, **shape
+            )
+        for method in ("topk", "topp", "sample", "pps"):
+            drawn = {"seed": 1} if method in ("sample", "pps") else {"p": 0.95} if method == "topp" else {}
+            calls[f"{method}, k = 1, {name}"] = functools.partial(_select, method=method, k=1, **drawn, **shape)
+    calls["forward_kl, rows in two strides"] = functools.partial(_distill, **kl, rows=(3, 1), stretched=True)
+    calls["unpack, k = 1"] = functools.partial(_unpack, 1)
+    return calls
+
+
+def production() -> list[str]:
+    """Names of the calls whose registers and spills are reported."""
+    return list(_production_calls())
+
+
+def edges() -> list[str]:
+    """Names of the calls that must compile, whatever they cost: k = 1, one row, odd V."""
+    return list(_edge_calls())
+
+
 def _distill(
     *,
+    rows: int | tuple[int, ...] = 4,
+    vocab: int = VOCAB,
+    stretched: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     teachers: int = 1,
     kept: int = 0,
@@ -161,27 +195,31 @@ def _distill(
     from kdfast.spec.head import LMHead
     from kdfast.spec.sparse import SparseTargets
 
-    rows = 4
+    shape = rows if isinstance(rows, tuple) else (rows,)
+    # with `stretched`, rows that two strides say: every second token of each sequence
+    wide = (shape[0], 4) if stretched else shape
 
     def logits() -> Any:
         if softcap is None:
-            return torch.zeros(rows, VOCAB, dtype=dtype, requires_grad=True)
-        hidden, weight = torch.zeros(rows, 8, dtype=dtype, requires_grad=True), torch.zeros(VOCAB, 8, dtype=dtype)
+            x = torch.zeros(*wide, vocab, dtype=dtype)
+            return (x[:, ::2] if stretched else x).requires_grad_()
+        hidden, weight = torch.zeros(*shape, 8, dtype=dtype, requires_grad=True), torch.zeros(vocab, 8, dtype=dtype)
         return LMHead(hidden, weight, softcap=softcap)
 
     student: Any = logits()
+    shape = shape if softcap is not None else student.shape[:-1]
     teacher: Any = [logits() for _ in range(teachers)]
     options = {"temperature": 2.0} | options
     if learned:
         options["temperature"] = torch.tensor(2.0, requires_grad=True)
-    labels = torch.zeros(rows, dtype=torch.int64)
+    labels = torch.zeros(shape, dtype=torch.int64)
     teacher = None if teachers == 0 else teacher[0] if teachers == 1 else teacher
     if kept:
-        lse = {options["temperature"]: torch.zeros(rows)}
-        teacher = _packed(rows, kept, lse)
+        lse = {options["temperature"]: torch.zeros(shape)}
+        teacher = _packed(shape[0], kept, lse, vocab)
         if not packed:
-            ids = torch.arange(kept, dtype=torch.int32).expand(rows, kept)
-            teacher = SparseTargets(ids, torch.zeros(rows, kept), vocab_size=VOCAB, lse=lse)
+            ids = torch.arange(kept, dtype=torch.int32).expand(*shape, kept)
+            teacher = SparseTargets(ids, torch.zeros(*shape, kept), vocab_size=vocab, lse=lse)
     with mock.patch.object(tiles, "processors", return_value=processors):
         loss = distill_loss(student, teacher, labels, backend="triton", **options)
         loss.sum().backward()
@@ -211,8 +249,12 @@ def _compiling(target: str, report: Callable[[Any, Any, tuple[Any, ...], dict[st
     from kdfast.kernels.triton import dense_launch, tiles
     from kdfast.ops import _registry
 
+    fresh: set[int] = set()
+
     def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        kernel.device_caches.clear()  # of another target
+        if id(kernel) not in fresh:
+            kernel.device_caches.clear()  # of another target
+            fresh.add(id(kernel))
         report(kernel, kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **options), args, options)
 
     with (
@@ -229,7 +271,7 @@ def compile_calls(target: str, names: list[str] | None = None) -> list[Compiled]
 
     Args:
         target: a key of :data:`TARGETS`.
-        names: of calls; all where None.
+        names: of calls, from :func:`production` and :func:`edges`; those of production where None.
 
     Raises:
         RuntimeError: TRITON_INTERPRET=1 is set, with which nothing is compiled.
@@ -241,8 +283,8 @@ def compile_calls(target: str, names: list[str] | None = None) -> list[Compiled]
 
     moved = {"dense_kernel": dense_launch.bytes_per_column, "scan_kernel": select_launch.bytes_per_column}
     out: list[Compiled] = []
-    calls = _calls()
-    for name in names or calls:
+    calls = _production_calls() | _edge_calls()
+    for name in production() if names is None else names:
         seen: set[str] = set()
 
         def report(
@@ -276,6 +318,27 @@ def compile_calls(target: str, names: list[str] | None = None) -> list[Compiled]
         with _compiling(target, report):
             calls[name]()
     return out
+
+
+def variants(target: str, rows: Iterable[int]) -> dict[int, int]:
+    """How many kernels of a call of the dense loss are compiled anew for each number of rows, on 132 processors.
+
+    Args:
+        target: a key of :data:`TARGETS`.
+        rows: counts of rows, in the order in which calls have them.
+    """
+    seen: set[str] = set()
+    new: dict[int, int] = {}
+
+    def report(kernel: Any, compiled: Any, _: tuple[Any, ...], __: dict[str, Any]) -> None:
+        seen.add(f"{kernel.__name__} {compiled.hash}")
+
+    with _compiling(target, report):
+        for n in rows:
+            before = len(seen)
+            _distill(divergence="forward_kl", rows=n, processors=132)
+            new[n] = len(seen) - before
+    return new
 
 
 def _of_ptx(text: str, target: str) -> tuple[int, int]:

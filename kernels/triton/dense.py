@@ -399,7 +399,6 @@ def combine_sums_kernel(
     given,
     wanted,
     sums,
-    splits,
     SPLITS: tl.constexpr,
     KINDS: tl.constexpr,
     DISTRIBUTIONS: tl.constexpr,
@@ -421,30 +420,29 @@ def combine_sums_kernel(
         if DISTRIBUTIONS == 0 and KEPT == 0:
             c = scalar(LOG2E)
         s = tl.arange(0, SPLITS)
-        there = s < splits
-        at = sums + (i * splits + s) * (SUMS + 2 * DISTRIBUTIONS)
-        tops = tl.load(at, mask=there, other=float("-inf"))
-        z_top, at_tau = _together(tops, tl.load(at + 1, mask=there, other=0.0), c)
-        z_top, at_one = _together(tops, tl.load(at + 2, mask=there, other=0.0), LOG2E)
-        crosses = tl.load(at + 3, mask=there, other=0.0)
+        at = sums + (i * SPLITS + s) * (SUMS + 2 * DISTRIBUTIONS)
+        tops = tl.load(at)
+        z_top, at_tau = _together(tops, tl.load(at + 1), c)
+        z_top, at_one = _together(tops, tl.load(at + 2), LOG2E)
+        crosses = tl.load(at + 3)
         if DISTRIBUTIONS == 1:  # distances to a split's own maxima
-            t_tops = tl.load(at + SUMS, mask=there, other=float("-inf"))
+            t_tops = tl.load(at + SUMS)
             apart = (or_zero(tl.max(t_tops, 0)) - or_zero(t_tops)) - (or_zero(z_top) - or_zero(tops))
-            crosses += tl.load(at + 1, mask=there, other=0.0) * apart
+            crosses += tl.load(at + 1) * apart
         z_top, cross = _together(tops, crosses, c)
-        present = tl.load(at + 5, mask=there, other=0.0)
-        moved = tl.load(at + 4, mask=there, other=0.0) + present * (or_zero(tops) - or_zero(z_top))
+        present = tl.load(at + 5)
+        moved = tl.load(at + 4) + present * (or_zero(tops) - or_zero(z_top))
         smooth, present = tl.sum(tl.where(present > 0.0, moved, 0.0), 0), tl.sum(present, 0)
-        tops = tl.load(at + 6, mask=there, other=float("-inf"))
-        rest_top, rest_sum = _together(tops, tl.load(at + 7, mask=there, other=0.0), LOG2E)
-        r_present = tl.load(at + 9, mask=there, other=0.0)
-        moved = tl.load(at + 8, mask=there, other=0.0) + r_present * (or_zero(tops) - or_zero(rest_top))
+        tops = tl.load(at + 6)
+        rest_top, rest_sum = _together(tops, tl.load(at + 7), LOG2E)
+        r_present = tl.load(at + 9)
+        moved = tl.load(at + 8) + r_present * (or_zero(tops) - or_zero(rest_top))
         rest_smooth, rest_present = tl.sum(tl.where(r_present > 0.0, moved, 0.0), 0), tl.sum(r_present, 0)
         stats = wanted.stats + i * (STATE + 2 * (DISTRIBUTIONS + (KEPT > 0)))
         t_at, t_log2 = scalar(0.0), scalar(0.0)
         for k in tl.static_range(DISTRIBUTIONS):
-            tops = tl.load(at + SUMS + 2 * k, mask=there, other=float("-inf"))
-            top, total = _together(tops, tl.load(at + SUMS + 2 * k + 1, mask=there, other=0.0), c)
+            tops = tl.load(at + SUMS + 2 * k)
+            top, total = _together(tops, tl.load(at + SUMS + 2 * k + 1), c)
             t_at, t_log2 = or_zero(top), tl.log2(total)
             tl.store(stats + STATE + 2 * k, t_at)
             tl.store(stats + STATE + 2 * k + 1, t_log2)
@@ -461,7 +459,6 @@ def combine_values_kernel(
     given,
     wanted,
     values,
-    splits,
     SPLITS: tl.constexpr,
     DISTRIBUTIONS: tl.constexpr,
     KNOWN: tl.constexpr,
@@ -473,18 +470,17 @@ def combine_values_kernel(
         counts = tl.load(given.counted + i) != 0
     if counts:
         s = tl.arange(0, SPLITS)
-        at = values + (i * splits + s) * VALUES
-        there = s < splits
+        at = values + (i * SPLITS + s) * VALUES
         zero = scalar(0.0)
-        value = tl.sum(tl.load(at, mask=there, other=0.0), 0)
+        value = tl.sum(tl.load(at), 0)
         student, student_u, p_u, teacher, teacher_v, q_v = zero, zero, zero, zero, zero, zero
-        student = tl.sum(tl.load(at + 1, mask=there, other=0.0), 0)
+        student = tl.sum(tl.load(at + 1), 0)
         if wanted.dtau is not None:
-            student_u = tl.sum(tl.load(at + 2, mask=there, other=0.0), 0)
-            p_u = tl.sum(tl.load(at + 3, mask=there, other=0.0), 0)
-            teacher = tl.sum(tl.load(at + 4, mask=there, other=0.0), 0)
-            teacher_v = tl.sum(tl.load(at + 5, mask=there, other=0.0), 0)
-            q_v = tl.sum(tl.load(at + 6, mask=there, other=0.0), 0)
+            student_u = tl.sum(tl.load(at + 2), 0)
+            p_u = tl.sum(tl.load(at + 3), 0)
+            teacher = tl.sum(tl.load(at + 4), 0)
+            teacher_v = tl.sum(tl.load(at + 5), 0)
+            q_v = tl.sum(tl.load(at + 6), 0)
         if not KNOWN:
             tl.store(wanted.stats + i * (STATE + 2 * DISTRIBUTIONS) + 4, student)
         _finish_values(wanted, i, exponent_scale(given), value, student, student_u, p_u, teacher, teacher_v, q_v)

@@ -36,7 +36,9 @@ def _rows(x: Tensor) -> Rows | None:
             merged.append((n, s))
     if len(merged) > 2:
         return None
-    (_, outer), (inner, step) = [(1, 0), (1, 0), *merged][-2:]
+    if len(merged) < 2:  # one stride says it: not a kernel for each kind of number that the count of rows may be
+        return Rows(x, 1, merged[0][1] if merged else 0, 0)
+    (_, outer), (inner, step) = merged
     return Rows(x, inner, outer, step)
 
 
@@ -116,15 +118,15 @@ def _kept(inputs: Any, *, summing: bool) -> Kept | None:
     if inputs.kept_packed is not None:
         packed = packed_of(inputs.kept_packed, inputs.kept_columns, inputs.kept_grid)
         values, per_row = inputs.kept_values.contiguous(), _flat(inputs.kept_per_row)
-        return Kept(ids, None, values, per_row, inputs.kept_size, inputs.kept_columns, packed)
+        return Kept(packed, ids, None, values, per_row, inputs.kept_size, inputs.kept_columns)
     return Kept(
+        None,
         ids,
         ids.sort(-1).values if summing else None,
         inputs.kept_values.contiguous(),
         _flat(inputs.kept_per_row),
         ids.shape[-1],
         inputs.kept_columns,
-        None,
     )
 
 
@@ -175,8 +177,9 @@ class _Call:
         light = inputs.names in ([], ["forward_kl"])
         self.kept = 0 if self.given.kept is None else padded(self.given.kept.size)
         many = self.distributions > 1 or len(inputs.names) > 1
+        kept = "kept many" if self.kept > tiles.FEW_KEPT else "kept"
         capped = not all(cap.plain for cap in inputs.caps)
-        work = "kept" if self.kept else "capped" if capped else "many" if many else "light" if light else "other"
+        work = kept if self.kept else "capped" if capped else "many" if many else "light" if light else "other"
         self.tile = tiles.dense_tile(self.device, work, vocab)
         self.splits = tiles.dense_splits(self.device, self.rows, vocab, self.tile)
         needs_one = inputs.labels is not None or factors.hard is not None or factors.z is not None
@@ -269,8 +272,7 @@ class _Call:
             self.given,
             wanted,
             sums,
-            self.splits,
-            SPLITS=1 << (self.splits - 1).bit_length(),
+            SPLITS=self.splits,
             **self.constants,
             num_warps=min(8, max(1, self.kept // 128)),
         )
@@ -282,8 +284,7 @@ class _Call:
             self.given,
             wanted,
             values,
-            self.splits,
-            SPLITS=1 << (self.splits - 1).bit_length(),
+            SPLITS=self.splits,
             DISTRIBUTIONS=self.distributions,
             KNOWN=self.known,
             num_warps=1,

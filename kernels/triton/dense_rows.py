@@ -52,18 +52,23 @@ class Rows(NamedTuple):
 class Kept(NamedTuple):
     """A teacher's kept columns; tensors are contiguous."""
 
+    packed: Any  # unpack.Packed, whose entries each program unpacks by itself; None: they lie in memory
     ids: Any  # (rows, size) int32; negative: none. Packed: (rows, 2), offset and number of entries
     ordered: Any  # the same, each row ascending; None where only the gradient is left to do, and packed
     content: Any  # (rows, size) fp32: log q at temperature 1, nats, or a drawn weight. Packed: (rows,), of entry 0
     per_row: Any  # (rows,) fp32: log-normaliser at tau, None: 0; of drawn ones, negative entropy
     size: int
     columns: int  # that the teacher had
-    packed: Any  # unpack.Packed, whose entries each program unpacks by itself; None: they lie in memory
 
 
 class Given(NamedTuple):
-    """What every pass is told. Tensors per row are contiguous; None where there is no such thing."""
+    """What every pass is told. Tensors per row are contiguous; None where there is no such thing.
 
+    A tuple within stands first: Triton 3.6 would take a number of it that is 1, a constant therefore, for None in loops
+    if no constant came after it, such as the teachers' weights, of which there are none where there is `kept`.
+    """
+
+    kept: Any  # Kept, in place of teachers
     temperature: Any  # 0-d
     columns: int  # of the distillation term
     vocab: int  # of the student
@@ -75,7 +80,6 @@ class Given(NamedTuple):
     teacher_weights: Any  # of teacher k in row i: at k * weight_teacher_stride + i * weight_row_stride
     weight_teacher_stride: int
     weight_row_stride: int
-    kept: Any  # Kept, in place of teachers
 
 
 class Wanted(NamedTuple):

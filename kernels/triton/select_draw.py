@@ -273,7 +273,7 @@ def write_kernel(
             past = tl.load(drawn + middle, mask=middle < most, other=ANY_NUMBER) > column
             low = tl.where(past | (low >= high), low, middle + 1)
             high = tl.where(past, middle, high)
-        share = (low - j).to(tl.float32) / most.to(tl.float32)
+        share = (low - j).to(tl.float32) / most  # which has no methods where it is 1, a constant then
     nan = float("nan")
     entropy = tl.sum(tl.where(entry, share.to(tl.float64) * log_q, 0.0), 0)
     tl.store(neg_entropy + i, tl.where(good, entropy, nan).to(tl.float32))

@@ -22,7 +22,7 @@ class Tile(NamedTuple):
 #: The work of a dense call is named after what it keeps in registers per column: "light" is forward KL or cross-entropy
 #: alone, "other" one other divergence, "many" a mixture or an ensemble, "capped" any of them over logits that a softcap
 #: or a scale makes of what is stored. "kept" is sparse targets, each of whose columns is looked for in the whole of its
-#: tile.
+#: tile; "kept many" has more than FEW_KEPT of them, which few warps would spill.
 TABLE_FILE = Path(__file__).with_name("tiles.json")
 TABLE: dict[str, dict[str, dict[str, Tile]]] = {
     operator: {arch: {work: Tile(*tile) for work, tile in row.items()} for arch, row in rows.items()}
@@ -32,6 +32,8 @@ TABLE: dict[str, dict[str, dict[str, Tile]]] = {
 #: Programs per processor below which a row is split, and the most splits of a row.
 PROGRAMS_PER_PROCESSOR = 2
 MOST_SPLITS = 64
+
+FEW_KEPT = 1024
 
 #: Kept columns of a row of sparse targets, which one program holds in registers.
 MOST_KEPT = 4096
@@ -70,6 +72,12 @@ def select_tile(device: torch.device, chunk: int, columns: int) -> Tile:
 
 
 def dense_splits(device: torch.device, rows: int, columns: int, tile: Tile) -> int:
-    """Programs that share a row: a function of shapes and of the device, so that results do not depend on timing."""
+    """Programs that share a row: a function of shapes and of the device, so that results do not depend on timing.
+
+    A power of two, as each number is a kernel of its own.
+    """
+    if rows >= processors(device):
+        return 1
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // max(rows, 1))
-    return 1 if rows >= processors(device) else max(1, min(wanted, -(-columns // tile.columns), MOST_SPLITS))
+    tiles = -(-columns // tile.columns)
+    return min(1 << (wanted - 1).bit_length(), 1 << (tiles.bit_length() - 1), MOST_SPLITS)

@@ -267,3 +267,27 @@ def test_the_backend_says_that_it_interprets():
     status = {row.name: row for row in kdfast.backends().rows}["triton"]
     assert status.available
     assert "interpreter" in status.reason
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("v", [2, 301])
+def test_one_kept_column_of_odd_rows(rows, v):
+    s, t, y = torch.randn(rows, v), torch.randn(rows, v), torch.randint(v, (rows,))
+    targets = kept_of(t, 1)
+    leaf, exact = s.clone().requires_grad_(), s.double().requires_grad_()
+    got = distill_loss(leaf, targets, y, temperature=2.0, backend="triton")
+    want = distill_loss(exact, targets, y, temperature=2.0, backend="reference")
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    (a,), (b,) = torch.autograd.grad(got, leaf), torch.autograd.grad(want, exact)
+    torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["topk", "sample", "pps"])
+@pytest.mark.parametrize("v", [2, 301])
+def test_one_entry_is_selected_of_odd_rows(method, v):
+    x = torch.randn(3, v)
+    targets = soft_targets(x, k=1, method=method, **({} if method == "topk" else {"seed": 5}))
+    exact = x.double().log_softmax(-1).gather(-1, targets.ids.long())
+    torch.testing.assert_close(targets.logprobs.double(), exact, rtol=1e-5, atol=1e-6)
+    if method == "topk":
+        assert torch.equal(targets.ids[:, 0].long(), x.argmax(-1))

@@ -11,7 +11,7 @@ from machine import INTERPRETING
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kdfast.benchmark.gpu_compile import TARGETS, compile_calls
+from kdfast.benchmark.gpu_compile import TARGETS, compile_calls, edges, variants
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
 
@@ -43,6 +43,24 @@ def test_no_kernel_spills(target):
             assert "ld.global" in row.text, where
         if row.kernel == "scan_kernel" and "gfx" not in target:
             assert ".v4.b32" in row.text, where
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_one_entry_one_row_and_odd_rows_compile(target):
+    """Numbers that are 1 are constants to Triton, within tuples too, and have not the methods of others."""
+    rows = compile_calls(target, edges())
+    assert {r.call for r in rows} == set(edges())
+    assert {r.kernel for r in rows} >= KERNELS - {"scale_kernel"}
+    assert not [(r.call, r.kernel, r.spills) for r in rows if r.spills]
+
+
+def test_the_number_of_rows_asks_for_few_kernels():
+    """Splits are powers of two, and nothing else of a kernel depends on how many rows there are."""
+    new = variants("sm_90", range(1, 132))
+    splits = 4  # 32, which is as many as there are tiles of 4096 columns, 16, 8 and 4
+    kernels = 4  # two launches of the loss, and two that combine
+    assert sum(new.values()) <= splits * kernels + 1, new  # and the one that scales
+    assert new[1] > 0
 
 
 @pytest.mark.parametrize(
