@@ -272,7 +272,7 @@ class Suite:
             self.failed("tests", "no files of tests", "")
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *map(str, files)]
         if self.given.rehearse:
-            command += ["-k", "test_one_column and forward"]
+            command += ["-k", "test_label_on_a_masked_column"]
         elif importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(min(12, os.cpu_count() or 1))]
         if not self.given.rehearse:

@@ -148,8 +148,9 @@ def _production_calls() -> dict[str, Callable[[], None]]:
 def _edge_calls() -> dict[str, Callable[[], None]]:
     """Calls at sizes that Triton treats apart: numbers that are 1, which it makes constants, and odd rows."""
     calls: dict[str, Callable[[], None]] = {}
-    kl, odd = {"divergence": "forward_kl"}, VOCAB + 1
-    for name, shape in {"one row": {"rows": 1}, "odd V": {"vocab": odd}, "V = 2": {"vocab": 2}}.items():
+    kl: dict[str, Any] = {"divergence": "forward_kl"}
+    shapes: dict[str, dict[str, Any]] = {"one row": {"rows": 1}, "odd V": {"vocab": VOCAB + 1}, "V = 2": {"vocab": 2}}
+    for name, shape in shapes.items():
         calls[f"forward_kl, {name}"] = functools.partial(_distill, **kl, **shape)
         calls[f"ensemble of 2, {name}"] = functools.partial(_distill, **kl, teachers=2, **shape)
         for packed in (False, True):
@@ -159,7 +160,9 @@ def _edge_calls() -> dict[str, Callable[[], None]]:
                 _distill, **kl, kept=1, packed=packed, processors=132, **shape
             )
         for method in ("topk", "topp", "sample", "pps"):
-            drawn = {"seed": 1} if method in ("sample", "pps") else {"p": 0.95} if method == "topp" else {}
+            drawn: dict[str, Any] = (
+                {"seed": 1} if method in ("sample", "pps") else {"p": 0.95} if method == "topp" else {}
+            )
             calls[f"{method}, k = 1, {name}"] = functools.partial(_select, method=method, k=1, **drawn, **shape)
     calls["forward_kl, rows in two strides"] = functools.partial(_distill, **kl, rows=(3, 1), stretched=True)
     calls["unpack, k = 1"] = functools.partial(_unpack, 1)
@@ -196,13 +199,13 @@ def _distill(
     from kdfast.spec.sparse import SparseTargets
 
     shape = rows if isinstance(rows, tuple) else (rows,)
-    # with `stretched`, rows that two strides say: every second token of each sequence
+    # with `stretched`, rows that only two strides say: the first and the last of four tokens
     wide = (shape[0], 4) if stretched else shape
 
     def logits() -> Any:
         if softcap is None:
             x = torch.zeros(*wide, vocab, dtype=dtype)
-            return (x[:, ::2] if stretched else x).requires_grad_()
+            return (x[:, ::3] if stretched else x).requires_grad_()
         hidden, weight = torch.zeros(*shape, 8, dtype=dtype, requires_grad=True), torch.zeros(vocab, 8, dtype=dtype)
         return LMHead(hidden, weight, softcap=softcap)
 

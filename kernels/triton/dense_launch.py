@@ -36,8 +36,11 @@ def _rows(x: Tensor) -> Rows | None:
             merged.append((n, s))
     if len(merged) > 2:
         return None
-    if len(merged) < 2:  # one stride says it: not a kernel for each kind of number that the count of rows may be
-        return Rows(x, 1, merged[0][1] if merged else 0, 0)
+    if len(merged) < 2:
+        # One stride says it all. Told by 16 rows at a time, no number here is 1 or follows the count of rows: a kernel of
+        # its own for each kind of count, and in a tuple of tuples what Triton 3.6 loses.
+        step = merged[0][1] if merged else 0
+        return Rows(x, 16, 16 * step, step)
     (_, outer), (inner, step) = merged
     return Rows(x, inner, outer, step)
 
@@ -186,7 +189,7 @@ class _Call:
         known = tau if inputs.taught else 1
         one = dense_rows.TAU_ONE if known == 1 else dense_rows.TAU_TWO if known == 2 else dense_rows.TAU_OTHER
         self.tau = one, needs_one
-        self.mix = bool(inputs.mix_logits)
+        self.mix = n if inputs.mix_logits else 0
         self.cross = self.known and "reverse_kl" in inputs.names
         self.constants = {
             "KINDS": tuple(KINDS[name] for name in inputs.names),

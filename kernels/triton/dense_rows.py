@@ -180,10 +180,10 @@ def tiles_of(columns, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def teacher_tile(teachers, given, i, offsets, mask, K: tl.constexpr, MIX: tl.constexpr):
-    """Logits of distribution K: a teacher's own, or with MIX the weighted sum of all."""
+    """Logits of distribution K: a teacher's own, or the weighted sum of all, whose number MIX is then."""
     if MIX:
         total = tl.zeros(offsets.shape, tl.float32)
-        for k in tl.static_range(len(teachers)):
+        for k in tl.static_range(MIX):  # len(teachers), which Triton 3.6 does not know in a loop
             w = tl.load(given.teacher_weights + k * given.weight_teacher_stride + i * given.weight_row_stride)
             total += tl.where(w == 0.0, 0.0, w * logits(teachers[k], row_of(teachers[k], i), offsets, mask))
         return tl.where(mask, total, -INF)
