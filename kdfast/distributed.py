@@ -76,6 +76,9 @@ def distill_loss(
         if options.get(name):
             msg = f"{name} is not served by kdfast.distributed: leave it False"
             raise ValueError(msg)
+    if options.pop("class_dim", -1) != -1:
+        msg = "class_dim is not served by kdfast.distributed: the classes are the last axis"
+        raise ValueError(msg)
     if options.pop("vocab", "strict") != "strict":
         msg = "vocab='truncate' is not served by kdfast.distributed: cut both vocabularies before they are sharded"
         raise ValueError(msg)

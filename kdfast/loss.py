@@ -190,9 +190,16 @@ def _is_dtensor(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def _of_dtensors(student: Logits, teacher: Any, labels: Tensor | None, **options: Any) -> Tensor | DistillTerms:
+def _of_dtensors(
+    student: Logits, teacher: Any, labels: Tensor | None, *, class_dim: int, **options: Any
+) -> Tensor | DistillTerms:
     from kdfast import distributed
 
+    if class_dim != -1:
+        msg = (
+            f"class_dim={class_dim}: DTensors have their classes on the last axis: move it before they are distributed"
+        )
+        raise ValueError(msg)
     return distributed.distill_dtensors(student, teacher, labels, **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -539,11 +540,15 @@ def test_named_backends(monkeypatch):
 
 @pytest.mark.skipif(TRITON, reason="of a machine without a GPU or an interpreter")
 def test_triton_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr(registry, "_triton_unavailable", lambda: "no GPU")
+    def triton_says(reason):
+        rows = [replace(row, unavailable=lambda: reason) if row.name == "triton" else row for row in registry.SELECTORS]
+        monkeypatch.setattr(registry, "SELECTORS", tuple(rows))
+
+    triton_says("no GPU")
     monkeypatch.setenv("KDFAST_BACKEND", "triton")
     with pytest.raises(RuntimeError, match=r"triton.*no GPU"):
         soft_targets(X)
-    monkeypatch.setattr(registry, "_triton_unavailable", lambda: None)
+    triton_says(None)
     with pytest.raises(RuntimeError, match=r"triton.*logits on cpu"):
         soft_targets(X)
 

@@ -75,7 +75,7 @@ def test_against_the_definition(sizes, dtype, tau):
     rounding = 0.0 if exact else torch.finfo(dtype).eps
     smallest = torch.finfo(dtype).smallest_normal * rounding
     np.testing.assert_allclose(
-        grad, want_grad, rtol=rounding + (1e-10 if exact else 1e-5), atol=1e-6 * (not exact) + smallest
+        grad, want_grad, rtol=rounding + (1e-10 if exact else 1e-5), atol=(1e-15 if exact else 1e-6) + smallest
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -18,17 +18,15 @@ def outside_graphs(fn: Callable[P, R]) -> Callable[P, R]:
 
     Whoever compiles has imported it; everybody else does not pay for it with the import of kdfast.
     """
+    disabled: list[Callable[P, R]] = []
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if sys.modules.get("torch._dynamo") is None:
             return fn(*args, **kwargs)
-        return _disabled(fn)(*args, **kwargs)  # type: ignore[no-any-return]
+        if not disabled:
+            disabled.append(torch.compiler.disable(fn))
+        return disabled[0](*args, **kwargs)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable leaves on a function
     return call
-
-
-@functools.cache
-def _disabled(fn: Callable[..., Any]) -> Any:
-    return torch.compiler.disable(fn)

@@ -47,7 +47,7 @@ class Judge:
             shared = {k: v for k, v in options.items() if k in ("temperature", "teacher_weights", "ensemble")}
             student = untie(student, teacher, **shared)
         self.case, self.inputs, self.options = case, (student, teacher, labels), options
-        self.upstream = torch.randn(student.shape[:-1])
+        self.upstream = torch.randn(()).sign() * (torch.rand(student.shape[:-1]) + 0.1)
 
         tau = options.get("temperature", 1.0)
         weight = max(1.0, sum(weight for _, weight, _ in case.terms))
@@ -78,12 +78,14 @@ class Judge:
         if reduction == "none":
             loss, grad = results(lambda z: distill_loss(z, teacher, labels, **options), student, self.upstream)
             truth, yard, upstream = self.truth[0], self.eager[0], self.upstream
-        else:  # weights stand in for the upstream gradient
-            weights = self.upstream * options.pop("weights", torch.ones_like(self.upstream))
+        else:  # weights, which are not negative, stand in for the size of the upstream gradient, whose sign is one
+            weights = self.upstream.abs() * options.pop("weights", torch.ones_like(self.upstream))
             loss, grad = results(
-                lambda z: distill_loss(z, teacher, labels, weights=weights, **options), student, torch.tensor(1.0)
+                lambda z: distill_loss(z, teacher, labels, weights=weights, **options),
+                student,
+                self.upstream.flatten()[0].sign(),
             )
-            upstream = self.upstream.double()
+            upstream = self.upstream.double().abs()
             truth, yard = ((upstream * x[0]).sum() for x in (self.truth, self.eager))
         assert not loss.isnan().any(), say
         # values: the largest error over the tokens, on the scale of the largest token and of tau^2 D's terms
@@ -160,7 +162,7 @@ def test_matrix(monkeypatch, name, student_dtype, teacher_dtype):
 
 
 SHAPES = [
-    (9, 1),
+    (9, 2),
     (5, 7),
     (3, 16),
     (300, 100),
