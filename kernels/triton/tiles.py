@@ -17,7 +17,7 @@ class Tile(NamedTuple):
 
 
 #: By operator, architecture ("sm_80", "sm_90", "sm_100", "gfx942"; "interpreter" on the CPU) and work. An architecture
-#: that is not listed takes the nearest older one of its maker. ``python -m bench.gpu --autotune`` writes the file.
+#: that is not listed takes the nearest older one of its maker. ``python -m bench.gpu --autotune`` finds another one.
 #:
 #: The work of a dense call is named after what it keeps in registers per column: "light" is forward KL or cross-entropy
 #: alone, "other" one other divergence, "many" a mixture or an ensemble, "capped" any of them over logits that a softcap

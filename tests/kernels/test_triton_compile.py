@@ -72,7 +72,7 @@ def test_the_number_of_rows_asks_for_few_kernels():
         "kdfast.ops.dense.autograd",
         "kdfast.ops.select.triton",
         "kdfast.ops.unpack",
-        "kdfast.packed",
+        "kdfast.spec.packed",
     ],
 )
 def test_nothing_asks_the_device(module):
