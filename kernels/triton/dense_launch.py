@@ -37,8 +37,8 @@ def _rows(x: Tensor) -> Rows | None:
     if len(merged) > 2:
         return None
     if len(merged) < 2:
-        # One stride says it all. Told by 16 rows at a time, no number here follows the count of rows, of which each kind
-        # would be a kernel of its own; and none is 1, which Triton 3.6 loses in a tuple of tuples.
+        # One stride says it all. Told by 16 rows at a time, no number here follows the count of rows, of which each
+        # kind would be a kernel of its own; and none is 1, which Triton 3.6 loses in a tuple of tuples.
         step = merged[0][1] if merged else 0
         return Rows(x, 16, 16 * step, step)
     (_, outer), (inner, step) = merged
