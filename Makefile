@@ -14,7 +14,7 @@ WORKERS ?= 2
 OLDEST_TRITON = triton==3.6.0
 OLDEST_NUMPY = numpy>=2.4
 INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed shifts signs silence \
-  softcap calls) kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
+  softcap calls probabilities) kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
 # What of the interpreter's tests the oldest Triton repeats: each kernel, by its edges.
 OLDEST_TESTS = one_kept or one_entry or split or sample or pps or every_operator
 

@@ -76,6 +76,7 @@ def distill_loss(
         if options.get(name):
             msg = f"{name} is not served by kdfast.distributed: leave it False"
             raise ValueError(msg)
+    _check_indices(labels)
     if options.pop("class_dim", -1) != -1:
         msg = "class_dim is not served by kdfast.distributed: the classes are the last axis"
         raise ValueError(msg)
@@ -110,6 +111,12 @@ def distill_loss(
         everywhere = [None if x is None else _value_of_all(x, token_group) for x in terms]
         terms = DistillTerms(*everywhere)  # type: ignore[arg-type]
     return terms if return_terms else terms.loss
+
+
+def _check_indices(labels: Tensor | None) -> None:
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        msg = "labels: class probabilities are not served by kdfast.distributed: pass class indices, int64"
+        raise ValueError(msg)
 
 
 def _for_kernels(problem: Problem) -> Problem:
@@ -148,6 +155,7 @@ def distill_dtensors(student: Any, teacher: Any, labels: Tensor | None, **option
     """
     from torch.distributed.tensor import DTensor
 
+    _check_indices(labels)
     whose: Any = student.hidden if isinstance(student, LMHead) else student
     mesh = whose.device_mesh
     where = _logits_placements("student", student, mesh)

@@ -104,7 +104,9 @@ def distill_loss(
         teacher: (..., V) logits, an LMHead, :class:`kdfast.SparseTargets`, :class:`kdfast.PackedTargets` (Triton
             unpacks them in registers, the other backends before they begin), or a sequence of logits and LMHeads (an
             ensemble); None for plain cross-entropy.
-        labels: (...) int64, already aligned with the logits: kdfast never shifts them.
+        labels: (...) int64, aligned with the logits already: kdfast never shifts them. Or (..., V) floating point: class
+            probabilities y >= 0 (mixup, cutmix), detached, whose CE is -sum y log p, as in
+            :func:`torch.nn.functional.cross_entropy`; kernels take a second pass over the logits for that.
         divergence: a name, a :class:`kdfast.Divergence`, or a mapping of either to its weight in a mixture.
         temperature: > 0, a float or a 0-d tensor, which may require grad.
         alpha: weight of the distillation term in [0, 1]: float, 0-d tensor, or (...) per token, where 1 marks an
@@ -157,7 +159,7 @@ def distill_loss(
     if type(student) is not Tensor and _is_dtensor(student.hidden if isinstance(student, LMHead) else student):
         return _of_dtensors(**locals())
     if class_dim != -1:
-        student, teacher = classes_last(student, teacher, class_dim, views=overwrite_logits)
+        student, teacher, labels = classes_last(student, teacher, labels, class_dim, views=overwrite_logits)
     problem = build_problem(
         student,
         teacher,

@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kdfast.ops import probabilities
 from kdfast.ops.dense import autograd as dense_autograd
 from kdfast.ops.dense import cpu as dense_cpu
 from kdfast.ops.dense.inputs import KERNEL_DTYPES
@@ -99,6 +100,8 @@ def _declines_on_triton(problem: Problem) -> str | None:
 
 
 def _distill_loss(problem: Problem, backend: str) -> DistillTerms:
+    if problem.probabilities is not None:
+        return probabilities.distill_loss(problem, lambda part: _distill_loss(part, backend))
     if not _unpacks(problem, backend):
         problem = problem.unpacked()
     if head_autograd.has_head(problem):

@@ -27,9 +27,9 @@ def check_class_dim(class_dim: object) -> None:
 
 
 def classes_last(
-    student: Logits, teacher: Teacher | None, class_dim: int, *, views: bool
-) -> tuple[Logits, Teacher | None]:
-    """Student and teachers with the axis of their classes as the last; copies where that is faster, unless ``views``.
+    student: Logits, teacher: Teacher | None, labels: Tensor | None, class_dim: int, *, views: bool
+) -> tuple[Logits, Teacher | None, Tensor | None]:
+    """Student, teachers and class probabilities with their classes as the last axis; views if wanted, or faster copies.
 
     Raises:
         TypeError: a ``class_dim`` that is no int.
@@ -38,13 +38,13 @@ def classes_last(
     check_class_dim(class_dim)
     axes = len(student.shape) if isinstance(student, (Tensor, LMHead)) else 0
     if not axes:
-        return student, teacher  # to be refused
+        return student, teacher, labels  # to be refused
     if not -axes <= class_dim < axes:
         msg = f"class_dim must be an axis of the student, {-axes} to {axes - 1}, got {class_dim}"
         raise ValueError(msg)
     dim = int(class_dim) % axes
     if dim == axes - 1:
-        return student, teacher
+        return student, teacher, labels
 
     def moved(name: str, x: Any) -> Any:
         if isinstance(x, LMHead | SparseTargets | PackedTargets):
@@ -55,9 +55,11 @@ def classes_last(
         check_memory(name, x)
         return x.movedim(dim, -1) if views else _to_last(x, dim)
 
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        labels = moved("labels", labels)
     if isinstance(teacher, Sequence) and not isinstance(teacher, str):
-        return moved("student", student), [moved(f"teacher[{k}]", t) for k, t in enumerate(teacher)]
-    return moved("student", student), moved("teacher", teacher)
+        return moved("student", student), [moved(f"teacher[{k}]", t) for k, t in enumerate(teacher)], labels
+    return moved("student", student), moved("teacher", teacher), labels
 
 
 def _to_last(x: Tensor, dim: int) -> Tensor:

@@ -35,6 +35,7 @@ class Problem:
     packed: PackedTargets | None  # in place of sparse: who does not take it asks for unpacked()
     teacher_weights: Tensor | None  # (n,) or (n, ...), sums to 1 over its first axis; None: one teacher, or equal
     labels: Tensor | None  # (...) int64; NO_LABEL where the token is unlabelled
+    probabilities: Tensor | None  # (..., V) floating point >= 0, detached: in place of labels
     terms: tuple[Term, ...]
     temperature: Tensor  # 0-d
     fixed_temperature: float | None  # its value, where it was given as a number
@@ -68,6 +69,11 @@ class Problem:
     def has_teacher(self) -> bool:
         """Whether there is a distillation term."""
         return bool(self.teachers) or self.kept is not None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a cross-entropy."""
+        return self.labels is not None or self.probabilities is not None
 
     @property
     def kept(self) -> SparseTargets | PackedTargets | None:
@@ -179,7 +185,7 @@ def _check_per_token(name: str, value: object, student: Logits) -> None:
         msg = f"{name} must have the student's leading axes {tuple(leading)}, got {tuple(value.shape)}"
         axes = [k for k in range(len(leading)) if value.shape == (*leading[:k], *leading[k + 1 :], student.shape[-1])]
         if name == "labels" and value.dim() == len(leading) + 1:
-            msg += ": pass class indices; for class probabilities pass a teacher"
+            msg += f": pass class indices, or class probabilities as floating point {tuple(student.shape)}"
         elif axes:
             msg += f": pass class_dim={axes[-1]} where the classes are that axis of the logits {tuple(student.shape)}"
         raise ValueError(msg)
@@ -240,6 +246,25 @@ def _check_values_of_tokens(name: str, x: Tensor, high: float, *, may_be_nan: bo
         bound = f">= 0 and {'finite' if high == math.inf else f'<= {high:g}'}"
         msg = f"{name} must be {bound}, got {x[bad][0].item()}"
         raise ValueError(msg)
+
+
+def _are_probabilities(labels: object, student: Logits) -> bool:
+    return isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == student.shape
+
+
+def _probabilities(labels: Tensor, student: Logits, counted: Tensor | None, *, overwrite_logits: bool) -> Tensor:
+    """Labels (..., V) as class probabilities, checked where they are at hand; those of a dropped token are not read."""
+    if overwrite_logits:
+        msg = "overwrite_logits: class probabilities as labels take a second pass over the logits: leave it False"
+        raise ValueError(msg)
+    if labels.device != device_of(student):
+        msg = f"labels is on {labels.device}, the student on {device_of(student)}: move it with .to(student.device)"
+        raise ValueError(msg)
+    check_memory("labels", labels)
+    if readable(labels):
+        read = labels if counted is None else labels[counted]
+        _check_values_of_tokens("labels", read, math.inf, may_be_nan=True)
+    return recordable(labels.detach())
 
 
 def _check_writable(student: Tensor) -> None:
@@ -420,6 +445,9 @@ def build_problem(
         weights = recordable(weights)
     a = _alpha(alpha, labelled=labels is not None, taught=bool(everyone or sparse), student=student)
     counted = None if weights is None else weights != 0
+    probabilities: Tensor | None = None
+    if labels is not None and _are_probabilities(labels, student):
+        probabilities, labels = _probabilities(labels, student, counted, overwrite_logits=overwrite_logits), None
     if labels is not None:
         _check_per_token("labels", labels, student)
         if labels.dtype != torch.int64:
@@ -431,13 +459,14 @@ def build_problem(
         if isinstance(a, Tensor) and a.dim() > 0:
             labels = torch.where(a == 1, NO_LABEL, labels)
     w = _teacher_weights(teacher_weights, len(teachers), counted, student)
-    if not isinstance(a, Tensor) and not return_terms and labels is not None and (teachers or sparse is not None):
+    labelled, taught = labels is not None or probabilities is not None, bool(teachers) or sparse is not None
+    if not isinstance(a, Tensor) and not return_terms and labelled and taught:
         # A term whose weight is the number 0 is not there, unless somebody asks for its value or a gradient of zeros.
         learns = isinstance(temperature, Tensor) and temperature.requires_grad
         if a == 0 and not (teacher_grad or learns):
             teachers, sparse, w, columns = (), None, None, student.shape[-1]
         elif a == 1:
-            labels = None
+            labels = probabilities = None
     tau = temperature if isinstance(temperature, Tensor) else torch.tensor(temperature, dtype=torch.float64)
     return Problem(
         student=student,
@@ -446,6 +475,7 @@ def build_problem(
         packed=sparse if isinstance(sparse, PackedTargets) else None,
         teacher_weights=w,
         labels=labels,
+        probabilities=probabilities,
         terms=divergence_terms(divergence),
         temperature=tau,
         fixed_temperature=None if isinstance(temperature, Tensor) else float(temperature),

@@ -73,10 +73,15 @@ def soft_scale(problem: Problem, w: Tensor) -> Tensor | float:
     return problem.temperature.to(dtype=w.dtype, device=w.device).square() if problem.scale_t2 else 1.0
 
 
+def hard_weights(problem: Problem, w: Tensor) -> Tensor:
+    """What the cross-entropy of each token counts in the loss, (...)."""
+    return w * (1.0 - problem.alpha)
+
+
 def coefficients(problem: Problem, w: Tensor) -> Coefficients:
     """What each term of each token counts in the loss, given the weights from :func:`token_weights`; differentiable."""
     soft = w * (problem.alpha * soft_scale(problem, w)) if problem.has_teacher else None
-    hard = w * (1.0 - problem.alpha) if problem.labels is not None else None
+    hard = hard_weights(problem, w) if problem.labelled else None
     return Coefficients(soft, hard, w * problem.z_loss if problem.has_z_loss else None)
 
 

@@ -113,6 +113,9 @@ def token_terms(problem: Problem) -> TokenTerms:
         soft = keep(_soft(problem, _heard(z, problem.alpha)[..., : problem.columns], dtype), problem.counted)
     if problem.labels is not None:
         hard = keep(_cross_entropy(problem.labels, z, problem), problem.counted)
+    elif problem.probabilities is not None:
+        y, log_p = smoothed_probabilities(problem, dtype), torch.log_softmax(z, -1)
+        hard = keep(-torch.where(y == 0, 0.0, y * torch.where(y == 0, 0.0, log_p)).sum(-1), problem.counted)
     if problem.has_z_loss:
         square = keep(torch.logsumexp(_heard(z, problem.z_loss), -1).square(), problem.counted)
     return TokenTerms(soft, hard, square)
@@ -180,6 +183,24 @@ def _cross_entropy(labels: Tensor, z: Tensor, problem: Problem) -> Tensor:
         mean = torch.where(present, log_p, 0.0).sum(-1) / present.sum(-1)
         ce = (1 - problem.label_smoothing) * ce - problem.label_smoothing * mean
     return torch.where(unread, 0.0, ce)
+
+
+def smoothed_probabilities(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """Labels (..., V) as probabilities y, with their share of smoothing: (1 - e) y + e / present; 0 in dropped tokens.
+
+    A column whose logit is -inf is not present; of an LMHead, one whose bias is.
+    """
+    assert problem.probabilities is not None
+    y = problem.probabilities.to(dtype)
+    if problem.counted is not None:
+        y = torch.where(problem.counted[..., None], y, 0.0)
+    e = problem.label_smoothing
+    if e == 0:
+        return y
+    student = problem.student
+    given = student if isinstance(student, Tensor) else student.bias
+    present = torch.ones(y.shape[-1:], dtype=torch.bool, device=y.device) if given is None else given > -INF
+    return (1 - e) * y + e * torch.where(present, 1 / present.sum(-1, keepdim=True), 0.0).to(dtype)
 
 
 def _soft(problem: Problem, z: Tensor, dtype: torch.dtype) -> Tensor:

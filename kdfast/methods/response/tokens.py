@@ -28,6 +28,9 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
         check_plain_logits(name, x)
     # Terms are asked for so that the labels stay, though their own term has no weight here.
     problem = build_problem(student, teacher, labels, alpha=1.0, return_terms=True, **options)
+    if problem.probabilities is not None:
+        msg = "labels must be class indices, int64: this loss tells the label's class from the others"
+        raise ValueError(msg)
     reference._check_values(problem, student)
     return problem
 
