@@ -104,8 +104,8 @@ def distill_loss(
         teacher: (..., V) logits, an LMHead, :class:`kdfast.SparseTargets`, :class:`kdfast.PackedTargets` (Triton
             unpacks them in registers, the other backends before they begin), or a sequence of logits and LMHeads (an
             ensemble); None for plain cross-entropy.
-        labels: (...) int64, aligned with the logits already: kdfast never shifts them. Or (..., V) floating point: class
-            probabilities y >= 0 (mixup, cutmix), detached, whose CE is -sum y log p, as in
+        labels: (...) int64, already aligned with the logits: kdfast never shifts them. Or class probabilities y >= 0
+            (mixup, cutmix), (..., V) floating point, detached, whose CE is -sum y log p, as in
             :func:`torch.nn.functional.cross_entropy`; kernels take a second pass over the logits for that.
         divergence: a name, a :class:`kdfast.Divergence`, or a mapping of either to its weight in a mixture.
         temperature: > 0, a float or a 0-d tensor, which may require grad.

@@ -121,7 +121,7 @@ def test_compiled():
 
 def test_what_is_refused():
     z, y = torch.randn(4, V, device=DEVICE), drawn(4)
-    with pytest.raises(ValueError, match=r"labels must be >= 0 and finite, got -1"):
+    with pytest.raises(ValueError, match=r"labels must be >= 0 and finite, got -"):
         distill_loss(z, labels=y - 1)
     with pytest.raises(ValueError, match="overwrite_logits: class probabilities"):
         distill_loss(z, labels=y, overwrite_logits=True)
