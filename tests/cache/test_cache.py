@@ -441,19 +441,28 @@ import os, sys, torch
 from kdfast import cache, soft_targets
 writer = cache.Writer(sys.argv[1], vocab_size=100)
 targets = soft_targets(torch.randn(5, 100), k=8)
-writer.write("a", targets)
+calls = (lambda: writer.write("b", targets), lambda: "b" in writer, writer.commit, writer.close)
+for i in range(40):  # while its threads are at work, and hold the lock now and then
+    writer.write(i, targets)
+    child = os.fork()
+    if child == 0:
+        for call in calls:
+            try:
+                call()
+            except ValueError as error:
+                assert "forked" in str(error)
+            else:
+                os._exit(1)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+writer.commit()
 child = os.fork()
 if child == 0:
-    try:
-        writer.write("b", targets)
-    except ValueError as error:
-        assert "forked" in str(error)
-        del writer
-        os._exit(7)
-    os._exit(1)
+    del writer, calls  # which joins no thread
+    os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 writer.close()
-assert list(cache.Reader(sys.argv[1])) == ["a"]
+assert len(cache.Reader(sys.argv[1])) == 40
 """
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], check=True, timeout=120, cwd=tmp_path)
 

@@ -210,25 +210,32 @@ void Writer::fail(std::exception_ptr error) {
     signals_->done.notify_all();
 }
 
-// With the lock held.
-void Writer::check_usable() {
+// Before the lock is taken: at the fork a thread that stayed behind may have held it, and here it is held for ever.
+void Writer::check_process() const {
     if (process_ != static_cast<long>(::getpid()))
         throw ArgumentError("a writer cannot be used in a process forked from the one that opened it: open another");
+}
+
+// With the lock held.
+void Writer::check_usable() {
     if (error_) std::rethrow_exception(error_);
     if (closed_) throw ArgumentError("the writer is closed");
 }
 
 bool Writer::has(std::string_view key) const {
+    check_process();
     std::lock_guard lock(signals_->mutex);
     return known_.contains(std::string(key));
 }
 
 std::uint64_t Writer::waiting_bytes() const {
+    check_process();
     std::lock_guard lock(signals_->mutex);
     return waiting_;
 }
 
 bool Writer::write(const Sample& sample) {
+    check_process();
     check_key(sample.key);
     {
         std::lock_guard lock(signals_->mutex);
@@ -273,6 +280,7 @@ void Writer::wait_for(const std::shared_ptr<Job>& job) {
 }
 
 std::uint64_t Writer::commit() {
+    check_process();
     {
         std::lock_guard lock(signals_->mutex);
         check_usable();
@@ -283,6 +291,7 @@ std::uint64_t Writer::commit() {
 }
 
 void Writer::close() {
+    check_process();
     {
         std::lock_guard lock(signals_->mutex);
         if (closed_ && !error_) return;

@@ -61,6 +61,7 @@ class Writer {
 
   private:
     struct Job;
+    void check_process() const;
     void check_usable();
     void submit(std::unique_lock<std::mutex>& lock, std::shared_ptr<Job> job);
     void wait_for(const std::shared_ptr<Job>& job);
