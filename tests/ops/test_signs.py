@@ -102,7 +102,8 @@ def test_divergence_of_nearly_equal_distributions(backend, name, v):
             if name in CASES:
                 terms = CASES[name].terms
                 theirs = eager(s, t, terms=terms, temperature=tau)
-                assert ((got - truth).abs() <= (theirs - truth).abs() + 2e-6 * tau**2).all()
+                error = (theirs - truth).abs().nan_to_num(0.0)  # the usual lines may be NaN where a probability is 0
+                assert ((got - truth).abs() <= error + 2e-6 * tau**2).all()
 
 
 @pytest.mark.parametrize(
