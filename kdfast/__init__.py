@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kdfast.spec.divergence import Divergence
     from kdfast.spec.head import LMHead
     from kdfast.spec.packed import PackedTargets
-    from kdfast.spec.reduction import DistillTerms
+    from kdfast.spec.reduction import DistillTerms, Metrics
     from kdfast.spec.sparse import SparseTargets
     from kdfast.uld import uld_loss
 
@@ -48,6 +48,7 @@ __all__ = [
     "Distiller",
     "Divergence",
     "LMHead",
+    "Metrics",
     "PackedTargets",
     "SparseTargets",
     "__version__",
@@ -72,6 +73,7 @@ _HOMES = {
     "Distiller": "distiller",
     "Divergence": "spec.divergence",
     "LMHead": "spec.head",
+    "Metrics": "spec.reduction",
     "PackedTargets": "spec.packed",
     "SparseTargets": "spec.sparse",
     "backends": "ops._registry",

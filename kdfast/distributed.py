@@ -17,12 +17,12 @@ from torch import Tensor
 from kdfast.ops import _registry
 from kdfast.ops.head import autograd as head_autograd
 from kdfast.ops.shard import autograd as shard_autograd
-from kdfast.ops.shard.operators import Shard
+from kdfast.ops.shard.metrics import Shard
 from kdfast.spec.divergence import Term
 from kdfast.spec.head import LMHead
 from kdfast.spec.packed import PackedTargets
 from kdfast.spec.problem import Logits, Problem, Teacher, build_problem, device_of
-from kdfast.spec.reduction import DistillTerms, token_weights
+from kdfast.spec.reduction import DistillTerms, Metrics, metric_tokens, token_weights
 from kdfast.spec.sparse import SparseTargets
 
 
@@ -36,6 +36,7 @@ def distill_loss(
     token_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
     return_terms: bool = False,
+    return_metrics: bool = False,
     **options: Any,
 ) -> Tensor | DistillTerms:
     """:func:`kdfast.distill_loss` where ranks hold shards: the same value and gradient as one rank with everything.
@@ -61,6 +62,7 @@ def distill_loss(
             (``DistributedDataParallel`` averages: multiply the loss by its number of ranks). None: this rank has all.
         backend: "cpu", "triton", or None for the one that serves the call.
         return_terms: return :class:`kdfast.DistillTerms`.
+        return_metrics: return them with :class:`kdfast.Metrics` of the tokens of all ranks.
         **options: those of :func:`kdfast.distill_loss` but ``overwrite_logits``, ``teacher_grad``, ``class_dim`` and
             ``vocab="truncate"``, which raise.
 
@@ -93,7 +95,14 @@ def distill_loss(
     vocab: Literal["strict", "truncate"] = "truncate" if wider else "strict"
     shared = vocab_group is not None and dist.get_world_size(vocab_group) > 1
     problem = build_problem(
-        student, teacher, labels, return_terms=return_terms, vocab=vocab, of_shard=shared, **options
+        student,
+        teacher,
+        labels,
+        return_terms=return_terms,
+        return_metrics=return_metrics,
+        vocab=vocab,
+        of_shard=shared,
+        **options,
     )
     row = _registry.select(problem if vocab_group is None else _for_kernels(problem), backend)
     if vocab_group is not None and row.name == "reference":
@@ -108,9 +117,11 @@ def distill_loss(
     else:
         terms = shard_autograd.distill_loss(problem, row.name, _shard(problem, vocab_group, vocab_start))
     if token_group is not None and problem.reduction != "none":
-        everywhere = [None if x is None else _value_of_all(x, token_group) for x in terms]
-        terms = DistillTerms(*everywhere)  # type: ignore[arg-type]
-    return terms if return_terms else terms.loss
+        everywhere = [None if x is None else _value_of_all(x, token_group) for x in terms[:4]]
+        terms = DistillTerms(*everywhere, terms.metrics)  # type: ignore[arg-type]
+    if token_group is not None and terms.metrics is not None:
+        terms = terms._replace(metrics=_metrics_of_all(problem, terms.metrics, token_group))
+    return terms if return_terms or return_metrics else terms.loss
 
 
 def _check_indices(labels: Tensor | None) -> None:
@@ -290,6 +301,19 @@ def _count_tokens(problem: Problem, group: dist.ProcessGroup) -> Tensor:
     total = token_weights(dataclasses.replace(problem, reduction="sum")).sum(dtype=torch.float64)
     dist.all_reduce(total, group=group)
     return torch.where(total != 0, total, 1.0).float()
+
+
+def _metrics_of_all(problem: Problem, mine: Metrics, group: dist.ProcessGroup) -> Metrics:
+    """Means over the tokens of all ranks."""
+    like = mine.student_entropy
+    counted, labelled = (torch.as_tensor(n, dtype=torch.float64, device=like.device) for n in metric_tokens(problem))
+    counts = {name: labelled if name == "accuracy" else counted for name in Metrics._fields}
+    there = {name: x for name, x in mine._asdict().items() if x is not None}
+    sums = [torch.where(counts[name] == 0, 0.0, x.double() * counts[name]) for name, x in there.items()]
+    totals = torch.stack([*sums, *(counts[name] for name in there)])
+    dist.all_reduce(totals, group=group)
+    means = totals[: len(there)] / totals[len(there) :]
+    return mine._replace(**{name: x.float() for name, x in zip(there, means, strict=True)})
 
 
 def _value_of_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # what follows tells a type checker which of two types a call
         tail: Literal["bucket", "renorm", "zero"]
         overwrite_logits: bool
         memory_budget: int | None
+        return_metrics: bool
         class_dim: int
         backend: str | None
 
@@ -85,6 +86,7 @@ def distill_loss(
     overwrite_logits: bool = False,
     memory_budget: int | None = None,
     return_terms: bool = False,
+    return_metrics: bool = False,
     class_dim: int = -1,
     backend: str | None = None,
 ) -> Tensor | DistillTerms:
@@ -130,7 +132,9 @@ def distill_loss(
         overwrite_logits: write the gradient over the student's logits, which then hold nothing else: saves the
             second full-size buffer. Under torch.compile and torch.func transforms it has no effect.
         memory_budget: bytes for one chunk of an LMHead's logits; None: a constant of device and dtype.
-        return_terms: return :class:`DistillTerms` (loss, soft, hard) in place of the loss.
+        return_terms: return :class:`DistillTerms` (loss, soft, hard, z) in place of the loss.
+        return_metrics: return them with :class:`Metrics` (accuracy, agreement, student_entropy, teacher_entropy) for the
+            training log, found in the pass that computes the loss.
         class_dim: the axis of the classes of student and teachers: 1 for images (B, C, H, W), as
             :func:`torch.nn.functional.cross_entropy` has it, with labels and other tensors per token (B, H, W). Logits
             whose classes do not lie side by side in memory are copied. Heads and sparse targets have the last.
@@ -182,9 +186,10 @@ def distill_loss(
         overwrite_logits=overwrite_logits,
         memory_budget=memory_budget,
         return_terms=return_terms,
+        return_metrics=return_metrics,
     )
     terms = _registry.select(problem, backend).distill_loss(problem)
-    return terms if return_terms else terms.loss
+    return terms if return_terms or return_metrics else terms.loss
 
 
 def _is_dtensor(x: object) -> bool:

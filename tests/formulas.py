@@ -102,6 +102,7 @@ class Token(NamedTuple):
     soft: float  # tau^2 D, or D
     hard: float
     loss: float  # before its weight
+    z: float
 
 
 def expected_token(z, lq, y, *, terms, temperature, alpha, scale_t2, label_smoothing, z_loss, columns):
@@ -116,7 +117,7 @@ def expected_token(z, lq, y, *, terms, temperature, alpha, scale_t2, label_smoot
         log_p = log_softmax(z)
         hard = -sum(t * l for t, l in zip(target, log_p, strict=True) if t > 0)
     z2 = z_loss * logsumexp(z) ** 2 if z_loss else 0.0
-    return Token(soft, hard, (alpha * soft if alpha else 0) + ((1 - alpha) * hard if alpha < 1 else 0) + z2)
+    return Token(soft, hard, (alpha * soft if alpha else 0) + ((1 - alpha) * hard if alpha < 1 else 0) + z2, z2)
 
 
 def expected(
@@ -137,7 +138,7 @@ def expected(
     teacher_weights=None,
     ensemble="prob",
 ):
-    """(loss, soft, hard) in fp64, as ``return_terms=True`` reports them; 0 stands where there is no such term."""
+    """(loss, soft, hard, z) in fp64, as ``return_terms=True`` reports them; 0 stands where there is no such term."""
     z, y, w = _array(student), _array(labels), _array(weights)
     teachers = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
     teachers = [_array(t) for t in teachers]
@@ -148,7 +149,7 @@ def expected(
     a = np.broadcast_to(np.asarray(_array(alpha), dtype=float), z.shape[:-1])
     w = np.ones(z.shape[:-1]) if w is None else w.astype(float)
     tw = None if teacher_weights is None else list(_array(teacher_weights))
-    out, total = np.zeros((3, *z.shape[:-1])), 0.0
+    out, total = np.zeros((4, *z.shape[:-1])), 0.0
     for token in np.ndindex(*z.shape[:-1]):
         if w[token] == 0 or (y is not None and y[token] == ignore_index):
             continue
@@ -167,14 +168,27 @@ def expected(
             z_loss=z_loss,
             columns=columns,
         )
-        out[(slice(None), *token)] = w[token] * np.array([got.loss, got.soft, got.hard])
+        out[(slice(None), *token)] = w[token] * np.array([got.loss, got.soft, got.hard, got.z])
     if reduction == "none":
         return tuple(out)
-    sums = out.reshape(3, -1).sum(1)
+    sums = out.reshape(4, -1).sum(1)
     if reduction == "mean":
         total = total if num_items is None else num_items
         sums = sums / total if total else sums
     return tuple(sums)
+
+
+def reported(terms):
+    """The terms that ``return_terms=True`` gave in the order of :func:`expected`; 0 where there is no such term."""
+    return [np.zeros_like(terms.loss.detach().numpy()) if x is None else x.detach().numpy() for x in terms[:4]]
+
+
+def pairs_of(got, want):
+    """Two reports term by term, the metrics among them; both have the same."""
+    for a, b in zip((*got[:4], *(got.metrics or ())), (*want[:4], *(want.metrics or ())), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            yield a.detach(), b.detach()
 
 
 # --- What a person would write in PyTorch -----------------------------------------------------------------------------

@@ -98,6 +98,12 @@ struct DenseCall {
     float* z2 = nullptr;
     float* dsoft_dtemperature = nullptr;
     float* stats = nullptr;
+    // (rows, observed_per_row): columns of the student's largest logit, of all and of the distilled ones, and the
+    // entropy of p, nats; the same two of the teacher's distribution. Of equal logits the lowest column; where none
+    // is finite, or there are no teachers, a number below 0, which is not the same for student and teacher.
+    double* observed = nullptr;
+    static constexpr std::int64_t observed_per_row = 5;
+    static constexpr double no_top = -1, no_top_of_teacher = -2;
 
     // Of the passes one by one, where several callers hold a shard of the columns each: the sum of the logits that are
     // not -inf, and the row's sums of pass 2.

@@ -13,6 +13,7 @@
 // result has the same bits for any number of threads. Beside its outputs a call needs a few tiles a thread and a few
 // numbers a segment.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -178,6 +179,7 @@ class Call : CallTiles {
     void drop_row(std::int64_t i) const {
         for (float* out : {a_.soft, a_.hard, a_.z2, a_.dsoft_dtemperature, a_.logit_sum})
             if (out) out[i] = 0;
+        if (a_.observed) std::fill_n(a_.observed + i * a_.observed_per_row, a_.observed_per_row, 0.0);
         if (a_.values) std::fill_n(a_.values + i * a_.values_per_row, a_.values_per_row, 0.0f);
         if (a_.stats && from_logits_) std::fill_n(a_.stats + i * a_.stats_per_row(), a_.stats_per_row(), 0.0f);
         if (wants_gradient_)
@@ -199,20 +201,20 @@ class Call : CallTiles {
                 if (direct_) {
                     with_io([&]<class Io>() { sum_direct<Io>(i, start, n, teachers, out.student); });
                 } else if (distributions_ == 1) {
-                    sum_both<ThroughTile>(student_tile(i, start, n, b), teacher_tile(0, i, start, n, b), padded(n),
-                                          out.student, teachers[0], next, next);
+                    sum_both<ThroughTile>(student_tile(i, start, n, b), teacher_tile(0, i, start, n, b), start,
+                                          padded(n), out.student, teachers[0], next, next);
                 } else {
                     for (std::int64_t k = 0; k < distributions_; ++k)
-                        add_tile<ThroughTile, Tau::one>(teacher_tile(k, i, start, n, b), padded(n), c_, teachers[k],
-                                                        next);
-                    sum_student<ThroughTile>(student_tile(i, start, n, b), padded(n), out.student, next);
+                        add_tile<ThroughTile, Tau::one>(teacher_tile(k, i, start, n, b), start, padded(n), c_, false,
+                                                        teachers[k], next);
+                    sum_student<ThroughTile>(student_tile(i, start, n, b), start, padded(n), out.student, next);
                 }
                 if (a_.label_smoothing > 0)
                     add_smoothing(student_tile(i, start, n, b), padded(n), out.student, out.smoothing);
             },
             [&](std::int64_t start, std::int64_t n) {
                 const float* z = student_tile(i, start, n, b);
-                add_tile<ThroughTile, Tau::one>(z, padded(n), log2e, out.rest,
+                add_tile<ThroughTile, Tau::one>(z, start, padded(n), log2e, a_.observed, out.rest,
                                                 Ahead::of(student, a_.student.dtype, start + tile));
                 if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.rest, out.smoothing);
             });
@@ -223,9 +225,9 @@ class Call : CallTiles {
     void sum_direct(std::int64_t i, std::int64_t start, std::int64_t n, Sums* teacher, Sums& student) const {
         const std::byte* z = a_.student.row(i);
         const Ahead next_z = Ahead::of(z, a_.student.dtype, start + tile);
-        if (a_.teachers.empty()) return sum_student<Io>(columns<Io>(z, start), n, student, next_z);
+        if (a_.teachers.empty()) return sum_student<Io>(columns<Io>(z, start), start, n, student, next_z);
         const std::byte* t = a_.teachers[0].row(i);
-        sum_both<Io>(columns<Io>(z, start), columns<Io>(t, start), n, student, *teacher, next_z,
+        sum_both<Io>(columns<Io>(z, start), columns<Io>(t, start), start, n, student, *teacher, next_z,
                      Ahead::of(t, a_.student.dtype, start + tile));
     }
 
@@ -243,17 +245,19 @@ class Call : CallTiles {
     }
 
     template <class Io>
-    void sum_student(const typename Io::Element* z, std::int64_t n, Sums& sums, Ahead next) const {
-        with_tau([&]<Tau T>() { add_tile<Io, T>(z, n, c_, sums, next); });
+    void sum_student(const typename Io::Element* z, std::int64_t start, std::int64_t n, Sums& sums, Ahead next) const {
+        with_tau([&]<Tau T>() { add_tile<Io, T>(z, start, n, c_, a_.observed, sums, next); });
     }
 
     template <class Io>
-    void sum_both(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, Sums& student,
-                  Sums& teacher, Ahead next_z, Ahead next_t) const {
+    void sum_both(const typename Io::Element* z, const typename Io::Element* t, std::int64_t start, std::int64_t n,
+                  Sums& student, Sums& teacher, Ahead next_z, Ahead next_t) const {
         constexpr Cross cross = std::is_same_v<D, ForwardKl>   ? Cross::teacher
                                 : std::is_same_v<D, ReverseKl> ? Cross::student
                                                                : Cross::none;
-        with_tau([&]<Tau T>() { add_pair<Io, T, cross>(z, t, n, c_, student, teacher, next_z, next_t); });
+        with_tau([&]<Tau T>() {
+            add_pair<Io, T, cross>(z, t, start, n, c_, a_.observed, student, teacher, next_z, next_t);
+        });
     }
 
     // Combines the segments to the row's state, or takes the state that an earlier call saved.
@@ -295,6 +299,7 @@ class Call : CallTiles {
             row.value = value;
         }
         if (std::is_same_v<D, ForwardKl>) row.state.sum_student = -1;
+        if (a_.observed) observe(i, row, student, log2_student, rest);
         student.merge(rest, c_);
         row.state.at_one = Normaliser::of(student.log2_at_one());
         const double lse = student.logsumexp();
@@ -302,6 +307,52 @@ class Call : CallTiles {
         if (a_.logit_sum) a_.logit_sum[i] = static_cast<float>(smoothing.sum);
         if (a_.hard) a_.hard[i] = labelled(i) ? cross_entropy(i, lse, row, student, smoothing) : 0;
         begin_sparse(i, row);
+    }
+
+    // What the training log asks of a row, once its normalisers are known and before a gradient takes its place.
+    void observe(std::int64_t i, const Row& row, const Sums& student, double log2_student, const Sums& rest) const {
+        Buffers b;
+        const auto z = [&](std::int64_t start, std::int64_t n) { return student_tile(i, start, n, b); };
+        double* out = a_.observed + i * a_.observed_per_row;
+        const bool last = rest.top > student.top || !(rest.at_tau < infinity);
+        out[0] = first_of(last ? rest : student, a_.student.columns, z);
+        out[1] = last ? first_of(student, taught_, z) : out[0];
+        out[2] = student.entropy(log2_student, c_);
+        if (!(student.at_tau < infinity)) out[0] = a_.no_top;
+        out[3] = a_.no_top_of_teacher;
+        out[4] = 0;
+        if (distributions_ == 0) return;
+        const bool several = distributions_ > 1;
+        const auto t = [&](std::int64_t start, std::int64_t n) {
+            return several ? ensemble_tile(i, start, n, row.teachers, b) : teacher_tile(0, i, start, n, b);
+        };
+        Sums teacher;
+        const float scale = several ? 1 : c_;
+        if (several) {  // their mixture is not known before; its logarithms are its logits
+            for_tiles(0, taught_, [&](std::int64_t start, std::int64_t n) {
+                add_tile<ThroughTile, Tau::one>(t(start, n), start, padded(n), scale, true, teacher, {nullptr, 0});
+            });
+        } else {
+            for (const Sums& s : row.teacher_sums) teacher.merge(s, c_);
+        }
+        const double top = first_of(teacher, taught_, t);
+        if (top >= 0) out[3] = top;
+        out[4] = teacher.entropy(teacher.log2_at_tau(scale), scale);
+    }
+
+    // The first column of a row's largest logit, where that is finite.
+    template <class Tile>
+    static double first_of(const Sums& sums, std::int64_t end, Tile logits) {
+        if (!(sums.at_tau < infinity) || sums.top_at < 0) return DenseCall::no_top;
+        constexpr std::int64_t part = 8 * width;
+        for (std::int64_t start = sums.top_at; start < end; start += part) {
+            const std::int64_t n = std::min(part, end - start);
+            const float* x = logits(start, n);
+            for (std::int64_t j = 0; j < n; j += width)
+                if (const unsigned found = bits(equal(load(x + j), set1(sums.top))))
+                    return static_cast<double>(start + j + std::countr_zero(found));
+        }
+        return DenseCall::no_top;
     }
 
     // The kept columns are read before their gradient can take their place.

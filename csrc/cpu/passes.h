@@ -24,7 +24,11 @@ struct Normaliser {
 struct Sums {
     float max = -infinity;
     double at_tau = 0, at_one = 0;
-    double cross = 0;  // of the same exponentials times the distance to the other distribution's logits, times c
+    double cross = 0;   // of the same exponentials times the distance to the other distribution's logits, times c
+    double spread = 0;  // of the same times their own exponents, where a call observes: see Observe
+    float top = -infinity;     // the largest logit, then, which `max` need not be
+    std::int64_t top_at = -1;  // the first column of the first tile that holds it
+    bool absent = false;       // whether a tile had a logit of -inf
 
     // A row of -inf alone has no maximum; a reference of 0 keeps -inf - reference from being NaN, and a NaN a NaN.
     static float reference(float max, float c) { return max == -infinity ? 0.0f : max * c; }
@@ -33,7 +37,8 @@ struct Sums {
     void rescale(float to, float c) {
         if (!(to > max)) return;
         if (max != -infinity) {  // before, the sums are 0, or NaN and to stay so
-            const double f = std::exp2(static_cast<double>(reference(c)) - reference(to, c));
+            const double shift = static_cast<double>(reference(c)) - reference(to, c), f = std::exp2(shift);
+            spread = (spread + shift * at_tau) * f;
             at_tau *= f;
             cross *= f;
             at_one *= c == log2e ? f : std::exp2(static_cast<double>(reference(log2e)) - reference(to, log2e));
@@ -47,9 +52,22 @@ struct Sums {
         at_tau += other.at_tau;
         at_one += other.at_one;
         cross += other.cross;
+        spread += other.spread;
+        see(other.top, other.top_at);
+    }
+    // Of columns to the right of all seen before.
+    void see(float largest, std::int64_t at) {
+        if (!(largest > top)) return;
+        top = largest;
+        top_at = at;
     }
     double log2_at_tau(float c) const { return reference(c) + std::log2(at_tau); }
     double log2_at_one() const { return reference(log2e) + std::log2(at_one); }
+    // Of the distribution at tau, nats, from log2_at_tau; rounding may have left it below 0.
+    double entropy(double log2_sum, float c) const {
+        const double bits = log2_sum - reference(c) - spread / at_tau;
+        return bits < 0 ? 0 : bits * static_cast<double>(ln2);
+    }
     // logsumexp, nats, with the rounding of log2e and of the reference taken out where the logits are large
     double logsumexp() const {
         const double top = max == -infinity ? 0 : max;
@@ -67,49 +85,73 @@ struct SegmentSums {
     Smoothing smoothing;
 };
 
+// Whether pass 1 finds the largest logit and the entropy, too; where no logit is -inf, a step less of them.
+enum class Observe : std::uint8_t { no, present, any };
+
+// The same for a vector that absent columns fill up.
+template <Observe O>
+constexpr Observe with_absent = O == Observe::no ? Observe::no : Observe::any;
+
 struct TileSums {
-    float at_tau = 0, at_one = 0, cross = 0;
+    float at_tau = 0, at_one = 0, cross = 0, spread = 0, top = -infinity;
     // Above what a tile can sum to under a reference that is its maximum: a larger logit came late. An exponent that is
     // large loses the digits that its size takes, so that much more than this must not go unnoticed.
     bool overflowed() const { return !(at_tau < 16 * tile && at_one < 16 * tile); }
+    bool lacks() const { return std::isnan(spread); }
 };
 
 // Enough for a sum to show that a maximum came late.
 KDFAST_INLINE V at_most_128(V x) { return exp2_overflows ? x : min(set1(128), x); }
 
 // Two vectors at a time of one distribution's sums: at tau, and of the student at 1.
-template <Tau T>
+template <Tau T, Observe O = Observe::no>
 struct LaneSums {
     V c, from, from_one;
     V tau0 = set1(0), tau1 = set1(0), one0 = set1(0), one1 = set1(0);
+    V spread = set1(0), top = set1(-infinity);
 
     LaneSums(const Sums& sums, float scale)
         : c(set1(scale)), from(set1(-sums.reference(scale))), from_one(set1(-sums.reference(log2e))) {}
 
     KDFAST_INLINE V exponent_of(V x) const { return affine(x, c, from); }
+    template <Observe This = O>
     KDFAST_INLINE V add(V x, V exponent, V& tau, V& one) {
         const V e = exp2(at_most_128(exponent));
         tau = tau + e;
+        if constexpr (This != Observe::no) {
+            // Where the exponent is below -200, e is 0; at -inf their product is NaN.
+            spread = fma(e, This == Observe::any ? max(exponent, set1(-200)) : exponent, spread);
+            top = max(x, top);
+        }
         if constexpr (T == Tau::two) one = fma(e, e, one);
         if constexpr (T == Tau::other) one = one + exp2(at_most_128(affine(x, set1(log2e), from_one)));
         return e;
     }
     TileSums sums() const {
         const float at_tau = hsum(tau0 + tau1);
-        return {at_tau, T == Tau::one ? at_tau : hsum(one0 + one1)};
+        TileSums sums = {at_tau, T == Tau::one ? at_tau : hsum(one0 + one1)};
+        if constexpr (O != Observe::no) {
+            sums.spread = hsum(spread);
+            sums.top = hmax(top);
+        }
+        return sums;
     }
 };
 
-template <class Io, Tau T>
+template <class Io, Tau T, Observe O>
 TileSums sum_tile(const typename Io::Element* z, std::int64_t n, float c, const Sums& sums, Ahead next) {
-    LaneSums<T> s(sums, c);
-    Tail<Io> tail;
-    for (std::int64_t i = 0; i < n; i += step) {
+    LaneSums<T, O> s(sums, c);
+    const auto add = [&]<Observe This>(Pair x) KDFAST_INLINE_LAMBDA {
+        s.template add<This>(x.first, s.exponent_of(x.first), s.tau0, s.one0);
+        s.template add<This>(x.second, s.exponent_of(x.second), s.tau1, s.one1);
+    };
+    const std::int64_t whole = n / step * step;
+    for (std::int64_t i = 0; i < whole; i += step) {
         next.template fetch<Io>(i);
-        const Pair x = Io::get(i + step <= n ? z + i : tail.fill(z + i, n - i));
-        s.add(x.first, s.exponent_of(x.first), s.tau0, s.one0);
-        s.add(x.second, s.exponent_of(x.second), s.tau1, s.one1);
+        add.template operator()<O>(Io::get(z + i));
     }
+    Tail<Io> tail;
+    if (whole < n) add.template operator()<with_absent<O>>(Io::get(tail.fill(z + whole, n - whole)));
     return s.sums();
 }
 
@@ -129,30 +171,35 @@ enum class Cross : std::uint8_t { none, student, teacher };
 struct PairSums {
     TileSums student, teacher;
     bool overflowed() const { return student.overflowed() || teacher.overflowed(); }
+    bool lacks() const { return student.lacks() || teacher.lacks(); }
 };
 
-template <class Io, Tau T, Cross X>
+template <class Io, Tau T, Cross X, Observe O>
 PairSums sum_pair(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float c,
                   const Sums& student, const Sums& teacher, Ahead next_z, Ahead next_t) {
-    LaneSums<T> p(student, c);
-    LaneSums<Tau::one> q(teacher, c);
+    LaneSums<T, O> p(student, c);
+    LaneSums<Tau::one, O> q(teacher, c);
     V cross = set1(0);
-    const auto add = [&](V x, V y, V& p_tau, V& p_one, V& q_tau) KDFAST_INLINE_LAMBDA {
+    const auto add = [&]<Observe This>(V x, V y, V& p_tau, V& p_one, V& q_tau) KDFAST_INLINE_LAMBDA {
         const V u = p.exponent_of(x), v = q.exponent_of(y);
-        const V e_z = p.add(x, u, p_tau, p_one), e_t = q.add(y, v, q_tau, q_tau);
+        const V e_z = p.template add<This>(x, u, p_tau, p_one), e_t = q.template add<This>(y, v, q_tau, q_tau);
         if constexpr (X == Cross::student) cross = add_times(cross, e_z, u - v);
         if constexpr (X == Cross::teacher) cross = add_times(cross, e_t, v - u);
     };
-    Tail<Io> z_tail, t_tail;
-    for (std::int64_t i = 0; i < n; i += step) {
-        const bool whole = i + step <= n;
+    const auto add_both = [&]<Observe This>(Pair x, Pair y) KDFAST_INLINE_LAMBDA {
+        add.template operator()<This>(x.first, y.first, p.tau0, p.one0, q.tau0);
+        add.template operator()<This>(x.second, y.second, p.tau1, p.one1, q.tau1);
+    };
+    const std::int64_t whole = n / step * step;
+    for (std::int64_t i = 0; i < whole; i += step) {
         next_z.template fetch<Io>(i);
         next_t.template fetch<Io>(i);
-        const Pair x = Io::get(whole ? z + i : z_tail.fill(z + i, n - i));
-        const Pair y = Io::get(whole ? t + i : t_tail.fill(t + i, n - i));
-        add(x.first, y.first, p.tau0, p.one0, q.tau0);
-        add(x.second, y.second, p.tau1, p.one1, q.tau1);
+        add_both.template operator()<O>(Io::get(z + i), Io::get(t + i));
     }
+    Tail<Io> z_tail, t_tail;
+    if (whole < n)
+        add_both.template operator()<with_absent<O>>(Io::get(z_tail.fill(z + whole, n - whole)),
+                                                     Io::get(t_tail.fill(t + whole, n - whole)));
     PairSums sums = {p.sums(), q.sums()};
     if constexpr (X != Cross::none) (X == Cross::student ? sums.student : sums.teacher).cross = hsum(cross);
     return sums;
@@ -166,32 +213,59 @@ void begin_sums(const typename Io::Element* z, std::int64_t n, float c, Sums& su
     if (sums.max == -infinity) sums.rescale(max_of<Io>(z, n), c);
 }
 
+// Has a tile summed as an observer asks. A logit of -inf shows as a spread that is not a number: then, and for what
+// follows in the row, the sums are those that may meet one.
+template <class Sum>
+auto observed(bool observe, bool& absent, Sum sum) {
+    if (!observe) return sum.template operator()<Observe::no>();
+    if (!absent) {
+        const auto sums = sum.template operator()<Observe::present>();
+        absent = sums.lacks();
+        if (!absent) return sums;
+    }
+    return sum.template operator()<Observe::any>();
+}
+
+// The columns begin at `start` in their row.
 template <class Io, Tau T>
-void add_tile(const typename Io::Element* z, std::int64_t n, float c, Sums& sums, Ahead next) {
+void add_tile(const typename Io::Element* z, std::int64_t start, std::int64_t n, float c, bool observe, Sums& sums,
+              Ahead next) {
     begin_sums<Io>(z, n, c, sums);
-    TileSums tile_sums = sum_tile<Io, T>(z, n, c, sums, next);
+    const auto sum = [&] {
+        return observed(observe, sums.absent, [&]<Observe O>() { return sum_tile<Io, T, O>(z, n, c, sums, next); });
+    };
+    TileSums tile_sums = sum();
     if (tile_sums.overflowed()) {  // or NaN, which stays
         sums.rescale(max_of<Io>(z, n), c);
-        tile_sums = sum_tile<Io, T>(z, n, c, sums, next);
+        tile_sums = sum();
     }
     sums.at_tau += tile_sums.at_tau;
     sums.at_one += tile_sums.at_one;
+    sums.spread += tile_sums.spread;
+    sums.see(tile_sums.top, start);
 }
 
 template <class Io, Tau T, Cross X>
-void add_pair(const typename Io::Element* z, const typename Io::Element* t, std::int64_t n, float c, Sums& student,
-              Sums& teacher, Ahead next_z, Ahead next_t) {
+void add_pair(const typename Io::Element* z, const typename Io::Element* t, std::int64_t start, std::int64_t n, float c,
+              bool observe, Sums& student, Sums& teacher, Ahead next_z, Ahead next_t) {
     begin_sums<Io>(z, n, c, student);
     begin_sums<Io>(t, n, c, teacher);
-    PairSums s = sum_pair<Io, T, X>(z, t, n, c, student, teacher, next_z, next_t);
+    const auto sum = [&] {
+        return observed(observe, student.absent, [&]<Observe O>() {
+            return sum_pair<Io, T, X, O>(z, t, n, c, student, teacher, next_z, next_t);
+        });
+    };
+    PairSums s = sum();
     if (s.overflowed()) {
         student.rescale(max_of<Io>(z, n), c);
         teacher.rescale(max_of<Io>(t, n), c);
-        s = sum_pair<Io, T, X>(z, t, n, c, student, teacher, next_z, next_t);
+        s = sum();
     }
-    const auto add = [c](Sums& to, const TileSums& from, const Sums& other, bool crossed) {
+    const auto add = [c, start](Sums& to, const TileSums& from, const Sums& other, bool crossed) {
         to.at_tau += from.at_tau;
         to.at_one += from.at_one;
+        to.spread += from.spread;
+        to.see(from.top, start);
         if (!crossed) return;
         const double shift = static_cast<double>(to.reference(c)) - other.reference(c);
         to.cross += from.cross + shift * from.at_tau;

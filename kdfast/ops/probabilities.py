@@ -28,14 +28,18 @@ def distill_loss(problem: Problem, run: Callable[[Problem], DistillTerms]) -> Di
     """The loss of a problem whose labels are probabilities, through ``run``, which takes problems without."""
     w, hard = token_weights(problem), _cross_entropy(problem, run)
     loss = weighted(hard_weights(problem, w), hard, problem.reduction)
-    soft: Tensor | None = None
-    if problem.has_teacher or problem.has_z_loss:
-        first = run(replace(problem, probabilities=None))
-        loss, soft = first.loss + loss, first.soft
+    others = problem.has_teacher or problem.has_z_loss
+    if not others and not problem.return_metrics:
+        terms = DistillTerms(loss, None, None)
+    else:
+        # of a call that only asks for metrics, a term of weight 0 that nobody looks at
+        rest = problem if others else replace(problem, z_loss=torch.zeros((), device=w.device))
+        terms = run(replace(rest, probabilities=None))
+        terms = terms._replace(loss=terms.loss + loss, z=terms.z if problem.has_z_loss else None)
     if not problem.return_terms:
-        return DistillTerms(loss, None, None)
+        return terms
     with torch.no_grad():
-        return DistillTerms(loss, soft, weighted(w, hard.detach(), problem.reduction))
+        return terms._replace(hard=weighted(w, hard.detach(), problem.reduction))
 
 
 def _cross_entropy(problem: Problem, run: Callable[[Problem], DistillTerms]) -> Tensor:
@@ -65,6 +69,7 @@ def _cross_entropy(problem: Problem, run: Callable[[Problem], DistillTerms]) -> 
             teacher_grad=False,
             columns=problem.vocab_size,
             return_terms=False,
+            return_metrics=False,
         )
     ).loss
     entropy = total * torch.special.entr(y / torch.where(there, total, 1.0)[..., None]).sum(-1)

@@ -15,7 +15,7 @@ from kdfast.spec.divergence import DivergenceLike, Term, divergence_terms
 from kdfast.spec.head import LMHead
 from kdfast.spec.packed import PackedTargets
 from kdfast.spec.sparse import SparseTargets
-from kdfast.spec.values import check_memory, readable, recordable, tensors_of, with_tensors
+from kdfast.spec.values import check_memory, first_largest, readable, recordable, tensors_of, with_tensors
 
 Logits: TypeAlias = Tensor | LMHead
 Teacher: TypeAlias = Logits | SparseTargets | PackedTargets | Sequence[Logits]
@@ -36,6 +36,7 @@ class Problem:
     teacher_weights: Tensor | None  # (n,) or (n, ...), sums to 1 over its first axis; None: one teacher, or equal
     labels: Tensor | None  # (...) int64; NO_LABEL where the token is unlabelled
     probabilities: Tensor | None  # (..., V) floating point >= 0, detached: in place of labels
+    answers: Tensor | None  # (...) int64, the labels or the likeliest classes: what metrics call accurate
     terms: tuple[Term, ...]
     temperature: Tensor  # 0-d
     fixed_temperature: float | None  # its value, where it was given as a number
@@ -54,6 +55,7 @@ class Problem:
     overwrite_logits: bool
     memory_budget: int | None
     return_terms: bool
+    return_metrics: bool
 
     @property
     def leading(self) -> torch.Size:
@@ -382,6 +384,7 @@ def build_problem(
     overwrite_logits: bool = False,
     memory_budget: int | None = None,
     return_terms: bool = False,
+    return_metrics: bool = False,
     of_shard: bool = False,
 ) -> Problem:
     """Check the arguments of ``distill_loss`` and normalise them; the errors raised here are its errors.
@@ -392,6 +395,7 @@ def build_problem(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: a shape, size, name or value that cannot be meant, with what was expected and the remedy.
     """
+    return_terms = return_terms or return_metrics
     _check_logits("student", student, of_shard=of_shard)
     student = with_tensors(student, recordable)
     teachers, sparse = _split_teacher(teacher, of_shard=of_shard)
@@ -458,6 +462,11 @@ def build_problem(
         counted = kept if counted is None else counted & kept
         if isinstance(a, Tensor) and a.dim() > 0:
             labels = torch.where(a == 1, NO_LABEL, labels)
+    answers = labels
+    if return_metrics and probabilities is not None:
+        answers = first_largest(probabilities)
+        if isinstance(a, Tensor) and a.dim() > 0:
+            answers = torch.where(a == 1, NO_LABEL, answers)
     w = _teacher_weights(teacher_weights, len(teachers), counted, student)
     labelled, taught = labels is not None or probabilities is not None, bool(teachers) or sparse is not None
     if not isinstance(a, Tensor) and not return_terms and labelled and taught:
@@ -476,6 +485,7 @@ def build_problem(
         teacher_weights=w,
         labels=labels,
         probabilities=probabilities,
+        answers=answers if return_metrics else None,
         terms=divergence_terms(divergence),
         temperature=tau,
         fixed_temperature=None if isinstance(temperature, Tensor) else float(temperature),
@@ -494,6 +504,7 @@ def build_problem(
         overwrite_logits=overwrite_logits,
         memory_budget=memory_budget,
         return_terms=return_terms,
+        return_metrics=return_metrics,
     )
 
 

@@ -24,7 +24,7 @@ from kdfast.spec.packed import PackedTargets
 from kdfast.spec.problem import NO_LABEL, Logits, Problem
 from kdfast.spec.reduction import DistillTerms, TokenTerms, assemble, keep, token_weights
 from kdfast.spec.sparse import SAMPLED, SparseTargets
-from kdfast.spec.values import readable
+from kdfast.spec.values import first_largest, readable
 
 INF = float("inf")
 #: What a teacher's tail has that ought to be there, however little its entries leave of it; of fp32 kernels, too.
@@ -118,7 +118,7 @@ def token_terms(problem: Problem) -> TokenTerms:
         hard = keep(-torch.where(y == 0, 0.0, y * torch.where(y == 0, 0.0, log_p)).sum(-1), problem.counted)
     if problem.has_z_loss:
         square = keep(torch.logsumexp(_heard(z, problem.z_loss), -1).square(), problem.counted)
-    return TokenTerms(soft, hard, square)
+    return TokenTerms(soft, hard, square, _observed(problem, z.detach()) if problem.return_metrics else None)
 
 
 def _heard(x: Tensor, factor: Tensor | float) -> Tensor:
@@ -259,6 +259,61 @@ def teacher_log_probs(problem: Problem, tau: Tensor, dtype: torch.dtype) -> Tens
     stacked = torch.stack(each)
     absent = (stacked == -INF).all(0)
     return torch.where(absent, -INF, torch.logsumexp(torch.where(absent, 0.0, stacked), 0))
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _observed(problem: Problem, z: Tensor) -> Tensor:
+    """What metrics are made of, (..., 5) fp64, see :class:`kdfast.spec.reduction.Observed`."""
+    tau = problem.temperature.to(z) if problem.has_teacher else torch.ones_like(problem.temperature).to(z)
+    shared = z[..., : problem.columns]
+    nothing = torch.zeros(z.shape[:-1], dtype=torch.float64, device=z.device)
+    teacher_top, teacher_entropy = nothing - 2, nothing
+    if problem.teachers:
+        log_q = teacher_log_probs(problem, tau, z.dtype)
+        teacher_top, teacher_entropy = first_largest(log_q, none=-2), entropy(log_q)
+    student_entropy = entropy(torch.log_softmax(_over(shared, tau), -1))
+    seen = (first_largest(z), first_largest(shared), student_entropy, teacher_top, teacher_entropy)
+    return observe_kept(problem, torch.stack([x.double() for x in seen], -1), problem.columns)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """-sum p log p over the last axis, (..., V) -> (...), nats."""
+    return -torch.where(log_p == -INF, 0.0, log_p.exp() * log_p).sum(-1)
+
+
+@torch.no_grad()
+def observe_kept(problem: Problem, observed: Tensor, columns: int) -> Tensor:
+    """``observed``, (..., 5), with what sparse targets say of their teacher, where there are some.
+
+    ``columns``: those under the distillation term, on all ranks.
+    """
+    if problem.kept is None:
+        return observed
+    target = problem.unpacked().sparse
+    assert target is not None
+    rule, (ids, values, per_row) = tail_rule(problem, target), kept_entries(problem, target)
+    usable = target.valid & (ids < columns)
+    top = torch.full_like(observed[..., 0], -2.0)
+    if rule == "drawn":
+        seen = torch.zeros_like(top) if per_row is None else -per_row.double()
+    else:
+        log_q = torch.where(usable, values.double() / problem.temperature.to(values.device), -INF)
+        if ids.shape[-1]:
+            best = torch.where(usable & (log_q == log_q.amax(-1, keepdim=True)), ids.double(), INF).amin(-1)
+            top = torch.where(best == INF, -2.0, best)
+        if rule == "renorm":
+            log_q = torch.log_softmax(log_q, -1)
+        elif per_row is not None:
+            log_q = log_q - per_row[..., None]
+        seen = entropy(log_q)
+        if rule == "bucket":
+            complete = usable.sum(-1) == columns
+            left = torch.where(complete, 0.0, mass_left(log_q)[..., 0].clamp(min=0.0))
+            seen = seen + torch.special.entr(left)
+    return torch.cat([observed[..., :3], top[..., None], seen.double()[..., None]], -1)
 
 
 # --- Sparse targets ---------------------------------------------------------------------------------------------------

@@ -89,3 +89,10 @@ def with_tensors(x: Described, fn: Callable[[Tensor], Tensor]) -> Described:
     if all(fn(tensor) is tensor for _, tensor in tensors_of("", x)):
         return x
     return x.map(fn)  # type: ignore[return-value]  # of its own kind
+
+
+def first_largest(x: Tensor, none: int = -1) -> Tensor:
+    """The lowest column of a row's largest value, (..., V) -> (...) int64; ``none`` where that is not finite."""
+    top = x.amax(-1, keepdim=True)  # NaN where there is one
+    columns = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(top[..., 0].isfinite(), torch.where(x == top, columns, x.shape[-1]).amin(-1), none)

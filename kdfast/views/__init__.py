@@ -16,6 +16,7 @@ except ImportError as error:  # a source tree whose extension was not built; the
     EXTENSION_MISSING = f"the compiled extension is missing ({error})"
 
 _DTYPE_NAMES = {
+    torch.float64: "float64",
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",

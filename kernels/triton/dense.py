@@ -27,6 +27,18 @@ import triton.language as tl
 from kdfast.kernels.triton import divergences
 from kdfast.kernels.triton.dense_hard import less_target, of_softmax
 from kdfast.kernels.triton.dense_kept import RENORM, finish_kept, kept_gradient
+from kdfast.kernels.triton.dense_observe import (
+    NO_TOP_OF_TEACHER,
+    OBSERVED,
+    OBSERVED_SUMS,
+    column_of,
+    combined_spread,
+    combined_tile,
+    entropy,
+    finish_observed,
+    first_tile,
+    no_tile,
+)
 from kdfast.kernels.triton.dense_rows import (
     ELSEWHERE,
     INF,
@@ -121,6 +133,7 @@ def _passes(
     PASS_VALUE: tl.constexpr,
     PASS_GRADIENT: tl.constexpr,
     JOINT_VALUE: tl.constexpr,
+    OBSERVE: tl.constexpr,
 ):
     c = exponent_scale(given)
     if DISTRIBUTIONS == 0 and KEPT == 0:  # no temperature matters then
@@ -131,15 +144,18 @@ def _passes(
     t_at, t_log2 = scalar(0.0), scalar(0.0)
 
     if PASS_SUMS:
-        z_top, at_tau, at_one, cross, smooth, present, t_top, t_sum = sum_taught(
+        z_top, at_tau, at_one, cross, smooth, present, t_top, t_sum, z_tile, z_spread, t_tile, t_spread = sum_taught(
             student, teachers, given, i, split, c, BLOCK, SPLITS, TAU, MIX, CROSS, SMOOTH,
-            DISTRIBUTIONS == 1, KEPT * (RULE <= RENORM),
+            DISTRIBUTIONS == 1, KEPT * (RULE <= RENORM), OBSERVE,
         )  # fmt: skip
         rest_top, rest_sum, rest_smooth, rest_present = scalar(float("-inf")), scalar(0.0), scalar(0.0), scalar(0.0)
+        rest_tile = no_tile()
         if TRUNCATED:
-            rest_top, rest_sum, rest_smooth, rest_present = sum_rest(student, given, i, split, BLOCK, SPLITS, SMOOTH)
+            rest_top, rest_sum, rest_smooth, rest_present, rest_tile = sum_rest(
+                student, given, i, split, BLOCK, SPLITS, SMOOTH,
+            )  # fmt: skip
         if sums is not None:
-            sums += (i * SPLITS + split) * (SUMS + 2 * DISTRIBUTIONS)
+            sums += (i * SPLITS + split) * (SUMS + 2 * DISTRIBUTIONS + OBSERVED_SUMS * OBSERVE)
             tl.store(sums, z_top)
             tl.store(sums + 1, at_tau)
             tl.store(sums + 2, at_one)
@@ -150,6 +166,12 @@ def _passes(
             tl.store(sums + 7, rest_sum)
             tl.store(sums + 8, rest_smooth)
             tl.store(sums + 9, rest_present)
+            if OBSERVE:
+                tl.store(sums + SUMS + 2 * DISTRIBUTIONS, z_tile.to(tl.float32))
+                tl.store(sums + SUMS + 2 * DISTRIBUTIONS + 1, z_spread)
+                tl.store(sums + SUMS + 2 * DISTRIBUTIONS + 2, rest_tile.to(tl.float32))
+                tl.store(sums + SUMS + 2 * DISTRIBUTIONS + 3, t_tile.to(tl.float32))
+                tl.store(sums + SUMS + 2 * DISTRIBUTIONS + 4, t_spread)
             if DISTRIBUTIONS == 1:
                 tl.store(sums + SUMS, t_top)
                 tl.store(sums + SUMS + 1, t_sum)
@@ -164,6 +186,11 @@ def _passes(
                 student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
                 rest_smooth, rest_present, t_log2, KINDS, TRUNCATED, SMOOTH,
             )  # fmt: skip
+            if OBSERVE:
+                finish_observed(
+                    student, teachers, given, wanted, i, z_top, z_tile, at_tau, z_spread, rest_top, rest_tile, rest_sum,
+                    t_top, t_tile, t_sum, t_spread, BLOCK, DISTRIBUTIONS, MIX, TRUNCATED,
+                )  # fmt: skip
             if stats is not None and DISTRIBUTIONS == 1:
                 tl.store(stats + STATE, t_at)
                 tl.store(stats + STATE + 1, t_log2)
@@ -324,6 +351,9 @@ def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constex
             tl.store(wanted.dtau + i, 0.0)
         if wanted.logit_sum is not None:
             tl.store(wanted.logit_sum + i, 0.0)
+        if wanted.observed is not None:
+            for k in tl.static_range(OBSERVED):
+                tl.store(wanted.observed + i * OBSERVED + k, tl.full([], 0.0, tl.float64))
         if wanted.stats is not None:
             for k in tl.static_range(STATE + 2 * PAIRS):
                 tl.store(wanted.stats + i * (STATE + 2 * PAIRS) + k, 0.0)
@@ -362,10 +392,11 @@ def dense_kernel(
     PASS_VALUE: tl.constexpr,
     PASS_GRADIENT: tl.constexpr,
     JOINT_VALUE: tl.constexpr,
+    OBSERVE: tl.constexpr,
 ):
     """Some or all passes over one row, or over one split of it; grid (rows, splits).
 
-    With `sums` (rows, splits, 10 + 2 distributions) pass 1 leaves its partial sums there; with `values` (rows, splits,
+    With `sums` (rows, splits, 10 + 2 distributions, and 5 with OBSERVE) pass 1 leaves its partial sums there; with `values` (rows, splits,
     7) passes 2 and 3 do. Without, one program has the whole row and finishes it.
     """
     i = tl.program_id(0).to(tl.int64)
@@ -377,7 +408,7 @@ def dense_kernel(
         _passes(
             student, teachers, grad, given, wanted, factors, sums, values, i, split, BLOCK, SPLITS, TAU, KINDS,
             DISTRIBUTIONS, KEPT, RULE, MIX, TRUNCATED, SMOOTH, CROSS, KNOWN, PASS_SUMS, PASS_VALUE, PASS_GRADIENT,
-            JOINT_VALUE,
+            JOINT_VALUE, OBSERVE,
         )  # fmt: skip
     else:
         _drop(grad, given, wanted, i, split, BLOCK, SPLITS, DISTRIBUTIONS + (KEPT > 0), PASS_GRADIENT)
@@ -396,10 +427,14 @@ def _together(top, total, factor):
 @triton.jit
 def combine_sums_kernel(
     student,
+    teachers,
     given,
     wanted,
     sums,
+    BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    MIX: tl.constexpr,
+    OBSERVE: tl.constexpr,
     KINDS: tl.constexpr,
     DISTRIBUTIONS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -420,7 +455,7 @@ def combine_sums_kernel(
         if DISTRIBUTIONS == 0 and KEPT == 0:
             c = scalar(LOG2E)
         s = tl.arange(0, SPLITS)
-        at = sums + (i * SPLITS + s) * (SUMS + 2 * DISTRIBUTIONS)
+        at = sums + (i * SPLITS + s) * (SUMS + 2 * DISTRIBUTIONS + OBSERVED_SUMS * OBSERVE)
         tops = tl.load(at)
         z_top, at_tau = _together(tops, tl.load(at + 1), c)
         z_top, at_one = _together(tops, tl.load(at + 2), LOG2E)
@@ -450,8 +485,59 @@ def combine_sums_kernel(
             student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
             rest_smooth, rest_present, t_log2, KINDS, TRUNCATED, SMOOTH,
         )  # fmt: skip
+        if OBSERVE:
+            seen = at + SUMS + 2 * DISTRIBUTIONS
+            tops, rest_tops = tl.load(at), tl.load(at + 6)
+            z_tile = combined_tile(tops, z_top, tl.load(seen))
+            z_spread = combined_spread(tops, z_top, tl.load(at + 1), tl.load(seen + 1), c)
+            rest_tile = combined_tile(rest_tops, rest_top, tl.load(seen + 2))
+            t_top, t_tile, t_sum, t_spread = scalar(float("-inf")), no_tile(), scalar(0.0), scalar(0.0)
+            if DISTRIBUTIONS == 1:
+                tops, totals = tl.load(at + SUMS), tl.load(at + SUMS + 1)
+                t_top, t_sum = _together(tops, totals, c)
+                t_tile = combined_tile(tops, t_top, tl.load(seen + 3))
+                t_spread = combined_spread(tops, t_top, totals, tl.load(seen + 4), c)
+            finish_observed(
+                student, teachers, given, wanted, i, z_top, z_tile, at_tau, z_spread, rest_top, rest_tile, rest_sum,
+                t_top, t_tile, t_sum, t_spread, BLOCK, DISTRIBUTIONS, MIX, TRUNCATED,
+            )  # fmt: skip
         if KEPT > 0:
             finish_kept(student, given, wanted, stats, i, c, z_at, z_log2, cross, KEPT, RULE, KINDS)
+
+
+@triton.jit
+def observe_mixture_kernel(
+    teachers, given, wanted, BLOCK: tl.constexpr, DISTRIBUTIONS: tl.constexpr, MIX: tl.constexpr
+):
+    """The likeliest column and the entropy of an ensemble's mixture, from the state of a row; grid (rows,)."""
+    i = tl.program_id(0).to(tl.int64)
+    counts = True
+    if given.counted is not None:
+        counts = tl.load(given.counted + i) != 0
+    if counts:
+        c = exponent_scale(given)
+        stats = wanted.stats + i * (STATE + 2 * DISTRIBUTIONS)
+        top, tile = scalar(float("-inf")), no_tile()
+        total, spread = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        first, last = tiles_of(given.columns, 0, BLOCK, 1)
+        for j in range(first, last):
+            offsets = j * BLOCK + tl.arange(0, BLOCK)
+            v = _log2_q(
+                teachers, given, stats, i, offsets, offsets < given.columns, c, 0.0, 0.0, MIX, DISTRIBUTIONS,
+            )  # fmt: skip
+            new = tl.maximum(top, tl.max(v, 0))
+            q = tl.exp2(v)
+            tile = first_tile(tile, j, new, top)
+            total += q
+            spread += tl.where(q == 0.0, 0.0, q * v)
+            top = new
+        offsets = tile * BLOCK + tl.arange(0, BLOCK)
+        v = _log2_q(
+            teachers, given, stats, i, offsets, offsets < given.columns, c, 0.0, 0.0, MIX, DISTRIBUTIONS,
+        )  # fmt: skip
+        all_q = tl.sum(total, 0)
+        tl.store(wanted.observed + i * OBSERVED + 3, column_of(v, offsets, top, all_q, NO_TOP_OF_TEACHER))
+        tl.store(wanted.observed + i * OBSERVED + 4, entropy(all_q, tl.sum(spread, 0)).to(tl.float64))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.kernels.triton import dense, dense_rows, tiles
+from kdfast.kernels.triton import dense, dense_observe, dense_rows, tiles
 from kdfast.kernels.triton.dense_kept import RULES
 from kdfast.kernels.triton.dense_rows import Cap, Factors, Given, Kept, Rows, Wanted
 from kdfast.kernels.triton.divergences import KINDS
@@ -234,6 +234,7 @@ class _Call:
             MIX=self.mix,
             CROSS=self.cross,
             KNOWN=self.known,
+            OBSERVE=summing and wanted.observed is not None,
             PASS_SUMS=summing,
             PASS_VALUE=value,
             PASS_GRADIENT=gradient,
@@ -254,6 +255,8 @@ class _Call:
             pairs = self.distributions + (self.kept > 0)
             wanted = wanted._replace(stats=self._empty(dense_rows.STATE.value + 2 * pairs))
         self.sums(wanted)
+        if wanted.observed is not None and self.distributions > 1:
+            self._observe_mixture(wanted)
         values = self._empty(self.splits, dense_rows.VALUES.value)
         if value:
             self.passes(wanted, values=values, value=True)
@@ -266,18 +269,37 @@ class _Call:
 
     def sums(self, wanted: Wanted) -> None:
         """Pass 1 by splits, and what it amounts to."""
-        sums = self._empty(self.splits, dense_rows.SUMS.value + 2 * self.distributions)
+        observe = wanted.observed is not None
+        numbers = dense_rows.SUMS.value + 2 * self.distributions + dense_observe.OBSERVED_SUMS.value * observe
+        sums = self._empty(self.splits, numbers)
         self.passes(wanted, sums=sums, summing=True)
         launch(
             dense.combine_sums_kernel,
             (self.rows,),
             self.student,
+            self.teachers if observe else (),
             self.given,
             wanted,
             sums,
+            BLOCK=self.tile.columns,
             SPLITS=self.splits,
+            MIX=self.mix if observe else 0,
+            OBSERVE=observe,
             **self.constants,
             num_warps=min(8, max(1, self.kept // 128)),
+        )
+
+    def _observe_mixture(self, wanted: Wanted) -> None:
+        launch(
+            dense.observe_mixture_kernel,
+            (self.rows,),
+            self.teachers,
+            self.given,
+            wanted,
+            BLOCK=self.tile.columns,
+            DISTRIBUTIONS=self.distributions,
+            MIX=self.mix,
+            num_warps=self.tile.warps,
         )
 
     def _combine_values(self, wanted: Wanted, values: Tensor) -> None:
@@ -307,6 +329,7 @@ def run(
     c_soft: Tensor | None = None,
     c_hard: Tensor | None = None,
     c_z: Tensor | None = None,
+    observed: Tensor | None = None,
 ) -> None:
     """One call of the dense loss; ``stats`` together with ``grad`` is the gradient of an earlier forward call.
 
@@ -323,6 +346,7 @@ def run(
         c_soft: (...) fp32, factor of the distillation term's gradient.
         c_hard: (...) fp32, factor of the cross-entropy's gradient.
         c_z: (...) fp32, factor of the gradient of logsumexp^2.
+        observed: (..., 5) fp64, filled with what metrics are made of.
 
     Raises:
         ValueError: more kept columns than MOST_KEPT; logits whose memory was freed; and a temperature that is not above
@@ -350,9 +374,9 @@ def run(
     call = _Call(student, inputs, tau, grad=target, factors=factors, summing=not backward)
     with _on(student.device):
         if backward:
-            call.passes(Wanted(None, None, None, None, stats, None), gradient=True)
+            call.passes(Wanted(None, None, None, None, stats, None, None), gradient=True)
         else:
-            call.forward(Wanted(soft, hard, z2, dsoft_dtemperature, stats, None))
+            call.forward(Wanted(soft, hard, z2, dsoft_dtemperature, stats, None, observed))
     if grad is not None and target is not None and target.data is not grad:
         grad.copy_(target.data)
 
@@ -372,7 +396,7 @@ def _scale_of(inputs: Any, like: Tensor) -> Tensor:
     return scale
 
 
-def sums(student: Tensor, inputs: Any) -> Tensor:
+def sums(student: Tensor, inputs: Any, observed: Tensor | None = None) -> Tensor:
     """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
     shape, device = student.shape[:-1], student.device
     call = _part(student, inputs)
@@ -380,7 +404,7 @@ def sums(student: Tensor, inputs: Any) -> Tensor:
     logit_sum = torch.zeros(shape, dtype=torch.float32, device=device)
     if student.numel():
         with _on(device):
-            call.sums(Wanted(None, None, None, None, stats, logit_sum))
+            call.sums(Wanted(None, None, None, None, stats, logit_sum, observed))
     s, c = stats.double(), _scale_of(inputs, student)
     at_one = s[..., 2] * LOG2E + s[..., 3]
     at_tau = s[..., 0] * c + s[..., 1] if call.distributions else at_one
@@ -411,7 +435,7 @@ def values(student: Tensor, inputs: Any, totals: Tensor, *, dtemperature: bool) 
         stats = stats_of(totals, torch.zeros(shape, dtype=torch.float32, device=device), inputs)
         asks = torch.empty(shape, dtype=torch.float32, device=device) if dtemperature else None
         with _on(device):
-            call.passes(Wanted(None, None, None, asks, stats, None), values=out, value=True)
+            call.passes(Wanted(None, None, None, asks, stats, None, None), values=out, value=True)
     return out.sum(-2)
 
 

@@ -91,6 +91,7 @@ class Wanted(NamedTuple):
     dtau: Any
     stats: Any
     logit_sum: Any
+    observed: Any  # (rows, 5) fp64
 
 
 class Factors(NamedTuple):

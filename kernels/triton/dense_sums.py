@@ -7,6 +7,7 @@ import triton.language as tl
 
 from kdfast.kernels.triton import divergences
 from kdfast.kernels.triton.dense_kept import first_kept, less_kept
+from kdfast.kernels.triton.dense_observe import add_spread, first_tile, no_tile
 from kdfast.kernels.triton.dense_rows import (
     INF,
     LOG2E,
@@ -40,8 +41,10 @@ def sum_taught(
     SMOOTH: tl.constexpr,
     WITH_TEACHER: tl.constexpr,
     TAIL: tl.constexpr,
+    OBSERVE: tl.constexpr,
 ):
-    """Sums over the taught columns: (max z, at tau, at 1, cross, sum z - max, present, max t, sum t).
+    """Sums over the taught columns: (max z, at tau, at 1, cross, sum z - max, present, max t, sum t); and with OBSERVE
+    the first tile of max z and the sum of e u (``dense_observe.py``), and so of t.
 
     Cross is sum 2^((z - max z) c) ((z - max z) - (t - max t)), the reverse KL before normalisation: of distances to the
     maxima, as what sets z and t apart may be small beside a level that all of a row have. With TAIL, which is the
@@ -54,6 +57,9 @@ def sum_taught(
     at_one = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
     t_sum = tl.zeros([BLOCK], tl.float32)
+    z_tile, t_tile = no_tile(), no_tile()
+    z_spread = tl.zeros([BLOCK], tl.float32)
+    t_spread = tl.zeros([BLOCK], tl.float32)
     first, last = tiles_of(given.columns, split, BLOCK, SPLITS)
     if TAIL > 0:
         kept_at, kept, kept_ids = first_kept(given, i, first * BLOCK, TAIL)
@@ -66,6 +72,9 @@ def sum_taught(
         e = tl.exp2((z - at) * c)
         shrink = tl.exp2((z_top - at) * c)
         before = at_tau
+        if OBSERVE:
+            z_tile = first_tile(z_tile, j, top, z_top)
+            z_spread = add_spread(z_spread, before, e, (z - at) * c, (or_zero(z_top) - at) * c, shrink)
         at_tau = at_tau * shrink + e
         if TAU == TAU_TWO:
             at_one = at_one * (shrink * shrink) + e * e
@@ -86,21 +95,28 @@ def sum_taught(
             if CROSS:
                 moved = (t_at - or_zero(t_top)) - (at - or_zero(z_top))
                 cross = (cross + before * moved) * shrink + tl.where(e == 0.0, 0.0, e * ((z - at) - (t - t_at)))
-            t_sum = t_sum * tl.exp2((t_top - t_at) * c) + tl.exp2((t - t_at) * c)
+            t_e, t_shrink = tl.exp2((t - t_at) * c), tl.exp2((t_top - t_at) * c)
+            if OBSERVE:
+                t_tile = first_tile(t_tile, j, new, t_top)
+                t_spread = add_spread(t_spread, t_sum, t_e, (t - t_at) * c, (or_zero(t_top) - t_at) * c, t_shrink)
+            t_sum = t_sum * t_shrink + t_e
             t_top = new
         z_top = top
     sum_at_tau = tl.sum(at_tau, 0)
     sum_at_one = sum_at_tau
     if TAU != TAU_ONE:
         sum_at_one = tl.sum(at_one, 0)
-    return z_top, sum_at_tau, sum_at_one, tl.sum(cross, 0), smooth, present, t_top, tl.sum(t_sum, 0)
+    return (
+        z_top, sum_at_tau, sum_at_one, tl.sum(cross, 0), smooth, present, t_top, tl.sum(t_sum, 0),
+        z_tile, tl.sum(z_spread, 0), t_tile, tl.sum(t_spread, 0),
+    )  # fmt: skip
 
 
 @triton.jit
 def sum_rest(student, given, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr, SMOOTH: tl.constexpr):
-    """The student's columns beyond the taught ones: (max z, sum at 1, sum z - max, present)."""
+    """The student's columns beyond the taught ones: (max z, sum at 1, sum z - max, present, first tile of max z)."""
     row = row_of(student, i) + given.columns
-    top, smooth, present = scalar(float("-inf")), scalar(0.0), scalar(0.0)
+    top, smooth, present, tile = scalar(float("-inf")), scalar(0.0), scalar(0.0), no_tile()
     total = tl.zeros([BLOCK], tl.float32)
     first, last = tiles_of(given.vocab - given.columns, split, BLOCK, SPLITS)
     for j in range(first, last):
@@ -113,8 +129,9 @@ def sum_rest(student, given, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr
             there = z > -INF
             smooth += tl.where(present > 0.0, present * (top - at), 0.0) + tl.sum(tl.where(there, z - at, 0.0), 0)
             present += tl.sum(there.to(tl.float32), 0)
+        tile = first_tile(tile, j, new, top)
         top = new
-    return top, tl.sum(total, 0), smooth, present
+    return top, tl.sum(total, 0), smooth, present, tile
 
 
 @triton.jit

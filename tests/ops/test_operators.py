@@ -62,13 +62,14 @@ def test_opcheck(teachers, labels):
         labels = True
     args = arguments(teachers, labels=labels)
     wants = (True, bool(teachers == 1))
-    stats = ops.dense_forward(*args, *wants)[-1]
+    stats = ops.dense_forward(*args, *wants)[4]
     c = [torch.rand(2, 3) if there else None for there in (teachers, labels, True)]
-    opcheck(ops.dense_forward.default, (*args, *wants))
+    for observes in (False, True):
+        opcheck(ops.dense_forward.default, (*args, *wants, observes))
+        opcheck(ops.dense_fused.default, (*args, *wants, *c, observes))
+        opcheck(ops.dense_fused_.default, (args[0].clone(), *args[1:], *wants, *c, observes))
     opcheck(ops.dense_backward.default, (*args, stats, *c))
     opcheck(ops.dense_backward_.default, (args[0].clone(), *args[1:], stats, *c))
-    opcheck(ops.dense_fused.default, (*args, *wants, *c))
-    opcheck(ops.dense_fused_.default, (args[0].clone(), *args[1:], *wants, *c))
     opcheck(ops.scale_.default, (torch.rand(3, 5), torch.tensor(2.0), KERNEL))
 
 
@@ -78,7 +79,7 @@ def test_opcheck_of_a_sparse_teacher(rule):
     values = torch.randn(2, 3, 5) - 5 if rule == "bucket" else torch.rand(2, 3, 5)
     args = arguments(0, kept=(ids, values, torch.rand(2, 3), 37, rule))
     c = [torch.rand(2, 3) for _ in range(3)]
-    stats = ops.dense_forward(*args, True, False)[-1]
+    stats = ops.dense_forward(*args, True, False)[4]
     opcheck(ops.dense_forward.default, (*args, True, False))
     opcheck(ops.dense_backward.default, (*args, stats, *c))
     opcheck(ops.dense_backward_.default, (args[0].clone(), *args[1:], stats, *c))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.dense.inputs import KERNEL_DTYPES, Inputs
+from kdfast.ops.dense.inputs import KERNEL_DTYPES, Inputs, Wants
 from kdfast.spec import reference
 from kdfast.spec.divergence import Term
 from kdfast.spec.problem import Problem
@@ -26,6 +26,9 @@ from kdfast.spec.reduction import (
 )
 
 _ops = torch.ops.kdfast
+
+# What dense_fused is asked for where only its gradient is, and where that stands among its outputs.
+_GRADIENT, _GRAD = (False, False), 4
 
 
 class PerToken(NamedTuple):
@@ -68,8 +71,7 @@ class Spec(NamedTuple):
     mix_logits: bool
     columns: int
     label_smoothing: float
-    wants_z: bool
-    wants_dtau: bool
+    wants: Wants
     overwrite: bool
     kept_columns: int
     tail_rule: str
@@ -134,7 +136,7 @@ def only_once(grad: Tensor, *sources: Tensor) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """Scalar loss with the gradient made in the forward call; returns (loss, soft, hard, z2)."""
+    """Scalar loss with the gradient made in the forward call; returns (loss, soft, hard, z2, observed)."""
 
     @staticmethod
     def forward(
@@ -148,19 +150,18 @@ class _Fused(torch.autograd.Function):
         inputs: Inputs,
     ) -> tuple[Tensor, ...]:
         coefficients = (c_soft, c_hard, c_z)
+        arguments = (*inputs.arguments, spec.wants.z, spec.wants.dtau, *coefficients, spec.wants.observed)
         if spec.overwrite:
-            *tokens, dtau = _ops.dense_fused_(student, *inputs.arguments, spec.wants_z, spec.wants_dtau, *coefficients)
+            *tokens, dtau, observed = _ops.dense_fused_(student, *arguments)
             torch.autograd.graph.increment_version(student)
             ctx.grad = student.detach()
         else:
-            *tokens, dtau, ctx.grad = _ops.dense_fused(
-                student, *inputs.arguments, spec.wants_z, spec.wants_dtau, *coefficients
-            )
+            *tokens, dtau, ctx.grad, observed = _ops.dense_fused(student, *arguments)
             ctx.save_for_backward(student, *inputs.tensors)
         ctx.spec, ctx.inputs, ctx.coefficients, ctx.tokens, ctx.dtau = spec, inputs, coefficients, tokens, dtau
         terms = [weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
-        ctx.mark_non_differentiable(*tokens)
-        return sum(terms[1:], terms[0]), *tokens
+        ctx.mark_non_differentiable(*tokens, observed)
+        return sum(terms[1:], terms[0]), *tokens, observed
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -180,22 +181,20 @@ class _Fused(torch.autograd.Function):
                 msg = "kdfast: a second backward needs the logits that overwrite_logits=True gave away"
                 raise RuntimeError(msg)
             student, *_ = ctx.saved_tensors  # raises where one was changed since
-            grad = _ops.dense_fused(
-                student, *ctx.inputs.arguments, ctx.spec.wants_z, ctx.spec.wants_dtau, *ctx.coefficients
-            )[-1]
+            grad = _ops.dense_fused(student, *ctx.inputs.arguments, *_GRADIENT, *ctx.coefficients)[_GRAD]
         _ops.scale_(grad, upstream, ctx.spec.backend)
         to_coefficients = [
             None if c is None or not needed else upstream * torch.where((c != 0) | x.isfinite(), x, 0.0)
             for c, x, needed in zip(ctx.coefficients, ctx.tokens, ctx.needs_input_grad[2:5], strict=True)
         ]
         dtau = None
-        if ctx.needs_input_grad[1] and ctx.spec.wants_dtau:
+        if ctx.needs_input_grad[1] and ctx.spec.wants.dtau:
             dtau = (upstream * weighted(ctx.coefficients[0], ctx.dtau, "sum")).to(ctx.inputs.temperature.dtype)
         return grad, dtau, *to_coefficients
 
 
 class _Tokens(torch.autograd.Function):
-    """Per-token (soft, hard, z2), with a backward that reads the logits again."""
+    """Per-token (soft, hard, z2, dtau, stats, observed), with a backward that reads the logits again."""
 
     generate_vmap_rule = True
 
@@ -207,13 +206,13 @@ class _Tokens(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         inputs = spec.inputs(tensors[_N_PER_TOKEN:], PerToken(*tensors[:_N_PER_TOKEN]), temperature)
-        return _ops.dense_forward(student, *inputs.arguments, spec.wants_z, spec.wants_dtau)  # type: ignore[no-any-return]
+        return _ops.dense_forward(student, *inputs.arguments, *spec.wants)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, student, temperature, *tensors = inputs
-        dtau, stats = output[3:]
-        ctx.mark_non_differentiable(dtau, stats)
+        dtau, stats, observed = output[3:]
+        ctx.mark_non_differentiable(dtau, stats, observed)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, temperature, dtau, stats, *tensors)
         ctx.spec = spec
@@ -229,7 +228,7 @@ class _Tokens(torch.autograd.Function):
         # A term that the call does not have has an output without elements, whose upstream may be None or as empty.
         coefficients = [
             g if there else None
-            for g, there in ((g_soft, inputs.taught), (g_hard, inputs.labels is not None), (g_z, spec.wants_z))
+            for g, there in ((g_soft, inputs.taught), (g_hard, inputs.labels is not None), (g_z, spec.wants.z))
         ]
         g_soft = coefficients[0]
         upstream = [g for g in coefficients if g is not None]
@@ -239,9 +238,9 @@ class _Tokens(torch.autograd.Function):
         if any(ctx.needs_input_grad[3 + _N_PER_TOKEN :]) and g_soft is not None:
             # The same divergence with its arguments, and so its roles, exchanged.
             swapped = inputs._replace(teachers=[student], labels=None, **_exchanged(spec.terms))
-            grad = _ops.dense_fused(teachers[0], *swapped.arguments, False, False, g_soft, None, None)[-1]
+            grad = _ops.dense_fused(teachers[0], *swapped.arguments, *_GRADIENT, g_soft, None, None)[_GRAD]
             to_teachers[0] = only_once(grad, *upstream, student, teachers[0])
-        if ctx.needs_input_grad[2] and spec.wants_dtau and g_soft is not None:
+        if ctx.needs_input_grad[2] and spec.wants.dtau and g_soft is not None:
             moved = weighted(g_soft, dtau, "sum").to(temperature.dtype)
             to_temperature = only_once(moved, *upstream, student, temperature)
         if ctx.needs_input_grad[1] and upstream:
@@ -306,8 +305,9 @@ def spec_of(problem: Problem, backend: str) -> Spec:
         problem.ensemble == "logit" and len(problem.teachers) > 1,
         problem.columns,
         problem.label_smoothing,
-        problem.has_z_loss,
-        problem.learns_temperature and bool(problem.teachers),
+        Wants(
+            problem.has_z_loss, problem.learns_temperature and bool(problem.teachers), observed=problem.return_metrics
+        ),
         problem.overwrite_logits,
         0 if problem.kept is None else problem.kept.vocab_size,
         "" if problem.kept is None else reference.tail_rule(problem, problem.kept),
@@ -340,7 +340,7 @@ def distill_loss(problem: Problem, backend: str) -> DistillTerms:
         # Where nothing requires grad, a compiler traces forward alone, and may pass it a context that it does not take.
         traced = torch.compiler.is_compiling() and not _needs_gradient(student, problem.temperature, *teachers)
         out = (_Tokens.forward if traced else _Tokens.apply)(spec, *tensors)  # type: ignore[arg-type]
-        return assemble(problem, token_terms(problem, *out[:3]), w)
+        return assemble(problem, token_terms(problem, *out[:3], out[-1]), w)
     inputs = spec.inputs(teachers, per_token, problem.temperature.detach())
     c = coefficients(problem, w)
     loss, *out = _Fused.apply(student, problem.temperature, *c, spec, inputs)  # type: ignore[no-untyped-call]
@@ -351,7 +351,15 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def token_terms(problem: Problem, soft: Tensor, hard: Tensor, z2: Tensor) -> TokenTerms:
-    """What a kernel returned, without the terms that the call does not have."""
+def token_terms(
+    problem: Problem, soft: Tensor, hard: Tensor, z2: Tensor, observed: Tensor, columns: int | None = None
+) -> TokenTerms:
+    """What a kernel returned, without the terms that the call does not have, and with what sparse targets tell.
+
+    ``columns``: those under the distillation term, on all ranks; None: the problem's.
+    """
     there = (problem.has_teacher, problem.labels is not None, problem.has_z_loss)
-    return TokenTerms(*(x if yes else None for x, yes in zip((soft, hard, z2), there, strict=True)))
+    terms = (x if yes else None for x, yes in zip((soft, hard, z2), there, strict=True))
+    if not problem.return_metrics:
+        return TokenTerms(*terms)
+    return TokenTerms(*terms, reference.observe_kept(problem, observed, columns or problem.columns))

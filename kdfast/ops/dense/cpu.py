@@ -60,13 +60,13 @@ def run(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
 # teacher. High and low add up to the log2 of a sum of exponentials.
 
 
-def sums(student: Tensor, inputs: Inputs) -> Tensor:
+def sums(student: Tensor, inputs: Inputs, observed: Tensor | None = None) -> Tensor:
     """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
     student = contiguous_rows(student)
     shape = student.shape[:-1]
     stats = torch.empty((*shape, stats_size(inputs)), dtype=torch.float32)
     logit_sum = torch.empty(shape, dtype=torch.float32)
-    _call("sums", student, inputs, {"stats": stats, "logit_sum": logit_sum})
+    _call("sums", student, inputs, {"stats": stats, "logit_sum": logit_sum, "observed": observed})
     s = stats.double()
 
     def together(high: Tensor, low: Tensor) -> Tensor:  # -inf, of columns without mass, has no low part

@@ -75,6 +75,18 @@ class Inputs(NamedTuple):
 N_INPUTS = len(Inputs._fields) - 1
 
 
+class Wants(NamedTuple):
+    """What a forward call computes beside D, CE and the gradient."""
+
+    z: bool  # logsumexp^2
+    dtau: bool  # the derivative of D by the temperature
+    observed: bool = False  # what metrics are made of
+
+
+#: Numbers of ``observed`` per token: the fields of :class:`kdfast.spec.reduction.Observed`.
+N_OBSERVED = 5
+
+
 def stats_size(inputs: Inputs) -> int:
     """Numbers saved per token, in the kernel's layout: 6 of the student, 2 of each softmax of a teacher.
 

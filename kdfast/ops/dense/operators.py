@@ -23,23 +23,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kdfast.ops.dense.inputs import INPUTS, N_INPUTS, Inputs, stats_size
+from kdfast.ops.dense.inputs import INPUTS, N_INPUTS, N_OBSERVED, Inputs, Wants, stats_size
 
 COEFFICIENTS = "Tensor? c_soft, Tensor? c_hard, Tensor? c_z"
+# Last, and with a default: programs that were exported before it was there go on.
+OBSERVES = "bool wants_observed=False"
 
 _library = torch.library.Library("kdfast", "DEF")
 _library.define(
-    f"dense_forward(Tensor student, {INPUTS}, bool wants_z, bool wants_dtau) "
-    "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor stats)"
+    f"dense_forward(Tensor student, {INPUTS}, bool wants_z, bool wants_dtau, {OBSERVES}) "
+    "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor stats, Tensor observed)"
 )
 _library.define(f"dense_backward(Tensor student, {INPUTS}, Tensor stats, {COEFFICIENTS}) -> Tensor")
 _library.define(
-    f"dense_fused(Tensor student, {INPUTS}, bool wants_z, bool wants_dtau, {COEFFICIENTS}) "
-    "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor grad)"
+    f"dense_fused(Tensor student, {INPUTS}, bool wants_z, bool wants_dtau, {COEFFICIENTS}, {OBSERVES}) "
+    "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor grad, Tensor observed)"
 )
 _library.define(
-    f"dense_fused_(Tensor(a!) student, {INPUTS}, bool wants_z, bool wants_dtau, {COEFFICIENTS}) "
-    "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau)"
+    f"dense_fused_(Tensor(a!) student, {INPUTS}, bool wants_z, bool wants_dtau, {COEFFICIENTS}, {OBSERVES}) "
+    "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor observed)"
 )
 _library.define(f"dense_backward_(Tensor(a!) student, {INPUTS}, Tensor stats, {COEFFICIENTS}) -> ()")
 _library.define("scale_(Tensor(a!) grad, Tensor factor, str backend) -> ()")
@@ -65,8 +67,8 @@ class Launcher(Protocol):
     # teachers): log2 of the sum of exponentials at tau and at 1; sum and number of the logits that are not -inf, for
     # label smoothing only; log2 of each teacher's sum at tau.
 
-    def sums(self, student: Tensor, inputs: Inputs) -> Tensor:
-        """Totals over the columns that are here."""
+    def sums(self, student: Tensor, inputs: Inputs, observed: Tensor | None = None) -> Tensor:
+        """Totals over the columns that are here, and what is observed of them, (..., 5) fp64, where it is given."""
 
     def values(self, student: Tensor, inputs: Inputs, totals: Tensor, *, dtemperature: bool) -> Tensor:
         """Sums over the columns that are here, (..., 7) fp32, under totals over all columns.
@@ -94,33 +96,51 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def token_outputs(student: Tensor, inputs: Inputs, wants_z: bool, wants_dtau: bool) -> dict[str, Tensor]:
-    """Output tensors by the kernel's names; a term that the call does not have is an empty tensor of two axes."""
-    taught = inputs.taught
+def token_outputs(student: Tensor, inputs: Inputs, wants: Wants) -> dict[str, Tensor]:
+    """Output tensors by the kernel's names; one that the call does not have is :func:`absent`.
+
+    All are (...) fp32, but for ``observed``, (..., 5) fp64.
+    """
+    taught, leading = inputs.taught, student.shape[:-1]
     there = {
         "soft": taught,
         "hard": inputs.labels is not None,
-        "z2": wants_z,
-        "dsoft_dtemperature": taught and wants_dtau,
+        "z2": wants.z,
+        "dsoft_dtemperature": taught and wants.dtau,
     }
-    shapes = {k: student.shape[:-1] if yes else (0, 0) for k, yes in there.items()}
-    return {k: torch.empty(s, dtype=torch.float32, device=student.device) for k, s in shapes.items()}
+    shapes = {k: leading if yes else (0, 0) for k, yes in there.items()}
+    out = {k: torch.empty(s, dtype=torch.float32, device=student.device) for k, s in shapes.items()}
+    observed = (*leading, N_OBSERVED) if wants.observed else (0, 0)
+    return out | {"observed": torch.empty(observed, dtype=torch.float64, device=student.device)}
 
 
-def _run_forward(
-    student: Tensor, inputs: Inputs, wants: tuple[bool, bool], **more: Tensor | None
-) -> tuple[Tensor, ...]:
-    out = token_outputs(student, inputs, *wants)
-    launcher(inputs.backend).run(
-        student, inputs, **{k: v for k, v in out.items() if v.shape == student.shape[:-1]}, **more
-    )
-    return tuple(out.values())
+def absent(output: Tensor) -> bool:
+    """Whether an output of a call stands for something that it does not have: an empty tensor of two axes."""
+    return output.shape == (0, 0)
+
+
+def _run_forward(student: Tensor, inputs: Inputs, wants: Wants, **more: Tensor | None) -> dict[str, Tensor]:
+    out = token_outputs(student, inputs, wants)
+    launcher(inputs.backend).run(student, inputs, **{k: v for k, v in out.items() if not absent(v)}, **more)
+    return out
+
+
+def wants_of(rest: tuple[Any, ...], between: int = 0) -> tuple[Wants, tuple[Any, ...]]:
+    """What is wanted, and the arguments in between; ``rest`` stands behind INPUTS, and may lack OBSERVES."""
+    return Wants(*rest[:2], *rest[2 + between :]), rest[2 : 2 + between]
+
+
+def _last(out: dict[str, Tensor], *more: Tensor) -> tuple[Tensor, ...]:
+    """Outputs in the order of the schemas: ``observed``, which came last, behind the others."""
+    *terms, observed = out.values()
+    return *terms, *more, observed
 
 
 def _dense_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, student = Inputs(*args[:N_INPUTS]), rows_of(student)
     stats = torch.empty((*student.shape[:-1], stats_size(inputs)), dtype=torch.float32, device=student.device)
-    return *_run_forward(student, inputs, args[N_INPUTS:], stats=stats), stats
+    wants, _ = wants_of(args[N_INPUTS:])
+    return _last(_run_forward(student, inputs, wants, stats=stats), stats)
 
 
 def _dense_backward(student: Tensor, *args: Any) -> Tensor:
@@ -143,16 +163,16 @@ def _backward_into(grad: Tensor, student: Tensor, *args: Any) -> None:
 def _dense_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     student = rows_of(student)
     grad = launcher(Inputs(*args[:N_INPUTS]).backend).fresh_gradient(student)
-    return *_fused_into(grad, student, *args), grad
+    return _last(_fused_into(grad, student, *args), grad)
 
 
 def _dense_fused_inplace(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _fused_into(student, student, *args)
+    return _last(_fused_into(student, student, *args))
 
 
-def _fused_into(grad: Tensor, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, (*wants, c_soft, c_hard, c_z) = Inputs(*args[:N_INPUTS]), args[N_INPUTS:]
-    return _run_forward(student, inputs, tuple(wants), grad=grad, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
+def _fused_into(grad: Tensor, student: Tensor, *args: Any) -> dict[str, Tensor]:
+    inputs, (wants, (c_soft, c_hard, c_z)) = Inputs(*args[:N_INPUTS]), wants_of(args[N_INPUTS:], 3)
+    return _run_forward(student, inputs, wants, grad=grad, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
 
 
 def _scale_inplace(grad: Tensor, factor: Tensor, backend: str) -> None:
@@ -171,24 +191,25 @@ for _device in ("CPU", "CUDA"):
 # --- Fakes: the shapes and strides that the implementations allocate --------------------------------------------------
 
 
-def _fake_outputs(student: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    return tuple(token_outputs(student, Inputs(*args[:N_INPUTS]), *args[N_INPUTS : N_INPUTS + 2]).values())
-
-
 def _fake_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    stats = student.new_empty((*student.shape[:-1], stats_size(Inputs(*args[:N_INPUTS]))), dtype=torch.float32)
-    return *_fake_outputs(student, args), stats
+    inputs, (wants, _) = Inputs(*args[:N_INPUTS]), wants_of(args[N_INPUTS:])
+    stats = student.new_empty((*student.shape[:-1], stats_size(inputs)), dtype=torch.float32)
+    return _last(token_outputs(student, inputs, wants), stats)
 
 
 def _fake_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return *_fake_outputs(student, args), student.new_empty(student.shape)
+    return _last(_fake_outputs(student, args), student.new_empty(student.shape))
+
+
+def _fake_outputs(student: Tensor, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    return token_outputs(student, Inputs(*args[:N_INPUTS]), wants_of(args[N_INPUTS:], 3)[0])
 
 
 torch.library.register_fake("kdfast::dense_forward", _fake_forward)
 torch.library.register_fake("kdfast::dense_backward", lambda student, *_: student.new_empty(student.shape))
 torch.library.register_fake("kdfast::dense_backward_", lambda *_: None)
 torch.library.register_fake("kdfast::dense_fused", _fake_fused)
-torch.library.register_fake("kdfast::dense_fused_", lambda student, *args: _fake_outputs(student, args))
+torch.library.register_fake("kdfast::dense_fused_", lambda student, *args: _last(_fake_outputs(student, args)))
 torch.library.register_fake("kdfast::scale_", lambda *_: None)
 
 
@@ -239,6 +260,6 @@ def _batched(op: Any, outputs: int) -> Any:
     return rule
 
 
-torch.library.register_vmap("kdfast::dense_forward", _batched(_ops.dense_forward, 5))
+torch.library.register_vmap("kdfast::dense_forward", _batched(_ops.dense_forward, 6))
 torch.library.register_vmap("kdfast::dense_backward", _batched(_ops.dense_backward, 1))
-torch.library.register_vmap("kdfast::dense_fused", _batched(_ops.dense_fused, 5))
+torch.library.register_vmap("kdfast::dense_fused", _batched(_ops.dense_fused, 6))

@@ -66,11 +66,11 @@ class Tensors(NamedTuple):
 
 
 def _arguments(tensors: Tensors, spec: HeadSpec, temperature: Tensor, per_token: PerToken) -> tuple[Any, ...]:
-    """What both operators take first."""
+    """What both operators take before what is wanted."""
     student, *teachers = tensors.inputs
     inputs = spec.dense.inputs(tuple(teachers), per_token, temperature.detach())
     heads = (list(tensors.weights), list(tensors.biases), list(spec.softcaps), list(spec.scales), spec.memory_budget)
-    return student, *inputs.arguments, *heads, spec.dense.wants_z, spec.dense.wants_dtau
+    return student, *inputs.arguments, *heads
 
 
 def _to_student(tensors: Tensors, needs: tuple[bool, ...]) -> list[bool]:
@@ -89,7 +89,7 @@ def _flat_gradients(tensors: Tensors, wanted: list[bool], grads: tuple[Tensor, .
 
 
 class _Fused(torch.autograd.Function):
-    """Scalar loss with the gradients made in the forward call; returns (loss, soft, hard, z2)."""
+    """Scalar loss with the gradients made in the forward call; returns (loss, soft, hard, z2, observed)."""
 
     @staticmethod
     def forward(
@@ -105,14 +105,16 @@ class _Fused(torch.autograd.Function):
         tensors, coefficients = Tensors.of(flat), (c_soft, c_hard, c_z)
         wanted = _to_student(tensors, ctx.needs_input_grad[5 + _N_PER_TOKEN :])
         arguments = _arguments(tensors, spec, temperature, per_token)
-        *tokens, dtau, d_student, d_weight, d_bias = spec.operators.fused(*arguments, *coefficients, wanted)
+        z, by_tau, observes = spec.dense.wants
+        out = spec.operators.fused(*arguments, z, by_tau, *coefficients, wanted, observes)
+        *tokens, dtau, d_student, d_weight, d_bias, observed = out
         ctx.save_for_backward(*coefficients, *tokens, dtau, d_student, d_weight, d_bias, *tensors.flat())
         ctx.spec, ctx.wanted = spec, wanted
         ctx.dtype = temperature.dtype
-        ctx.mark_non_differentiable(*tokens)
+        ctx.mark_non_differentiable(*tokens, observed)
         ctx.set_materialize_grads(False)
         terms = [weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
-        return sum(terms[1:], terms[0]), *tokens
+        return sum(terms[1:], terms[0]), *tokens, observed
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -126,7 +128,7 @@ class _Fused(torch.autograd.Function):
             for c, x, needed in zip(coefficients, tokens, ctx.needs_input_grad[2:5], strict=True)
         ]
         to_temperature = None
-        if ctx.needs_input_grad[1] and ctx.spec.dense.wants_dtau:
+        if ctx.needs_input_grad[1] and ctx.spec.dense.wants.dtau:
             moved = upstream * weighted(coefficients[0], dtau, "sum")
             to_temperature = only_once(moved.to(ctx.dtype), *sources)
         to_tensors = _flat_gradients(Tensors.of(flat), ctx.wanted, scaled)
@@ -134,7 +136,7 @@ class _Fused(torch.autograd.Function):
 
 
 class _Tokens(torch.autograd.Function):
-    """Per-token (soft, hard, z2), with a backward that makes the logits again."""
+    """Per-token (soft, hard, z2, observed), with a backward that makes the logits again."""
 
     @staticmethod
     def forward(
@@ -145,19 +147,21 @@ class _Tokens(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         per_token = PerToken(*flat[:_N_PER_TOKEN])
         arguments = _arguments(Tensors.of(flat[_N_PER_TOKEN:]), spec, temperature, per_token)
-        *tokens, dtau = spec.operators.forward(*arguments)
+        *tokens, dtau, observed = spec.operators.forward(*arguments, *spec.dense.wants)
         ctx.save_for_backward(temperature, dtau, *flat)
         ctx.spec = spec
+        ctx.mark_non_differentiable(observed)
         ctx.set_materialize_grads(False)
-        return tuple(tokens)
+        return *tokens, observed
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = upstream[:3]
         temperature, dtau, *flat = ctx.saved_tensors
         per_token, flat = PerToken(*flat[:_N_PER_TOKEN]), flat[_N_PER_TOKEN:]
         spec, tensors = ctx.spec, Tensors.of(tuple(flat))
         taught = len(tensors.inputs) > 1 or per_token.kept_ids is not None
-        there = (taught, per_token.labels is not None, spec.dense.wants_z)
+        there = (taught, per_token.labels is not None, spec.dense.wants.z)
         coefficients = [g if yes else None for g, yes in zip(upstream, there, strict=True)]
         given = [g for g in coefficients if g is not None]
         others, nothing = (None,) * _N_PER_TOKEN, (None,) * len(flat)
@@ -169,10 +173,10 @@ class _Tokens(torch.autograd.Function):
         if any(wanted):
             arguments = _arguments(tensors, spec, temperature, per_token)
             with torch.no_grad():
-                grads = spec.operators.fused(*arguments, *coefficients, wanted)[-3:]
+                grads = spec.operators.fused(*arguments, False, False, *coefficients, wanted)[4:7]
             to_tensors = _flat_gradients(tensors, wanted, tuple(only_once(g, *sources) for g in grads))
         to_temperature = None
-        if ctx.needs_input_grad[1] and spec.dense.wants_dtau and coefficients[0] is not None:
+        if ctx.needs_input_grad[1] and spec.dense.wants.dtau and coefficients[0] is not None:
             moved = weighted(coefficients[0], dtau, "sum").to(temperature.dtype)
             to_temperature = only_once(moved, *sources)
         return None, to_temperature, *others, *to_tensors
@@ -224,10 +228,12 @@ def distill_loss(problem: Problem, backend: str, over_ranks: Operators | None = 
         and inputs[0].dtype != torch.float16
         and problem.reduction != "none"
     )
+    columns = None if over_ranks is None or problem.kept is None else problem.kept.vocab_size
     with torch.autocast(inputs[0].device.type, enabled=False):
         if in_forward:
             c = coefficients(problem, w)
             loss, *out = _Fused.apply(spec, problem.temperature, *c, *per_token, *tensors.flat())  # type: ignore[no-untyped-call]
-            return DistillTerms(loss, *reduced_terms(problem, dense_autograd.token_terms(problem, *out), w))
+            tokens = dense_autograd.token_terms(problem, *out, columns)
+            return DistillTerms(loss, *reduced_terms(problem, tokens, w))
         out = _Tokens.apply(spec, problem.temperature, *per_token, *tensors.flat())  # type: ignore[no-untyped-call]
-        return assemble(problem, dense_autograd.token_terms(problem, *out), w)
+        return assemble(problem, dense_autograd.token_terms(problem, *out, columns), w)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.dense import operators as dense
-from kdfast.ops.dense.inputs import INPUTS, N_INPUTS, Inputs
-from kdfast.ops.dense.operators import COEFFICIENTS
+from kdfast.ops.dense.inputs import INPUTS, N_INPUTS, Inputs, Wants
+from kdfast.ops.dense.operators import COEFFICIENTS, OBSERVES, absent, wants_of
 from kdfast.spec.head import Cap
 
 #: Bytes of logits in one chunk, all heads together: enough rows for the matrix products to run at full speed.
@@ -38,12 +38,13 @@ _HEADS = "Tensor?[] head_weights, Tensor?[] head_biases, float[] softcaps, float
 
 _library = torch.library.Library("kdfast", "FRAGMENT")
 _library.define(
-    f"head_forward(Tensor student, {INPUTS}, {_HEADS}, bool wants_z, bool wants_dtau) "
-    "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau)"
+    f"head_forward(Tensor student, {INPUTS}, {_HEADS}, bool wants_z, bool wants_dtau, {OBSERVES}) "
+    "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor observed)"
 )
 _library.define(
-    f"head_fused(Tensor student, {INPUTS}, {_HEADS}, bool wants_z, bool wants_dtau, {COEFFICIENTS}, bool[] wanted) "
-    "-> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor d_student, Tensor d_weight, Tensor d_bias)"
+    f"head_fused(Tensor student, {INPUTS}, {_HEADS}, bool wants_z, bool wants_dtau, {COEFFICIENTS}, bool[] wanted, "
+    f"{OBSERVES}) -> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor d_student, Tensor d_weight, "
+    "Tensor d_bias, Tensor observed)"
 )
 
 
@@ -175,25 +176,26 @@ class Chunks:
             kept_per_row=self.kept["kept_per_row"][tokens] if "kept_per_row" in self.kept else None,
         )
 
-    def token_outputs(self, wants_z: bool, wants_dtau: bool) -> dict[str, Tensor]:
-        """Memory for the terms of the tokens that stay; an absent term has two axes."""
+    def token_outputs(self, wants: Wants) -> dict[str, Tensor]:
+        """Memory for what is wanted of the tokens that stay."""
         flat = torch.empty(self.count, 1, device=self.participants[0].device)
-        return dense.token_outputs(flat, self.inputs, wants_z, wants_dtau)
+        return dense.token_outputs(flat, self.inputs, wants)
 
 
-def finished(chunks: Chunks, out: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """The terms of all tokens, (...), from those of the tokens that stayed."""
-    return tuple(x if x.dim() == 2 else chunks.spread(x) for x in out.values())
+def finished(chunks: Chunks, out: dict[str, Tensor], *gradients: Tensor) -> tuple[Tensor, ...]:
+    """Outputs in the order of the schemas: of all tokens, (...), from those of the tokens that stayed."""
+    *terms, observed = (x if absent(x) else chunks.spread(x) for x in out.values())
+    return *terms, *gradients, observed
 
 
 def _parts(out: dict[str, Tensor], tokens: slice) -> dict[str, Tensor]:
-    return {name: x[tokens] for name, x in out.items() if x.dim() == 1}
+    return {name: x[tokens] for name, x in out.items() if not absent(x)}
 
 
 def _head_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
     chunks = Chunks(student, inputs, heads)
-    out = chunks.token_outputs(*args[N_INPUTS + N_HEADS :])
+    out = chunks.token_outputs(wants_of(args[N_INPUTS + N_HEADS :])[0])
     run = dense.launcher(inputs.backend).run
     for tokens in chunks:
         z = chunks.logits(0, tokens)
@@ -203,9 +205,9 @@ def _head_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _head_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
-    wants_z, wants_dtau, *coefficients, wanted = args[N_INPUTS + N_HEADS :]
+    wants, (*coefficients, wanted) = wants_of(args[N_INPUTS + N_HEADS :], 4)
     chunks = Chunks(student, inputs, heads)
-    out = chunks.token_outputs(wants_z, wants_dtau)
+    out = chunks.token_outputs(wants)
     c = [None if x is None else chunks.compact(x).float() for x in coefficients]
     run = dense.launcher(inputs.backend).run
     gradients = Gradients(chunks, wanted)
@@ -215,7 +217,7 @@ def _head_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
         c_soft, c_hard, c_z = (None if x is None else x[tokens] for x in c)
         run(z, chunks.inputs_of(tokens), **_parts(out, tokens), grad=g, c_soft=c_soft, c_hard=c_hard, c_z=c_z)
         gradients.add(g, tokens)
-    return *finished(chunks, out), *gradients.finished()
+    return finished(chunks, out, *gradients.finished())
 
 
 class Gradients:
@@ -277,15 +279,16 @@ for _device in ("CPU", "CUDA"):
 
 
 def _fake_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    wants = args[N_INPUTS + N_HEADS :][:2]
-    return tuple(dense.token_outputs(student, Inputs(*args[:N_INPUTS]), *wants).values())
+    wants, _ = wants_of(args[N_INPUTS + N_HEADS :])
+    return tuple(dense.token_outputs(student, Inputs(*args[:N_INPUTS]), wants).values())
 
 
 def _fake_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    heads, wanted = Heads(*args[N_INPUTS : N_INPUTS + N_HEADS]), args[-1]
+    heads, (wants, (*_, wanted)) = Heads(*args[N_INPUTS : N_INPUTS + N_HEADS]), wants_of(args[N_INPUTS + N_HEADS :], 4)
     there = (student, heads.weights[0], heads.biases[0])
     grads = [student.new_empty(0 if x is None or not yes else x.shape) for x, yes in zip(there, wanted, strict=True)]
-    return *_fake_forward(student, *args), *grads
+    *terms, observed = dense.token_outputs(student, Inputs(*args[:N_INPUTS]), wants).values()
+    return *terms, *grads, observed
 
 
 torch.library.register_fake("kdfast::head_forward", _fake_forward)

@@ -16,14 +16,16 @@ from torch import Tensor
 from kdfast.ops.dense import autograd as dense_autograd
 from kdfast.ops.dense import operators as dense
 from kdfast.ops.dense.autograd import PerToken, Spec
-from kdfast.ops.dense.inputs import N_INPUTS, Inputs
+from kdfast.ops.dense.inputs import N_INPUTS, Inputs, Wants
+from kdfast.ops.dense.operators import absent, wants_of
 from kdfast.ops.eager import outside_graphs
 from kdfast.ops.head import autograd as head_autograd
 from kdfast.ops.head import operators as head
 from kdfast.ops.head.operators import N_HEADS, Chunks, Gradients, Heads
 from kdfast.ops.shard import operators as shard_dense
 from kdfast.ops.shard import sparse as shard_sparse
-from kdfast.ops.shard.operators import Factors, Shard, Statistics
+from kdfast.ops.shard.metrics import Shard
+from kdfast.ops.shard.operators import Factors, Statistics
 from kdfast.ops.shard.sparse import SparseStatistics
 from kdfast.spec.problem import Problem
 from kdfast.spec.reduction import DistillTerms, assemble, token_weights
@@ -40,15 +42,16 @@ def distill_loss(problem: Problem, backend: str, shard: Shard) -> DistillTerms:
     teachers: tuple[Tensor, ...] = problem.teachers  # type: ignore[assignment]
     spec, per_token = dense_autograd.spec_of(problem, backend), PerToken.of(problem)
     out = _Stored.apply(problem.student, problem.temperature, per_token, spec, shard, *teachers)  # type: ignore[no-untyped-call]
-    return assemble(problem, dense_autograd.token_terms(problem, *out), token_weights(problem))
+    columns = None if problem.kept is None else problem.kept.vocab_size
+    return assemble(problem, dense_autograd.token_terms(problem, *out, columns), token_weights(problem))
 
 
 def _statistics(
-    student: Tensor, inputs: Inputs, shard: Shard, *, wants_z: bool, wants_dtau: bool, ours: bool
+    student: Tensor, inputs: Inputs, shard: Shard, wants: Wants, *, ours: bool
 ) -> tuple[Statistics, SparseStatistics | None]:
     if inputs.kept_ids is None:
-        return shard_dense.statistics(student, inputs, shard, wants_z=wants_z, wants_dtau=wants_dtau), None
-    found = shard_sparse.statistics(student, inputs, shard, wants_z=wants_z, ours=ours)
+        return shard_dense.statistics(student, inputs, shard, wants), None
+    found = shard_sparse.statistics(student, inputs, shard, wants, ours=ours)
     return found.common, found
 
 
@@ -56,7 +59,7 @@ def _statistics(
 
 
 class _Stored(torch.autograd.Function):
-    """Per-token (soft, hard, z2) over all shards; the gradient of the columns that are here."""
+    """Per-token (soft, hard, z2, observed) over all shards; the gradient of the columns that are here."""
 
     @staticmethod
     def forward(
@@ -69,20 +72,20 @@ class _Stored(torch.autograd.Function):
         *teachers: Tensor,
     ) -> tuple[Tensor, ...]:
         inputs = spec.inputs(teachers, per_token, temperature.detach())
-        found, sparse = _statistics(
-            student, inputs, shard, wants_z=spec.wants_z, wants_dtau=spec.wants_dtau, ours=False
-        )
+        found, sparse = _statistics(student, inputs, shard, spec.wants, ours=False)
         ctx.save_for_backward(student, *inputs.tensors)
         ctx.spec, ctx.inputs, ctx.shard, ctx.found, ctx.sparse = spec, inputs, shard, found, sparse
         ctx.set_materialize_grads(False)
-        return found.terms(per_token.counted)
+        observed = found.seen(per_token.counted)
+        ctx.mark_non_differentiable(observed)
+        return *found.terms(per_token.counted), observed
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         student, *_ = ctx.saved_tensors  # raises where one was changed since
         spec, inputs, found = ctx.spec, ctx.inputs, ctx.found
-        there = (inputs.taught, inputs.labels is not None, spec.wants_z)
-        soft, hard, z = (g if yes else None for g, yes in zip(upstream, there, strict=True))
+        there = (inputs.taught, inputs.labels is not None, spec.wants.z)
+        soft, hard, z = (g if yes else None for g, yes in zip(upstream[:3], there, strict=True))
         to_student = to_temperature = None
         if ctx.needs_input_grad[0]:
             with torch.no_grad():
@@ -125,26 +128,26 @@ class HeadsOverRanks:
     def forward(self, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
         """Terms of each token; arguments as in ``head_forward``."""
         inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
-        wants_z, wants_dtau = args[N_INPUTS + N_HEADS :]
+        wants, _ = wants_of(args[N_INPUTS + N_HEADS :])
         chunks = Chunks(student, inputs, heads, columns=self.shard.widest)
-        out = chunks.token_outputs(wants_z, wants_dtau)
+        out = chunks.token_outputs(wants)
         for tokens in chunks:
             z, part = chunks.logits(0, tokens), chunks.inputs_of(tokens)
-            found, _ = _statistics(z, part, self.shard, wants_z=wants_z, wants_dtau=wants_dtau, ours=True)
+            found, _ = _statistics(z, part, self.shard, wants, ours=True)
             _fill(out, found, part, tokens)
         return head.finished(chunks, out)
 
     def fused(self, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
         """Terms of each token and finished gradients; arguments as in ``head_fused``."""
         inputs, heads = Inputs(*args[:N_INPUTS]), Heads(*args[N_INPUTS : N_INPUTS + N_HEADS])
-        wants_z, wants_dtau, *coefficients, wanted = args[N_INPUTS + N_HEADS :]
+        wants, (*coefficients, wanted) = wants_of(args[N_INPUTS + N_HEADS :], 4)
         chunks = Chunks(student, inputs, heads, columns=self.shard.widest)
-        out = chunks.token_outputs(wants_z, wants_dtau)
+        out = chunks.token_outputs(wants)
         factors = [None if x is None else chunks.compact(x).float() for x in coefficients]
         gradients = _SummedGradients(chunks, wanted, self.shard.group)
         for tokens in chunks:
             z, part = chunks.logits(0, tokens), chunks.inputs_of(tokens)
-            found, sparse = _statistics(z, part, self.shard, wants_z=wants_z, wants_dtau=wants_dtau, ours=True)
+            found, sparse = _statistics(z, part, self.shard, wants, ours=True)
             _fill(out, found, part, tokens)
             g = gradients.of_logits(z, tokens)
             c_soft, c_hard, c_z = (None if x is None else x[tokens] for x in factors)
@@ -153,7 +156,7 @@ class HeadsOverRanks:
             else:
                 shard_sparse.gradient_into(g, z, part, self.shard, sparse, (c_soft, c_hard, c_z))
             gradients.add(g, tokens)
-        return *head.finished(chunks, out), *gradients.finished()
+        return head.finished(chunks, out, *gradients.finished())
 
 
 def _fill(out: dict[str, Tensor], found: Statistics, inputs: Inputs, tokens: slice) -> None:
@@ -161,8 +164,8 @@ def _fill(out: dict[str, Tensor], found: Statistics, inputs: Inputs, tokens: sli
     dtau = found.dtau
     if dtau is not None and inputs.counted is not None:
         dtau = dtau.masked_fill(~inputs.counted, 0.0)
-    for into, x in zip(out.values(), (soft, hard, z2, dtau), strict=True):
-        if into.dim() == 1 and x is not None:
+    for into, x in zip(out.values(), (soft, hard, z2, dtau, found.seen(inputs.counted)), strict=True):
+        if not absent(into) and x is not None:
             into[tokens] = x
 
 

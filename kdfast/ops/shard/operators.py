@@ -15,21 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdfast.ops.dense import operators as dense
-from kdfast.ops.dense.inputs import Inputs
+from kdfast.ops.dense.inputs import N_OBSERVED, Inputs, Wants
+from kdfast.ops.shard import metrics
+from kdfast.ops.shard.metrics import Shard
 from kdfast.spec.problem import NO_LABEL
 
 #: Stands for a label in a column that another rank holds; the kernels know it.
 ELSEWHERE = NO_LABEL + 1
 
 LN2 = math.log(2.0)
-
-
-class Shard(NamedTuple):
-    """The columns of this rank, and the ranks that have the others."""
-
-    group: dist.ProcessGroup
-    start: int  # the first of them
-    widest: int  # columns of the widest shard: what every rank must do alike goes by it
 
 
 class Statistics(NamedTuple):
@@ -42,41 +36,58 @@ class Statistics(NamedTuple):
     totals: Tensor  # (..., 4 + softmaxes of teachers), see :class:`kdfast.ops.dense.Launcher`
     sum_student: Tensor
     lost: Tensor | None  # bool: no rank has the label; None without labels
+    observed: Tensor | None = None  # (..., 5); None where it was not asked for
 
     def terms(self, counted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(soft, hard, z2), fp32, 0 for a token that does not count."""
         out = (self.soft, self.hard, self.z2)
         return tuple((x if counted is None else x.masked_fill(~counted, 0.0)).float() for x in out)  # type: ignore[return-value]
 
+    def seen(self, counted: Tensor | None) -> Tensor:
+        """What was observed, 0 for a token that does not count; as a dense operator returns it where nothing was."""
+        if self.observed is None:
+            return self.soft.new_empty(0, 0)
+        return self.observed if counted is None else torch.where(counted[..., None], self.observed, 0.0)
+
 
 #: Upstream gradients, or coefficients, of soft, hard and z2, (...) each; None for a term that the call does not have.
 Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def statistics(student: Tensor, inputs: Inputs, shard: Shard, *, wants_z: bool, wants_dtau: bool) -> Statistics:
+def statistics(student: Tensor, inputs: Inputs, shard: Shard, wants: Wants) -> Statistics:
     """Per-token terms of logits (..., columns here) and of teachers' as wide; labels are of the whole vocabulary."""
     launcher = dense.launcher(inputs.backend)
     inputs = inputs._replace(labels=local_labels(inputs, shard, student.shape[-1]))
-    local = launcher.sums(student, inputs)
+    seen = observed_buffer(student, wants)
+    local = launcher.sums(student, inputs, seen)
     zeros = torch.zeros(student.shape[:-1], dtype=torch.float64, device=student.device)
-    logs = torch.cat([local[..., :2], local[..., 4:]], -1)
+    logs_here = torch.cat([local[..., :2], local[..., 4:]], -1)
     at_label, found = label_parts(student, inputs)
-    logs, sums = log2_sum(logs, torch.stack([local[..., 2], local[..., 3], at_label, found], -1), shard.group)
+    logs, sums = log2_sum(logs_here, torch.stack([local[..., 2], local[..., 3], at_label, found], -1), shard.group)
     logit_sum, present, at_label, found = sums.unbind(-1)
     totals = torch.cat([logs[..., :2], logit_sum[..., None], present[..., None], logs[..., 2:]], -1)
     soft, sum_student, dtau, lost = zeros, zeros, None, None
     if inputs.teachers:
-        v = launcher.values(student, inputs, totals, dtemperature=wants_dtau).double()
+        v = launcher.values(student, inputs, totals, dtemperature=wants.dtau).double()
         dist.all_reduce(v, group=shard.group)
         soft, sum_student = v[..., 0], v[..., 1]
-        if wants_dtau:
+        if wants.dtau:
             moved = (v[..., 2] - v[..., 1] * v[..., 3]) + (v[..., 5] - v[..., 4] * v[..., 6])
             dtau = -LN2 / inputs.temperature.to(v) * moved
     lse, hard = logs[..., 1] * LN2, zeros
     if inputs.labels is not None:
         lost = lost_labels(inputs.labels, found)
         hard = cross_entropy(inputs, lost, lse, at_label, logit_sum / present)
-    return Statistics(soft, hard, lse.square() if wants_z else zeros, dtau, totals, sum_student, lost)
+    if seen is not None:
+        seen = metrics.combined(student, inputs, seen, logs_here * LN2, logs * LN2, shard)
+    return Statistics(soft, hard, lse.square() if wants.z else zeros, dtau, totals, sum_student, lost, seen)
+
+
+def observed_buffer(student: Tensor, wants: Wants) -> Tensor | None:
+    """Memory for what a kernel observes of the columns that are here."""
+    if not wants.observed:
+        return None
+    return torch.empty(*student.shape[:-1], N_OBSERVED, dtype=torch.float64, device=student.device)
 
 
 def gradient_into(

@@ -25,25 +25,28 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.dense import operators as dense
-from kdfast.ops.dense.inputs import Inputs
+from kdfast.ops.dense.inputs import N_OBSERVED, Inputs, Wants
 from kdfast.ops.head import operators as head
+from kdfast.ops.shard import metrics
+from kdfast.ops.shard.metrics import Part, Shard
 from kdfast.ops.shard.operators import (
     ELSEWHERE,
     LN2,
     Factors,
-    Shard,
     Statistics,
     cross_entropy,
     label_parts,
     local_labels,
     log2_sum,
     lost_labels,
+    observed_buffer,
     rounded,
 )
 from kdfast.spec import reference
 from kdfast.spec.divergence import Term
 from kdfast.spec.head import Cap
 from kdfast.spec.problem import NO_LABEL
+from kdfast.spec.reduction import Observed
 
 #: Bytes of logits that are copied at a time where they are not ours to change: a part of the cache.
 _COPIED_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -88,7 +91,7 @@ class SparseStatistics(NamedTuple):
     present: Tensor  # (..., K) bool: the logit is not -inf
 
 
-def statistics(student: Tensor, inputs: Inputs, shard: Shard, *, wants_z: bool, ours: bool) -> SparseStatistics:
+def statistics(student: Tensor, inputs: Inputs, shard: Shard, wants: Wants, *, ours: bool) -> SparseStatistics:
     """Per-token terms of logits (..., columns here) and targets of the whole vocabulary.
 
     Where the logits are ``ours``, the kept columns stay taken out of them, ready for :func:`gradient_into`.
@@ -98,7 +101,8 @@ def statistics(student: Tensor, inputs: Inputs, shard: Shard, *, wants_z: bool, 
     kept = Kept.of(student, inputs, shard)
     labels = local_labels(inputs, shard, student.shape[-1])
     at_label, found = label_parts(student, inputs._replace(labels=labels))
-    local = _sums_beside(student, _as_dense(inputs, student, labels), kept, ours=ours)
+    seen = observed_buffer(student, wants)
+    local = _sums_beside(student, _as_dense(inputs, student, labels), kept, seen, ours=ours)
     width = torch.full_like(found, student.shape[-1])
     mine = torch.where(kept.here, inputs.student_cap.logits(kept.stored.double()), 0.0)
     several = torch.stack([local[..., 2], local[..., 3], at_label, found, width], -1)
@@ -124,8 +128,11 @@ def statistics(student: Tensor, inputs: Inputs, shard: Shard, *, wants_z: bool, 
         hard = cross_entropy(inputs._replace(labels=labels), lost, lse, at_label, logit_sum / present)
     no_mass = torch.full_like(lse, math.inf)  # of the teacher that the kernel is given
     totals = torch.stack([lse_tau[..., 0] / LN2, lse / LN2, logit_sum, present, no_mass], -1)
-    z2 = lse.square() if wants_z else torch.zeros_like(lse)
-    common = Statistics(soft, hard, z2, None, totals, torch.full_like(lse, -1.0), lost)
+    z2 = lse.square() if wants.z else torch.zeros_like(lse)
+    if seen is not None:
+        at_shard = local[..., 0] * LN2, at_tau[..., 0]
+        seen = _observed(student, inputs, seen, at_shard, lse_tau[..., 0], z, shard)
+    common = Statistics(soft, hard, z2, None, totals, torch.full_like(lse, -1.0), lost, seen)
     return SparseStatistics(common, kept, gradient, pull, (z - lse[..., None]).exp(), there)
 
 
@@ -183,12 +190,36 @@ def _as_dense(inputs: Inputs, z: Tensor, labels: Tensor | None) -> Inputs:
     )
 
 
-def _sums_beside(student: Tensor, inputs: Inputs, kept: Kept, *, ours: bool) -> Tensor:
+def _observed(
+    student: Tensor, inputs: Inputs, here: Tensor, beside: tuple[Tensor, Tensor], total: Tensor, z: Tensor, shard: Shard
+) -> Tensor:
+    """What metrics are made of over all ranks, from what a kernel observed here beside the kept columns.
+
+    ``beside``: log-sums at the temperature of these columns here and on all ranks; ``total``: with the kept ones, whose
+    logits are ``z``, (..., K), -inf where there is none.
+    """
+    assert inputs.kept_ids is not None
+    seen = Observed(*here.unbind(-1))
+    largest = metrics.logit_at(student, inputs.student_cap, seen.student_top)
+    part = Part.of(largest, seen.student_top, seen.student_entropy, shard.start, *beside)
+    (others,) = metrics.over_ranks([part], torch.where(beside[1] == -math.inf, 0.0, beside[1])[None], shard.group)
+    best = others.largest if z.shape[-1] == 0 else torch.maximum(others.largest, z.amax(-1))
+    ids = torch.where(z == best[..., None], inputs.kept_ids.double(), math.inf)
+    column = torch.where(others.largest == best, others.column, math.inf)
+    if z.shape[-1]:
+        column = torch.minimum(column, ids.amin(-1))
+    column = torch.where(total.isfinite(), column, math.inf)
+    log_p, weight = z / inputs.temperature.to(z) - total[..., None], (beside[1] - total).exp()
+    spread = torch.where(weight == 0, 0.0, weight * (others.spread + (total - beside[1]))) + reference.entropy(log_p)
+    return metrics.packed(Part(best, column, spread))
+
+
+def _sums_beside(student: Tensor, inputs: Inputs, kept: Kept, seen: Tensor | None, *, ours: bool) -> Tensor:
     """Pass 1 over the columns that are here and were not kept."""
     launcher = dense.launcher(inputs.backend)
     if ours:
         kept.take_out(student)
-        return launcher.sums(student, inputs)
+        return launcher.sums(student, inputs, seen)
     columns, count = student.shape[-1], kept.here.shape[:-1].numel()
     rows = max(1, _COPIED_BYTES.get(student.device.type, _COPIED_BYTES["cuda"]) // (columns * student.element_size()))
     out = []
@@ -197,7 +228,8 @@ def _sums_beside(student: Tensor, inputs: Inputs, kept: Kept, *, ours: bool) -> 
         z = head.token_rows(student, tokens).clone(memory_format=torch.contiguous_format)
         kept.of_tokens(tokens).take_out(z)
         labels, counted = (None if x is None else x.reshape(-1)[tokens] for x in (inputs.labels, inputs.counted))
-        out.append(launcher.sums(z, inputs._replace(teachers=[z], labels=labels, counted=counted)))
+        part = None if seen is None else seen.view(-1, N_OBSERVED)[tokens]
+        out.append(launcher.sums(z, inputs._replace(teachers=[z], labels=labels, counted=counted), part))
     parts = torch.cat(out) if out else torch.zeros(0, 5, dtype=torch.float64, device=student.device)
     return parts.reshape(*student.shape[:-1], -1)
 
