@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from formulas import CASES
+from formulas import CASES, pairs_of
 from machine import DEVICE, KERNEL, VARIANTS
 from ranks import compare, cuts_of, run
 from torch.distributed.device_mesh import init_device_mesh

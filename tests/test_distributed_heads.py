@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from formulas import CASES
+from formulas import CASES, pairs_of
 from machine import DEVICE, INTERPRETING, KERNEL, VARIANTS
 from ranks import cuts_of, run
 from torch.distributed.device_mesh import init_device_mesh

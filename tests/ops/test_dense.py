@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formulas import CASES, eager, half_ulp, untie
+from formulas import CASES, eager, half_ulp, pairs_of, untie
 from machine import INTERPRETING, KERNEL, TRITON, VARIANTS, choose
 
 from kdfast import distill_loss

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from formulas import CASES, untie
+from formulas import CASES, pairs_of, untie
 from machine import DEVICE, INTERPRETING, KERNEL, VARIANTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -375,7 +375,7 @@ def test_reported_terms():
             distill_loss(LMHead(*mine), LMHead(*theirs), y, backend=b, reduction=reduction, **options)
             for b in (KERNEL, "reference")
         )
-        for a, b in zip(got, want, strict=True):
+        for a, b in pairs_of(got, want):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
