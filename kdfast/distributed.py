@@ -118,7 +118,7 @@ def distill_loss(
         terms = shard_autograd.distill_loss(problem, row.name, _shard(problem, vocab_group, vocab_start))
     if token_group is not None and problem.reduction != "none":
         everywhere = [None if x is None else _value_of_all(x, token_group) for x in terms[:4]]
-        terms = DistillTerms(*everywhere, terms.metrics)  # type: ignore[arg-type]
+        terms = DistillTerms(*everywhere)._replace(metrics=terms.metrics)  # type: ignore[arg-type]
     if token_group is not None and terms.metrics is not None:
         terms = terms._replace(metrics=_metrics_of_all(problem, terms.metrics, token_group))
     return terms if return_terms or return_metrics else terms.loss

@@ -133,8 +133,8 @@ def distill_loss(
             second full-size buffer. Under torch.compile and torch.func transforms it has no effect.
         memory_budget: bytes for one chunk of an LMHead's logits; None: a constant of device and dtype.
         return_terms: return :class:`DistillTerms` (loss, soft, hard, z) in place of the loss.
-        return_metrics: return them with :class:`Metrics` (accuracy, agreement, student_entropy, teacher_entropy) for the
-            training log, found in the pass that computes the loss.
+        return_metrics: return them with :class:`Metrics` for the training log (accuracy, agreement, student_entropy,
+            teacher_entropy), found in the pass that computes the loss.
         class_dim: the axis of the classes of student and teachers: 1 for images (B, C, H, W), as
             :func:`torch.nn.functional.cross_entropy` has it, with labels and other tensors per token (B, H, W). Logits
             whose classes do not lie side by side in memory are copied. Heads and sparse targets have the last.

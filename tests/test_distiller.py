@@ -91,6 +91,20 @@ def test_a_loop_of_three_lines():
     assert not any(term.requires_grad for term in terms.values())
 
 
+def test_metrics_in_the_log():
+    student, teacher = pair()
+    x, y = batch()
+    with kdfast.Distiller(student, teacher, [KD(temperature=2.0, z_loss=1e-3, return_metrics=True)]) as d:
+        _, terms = d((x, y))
+    z, t = student(x), teacher(x)
+    assert terms["kd.accuracy"] == (z.argmax(-1) == y).float().mean()
+    assert terms["kd.agreement"] == (z.argmax(-1) == t.argmax(-1)).float().mean()
+    for name, logits in (("student", z), ("teacher", t)):
+        entropy = torch.distributions.Categorical(logits=logits.detach() / 2).entropy().mean()
+        torch.testing.assert_close(terms[f"kd.{name}_entropy"], entropy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms["kd.z"], 1e-3 * torch.logsumexp(z.detach(), -1).square().mean())
+
+
 def test_weights_schedules_and_names():
     student, teacher = pair()
     x, y = batch()

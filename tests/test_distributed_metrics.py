@@ -73,11 +73,11 @@ def exact(x):
 
 
 def check_vocabulary(rank, world):
-    for name, teacher_of, options in scenes():
+    for name, teacher_of, of_scene in scenes():
+        options = of_scene | {"return_metrics": True}
         for dtype in (torch.float32, torch.bfloat16):
             z, t, y = drawn(3, dtype)
             teacher = teacher_of(t)
-            options = {"return_metrics": True, **options}
             want = kdfast.distill_loss(z.double(), exact(teacher), y, backend="reference", **options)
             for uneven in (False, True):
                 cuts = cuts_of(V, world, uneven=uneven)
@@ -115,7 +115,11 @@ def check_heads(rank, world):
     _, t, y = drawn(5)
     mine = slice(*cuts_of(V, world, uneven=False)[rank : rank + 2])
     hidden, weight = torch.randn(N, H, generator=generator), torch.randn(V, H, generator=generator)
-    for teacher_of in (lambda t: t, lambda t: kdfast.soft_targets(t, k=9, temperatures=(2.0,)), lambda t: [t, t.flip(1)]):
+    for teacher_of in (
+        lambda t: t,
+        lambda t: kdfast.soft_targets(t, k=9, temperatures=(2.0,)),
+        lambda t: [t, t.flip(1)],
+    ):
         teacher = teacher_of(t)
         for reduction in ("mean", "none"):
             options = {"temperature": 2.0, "return_metrics": True, "reduction": reduction, "z_loss": 1e-3}

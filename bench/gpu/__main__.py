@@ -34,7 +34,10 @@ OPERATORS = (
 )
 
 #: Tests whose inputs follow the default device.
-TESTS = ("dense", "sparse", "packed", "modes", "edges", "head", "soft_targets", "gpu")
+TESTS = (
+    *("dense", "sparse", "packed", "modes", "edges", "head", "shifts", "signs", "silence", "softcap", "calls"),
+    *("probabilities", "metrics", "soft_targets", "gpu"),
+)
 
 #: Operators whose first case is profiled.
 PROFILED = ("bench.gpu.dense", "bench.gpu.sparse", "bench.gpu.soft_targets")

@@ -98,7 +98,7 @@ def _step(case: DenseCase, x: Inputs, loss: Callable[..., Tensor]) -> Callable[[
     return step
 
 
-def _kdfast(case: DenseCase, backend: str, *, overwrite: bool = False) -> Callable[..., Tensor]:
+def _kdfast(case: DenseCase, backend: str, *, overwrite: bool = False, metrics: bool = False) -> Callable[..., Tensor]:
     options: Any = {
         "divergence": case.divergence,
         "temperature": TEMPERATURE,
@@ -106,7 +106,10 @@ def _kdfast(case: DenseCase, backend: str, *, overwrite: bool = False) -> Callab
         "backend": backend,
         "reduction": "none" if case.upstream == "per token" else "mean",
         "overwrite_logits": overwrite,
+        "return_metrics": metrics,
     }
+    if metrics:
+        return lambda s, t, y: kdfast.distill_loss(s, t, y, **options).loss
     return lambda s, t, y: kdfast.distill_loss(s, t, y, **options)
 
 
@@ -167,6 +170,7 @@ def competitors(case: DenseCase, x: Inputs) -> dict[str, Callable[[], object] | 
     """Steps by name; the text of who cannot run it says why. kdfast stands first."""
     losses: dict[str, Callable[..., Tensor] | str] = {
         "kdfast": _kdfast(case, "triton"),
+        "kdfast, metrics": _kdfast(case, "triton", metrics=True),
         "eager": _eager(case),
         "torch.compile": torch.compile(_eager(case), dynamic=False) if x.student.is_cuda else "needs a GPU here",
         "liger": _liger(case),

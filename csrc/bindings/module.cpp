@@ -65,11 +65,11 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
            const std::vector<std::string>& names, const std::vector<double>& weights,
            const std::vector<double>& parameters, bool mix_logits, std::int64_t columns, double label_smoothing,
            const Optional& soft, const Optional& hard, const Optional& z2, const Optional& dsoft_dtemperature,
-           const Optional& stats, const Optional& observed, const Optional& grad, const Optional& c_soft, const Optional& c_hard,
-           const Optional& c_z, const Optional& logit_sum, const Optional& values, bool values_with_dtemperature,
-           const Optional& kept_ids, const Optional& kept_values, const Optional& kept_per_row,
-           std::int64_t kept_columns, const std::string& tail_rule, const std::vector<double>& scales,
-           const std::vector<double>& softcaps, int threads) {
+           const Optional& stats, const Optional& observed, const Optional& grad, const Optional& c_soft,
+           const Optional& c_hard, const Optional& c_z, const Optional& logit_sum, const Optional& values,
+           bool values_with_dtemperature, const Optional& kept_ids, const Optional& kept_values,
+           const Optional& kept_per_row, std::int64_t kept_columns, const std::string& tail_rule,
+           const std::vector<double>& scales, const std::vector<double>& softcaps, int threads) {
     DenseCall call;
     if (student.shape.empty()) throw ArgumentError("student must be (..., V)");
     const std::vector<std::int64_t> leading(student.shape.begin(), student.shape.end() - 1);
@@ -124,8 +124,7 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
     call.logit_sum = per_row("logit_sum", logit_sum);
     if (values) call.values = values->values<float>("values", "float32", call.rows * call.values_per_row);
     call.values_with_dtemperature = values_with_dtemperature;
-    if (observed)
-        call.observed = observed->values<double>("observed", "float64", call.rows * call.observed_per_row);
+    if (observed) call.observed = observed->values<double>("observed", "float64", call.rows * call.observed_per_row);
     if (stats) call.stats = stats->values<float>("stats", "float32", call.rows * call.stats_per_row());
     if (grad) {
         call.grad = grad->rows("grad", leading);
@@ -201,10 +200,10 @@ PYBIND11_MODULE(_core, m) {
           py::arg("teacher_weights") = py::none(), py::arg("labels") = py::none(), py::arg("counted") = py::none(),
           py::arg("temperature"), py::arg("names"), py::arg("weights"), py::arg("parameters"), py::arg("mix_logits"),
           py::arg("columns"), py::arg("label_smoothing"), py::arg("soft") = py::none(), py::arg("hard") = py::none(),
-          py::arg("z2") = py::none(), py::arg("dsoft_dtemperature") = py::none(), py::arg("stats") = py::none(), py::arg("observed") = py::none(),
-          py::arg("grad") = py::none(), py::arg("c_soft") = py::none(), py::arg("c_hard") = py::none(),
-          py::arg("c_z") = py::none(), py::arg("logit_sum") = py::none(), py::arg("values") = py::none(),
-          py::arg("values_with_dtemperature") = false, py::arg("kept_ids") = py::none(),
+          py::arg("z2") = py::none(), py::arg("dsoft_dtemperature") = py::none(), py::arg("stats") = py::none(),
+          py::arg("observed") = py::none(), py::arg("grad") = py::none(), py::arg("c_soft") = py::none(),
+          py::arg("c_hard") = py::none(), py::arg("c_z") = py::none(), py::arg("logit_sum") = py::none(),
+          py::arg("values") = py::none(), py::arg("values_with_dtemperature") = false, py::arg("kept_ids") = py::none(),
           py::arg("kept_values") = py::none(), py::arg("kept_per_row") = py::none(), py::arg("kept_columns") = 0,
           py::arg("tail_rule") = "", py::arg("scales") = std::vector<double>(),
           py::arg("softcaps") = std::vector<double>(), py::arg("threads"),

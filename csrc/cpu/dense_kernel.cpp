@@ -314,7 +314,7 @@ class Call : CallTiles {
         Buffers b;
         const auto z = [&](std::int64_t start, std::int64_t n) { return student_tile(i, start, n, b); };
         double* out = a_.observed + i * a_.observed_per_row;
-        const bool last = rest.top > student.top || !(rest.at_tau < infinity);
+        const bool last = rest.largest > student.largest || !(rest.at_tau < infinity);
         out[0] = first_of(last ? rest : student, a_.student.columns, z);
         out[1] = last ? first_of(student, taught_, z) : out[0];
         out[2] = student.entropy(log2_student, c_);
@@ -343,13 +343,13 @@ class Call : CallTiles {
     // The first column of a row's largest logit, where that is finite.
     template <class Tile>
     static double first_of(const Sums& sums, std::int64_t end, Tile logits) {
-        if (!(sums.at_tau < infinity) || sums.top_at < 0) return DenseCall::no_top;
+        if (!(sums.at_tau < infinity) || sums.largest_at < 0) return DenseCall::no_top;
         constexpr std::int64_t part = 8 * width;
-        for (std::int64_t start = sums.top_at; start < end; start += part) {
+        for (std::int64_t start = sums.largest_at; start < end; start += part) {
             const std::int64_t n = std::min(part, end - start);
             const float* x = logits(start, n);
             for (std::int64_t j = 0; j < n; j += width)
-                if (const unsigned found = bits(equal(load(x + j), set1(sums.top))))
+                if (const unsigned found = bits(equal(load(x + j), set1(sums.largest))))
                     return static_cast<double>(start + j + std::countr_zero(found));
         }
         return DenseCall::no_top;

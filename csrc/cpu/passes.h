@@ -26,9 +26,9 @@ struct Sums {
     double at_tau = 0, at_one = 0;
     double cross = 0;   // of the same exponentials times the distance to the other distribution's logits, times c
     double spread = 0;  // of the same times their own exponents, where a call observes: see Observe
-    float top = -infinity;     // the largest logit, then, which `max` need not be
-    std::int64_t top_at = -1;  // the first column of the first tile that holds it
-    bool absent = false;       // whether a tile had a logit of -inf
+    float largest = -infinity;     // the largest logit, then, which `max` need not be
+    std::int64_t largest_at = -1;  // the first column of the first tile that holds it
+    bool absent = false;           // whether a tile had a logit of -inf
 
     // A row of -inf alone has no maximum; a reference of 0 keeps -inf - reference from being NaN, and a NaN a NaN.
     static float reference(float max, float c) { return max == -infinity ? 0.0f : max * c; }
@@ -53,13 +53,13 @@ struct Sums {
         at_one += other.at_one;
         cross += other.cross;
         spread += other.spread;
-        see(other.top, other.top_at);
+        see(other.largest, other.largest_at);
     }
     // Of columns to the right of all seen before.
-    void see(float largest, std::int64_t at) {
-        if (!(largest > top)) return;
-        top = largest;
-        top_at = at;
+    void see(float logit, std::int64_t at) {
+        if (!(logit > largest)) return;
+        largest = logit;
+        largest_at = at;
     }
     double log2_at_tau(float c) const { return reference(c) + std::log2(at_tau); }
     double log2_at_one() const { return reference(log2e) + std::log2(at_one); }

@@ -56,17 +56,18 @@ inline std::int64_t integer(Random& random, std::int64_t low, std::int64_t high)
 
 struct Outputs {
     std::vector<float> soft, hard, z2, stats;
-    std::vector<float> dtau;  // empty where it was not asked for
+    std::vector<float> dtau;       // empty where it was not asked for
+    std::vector<double> observed;  // likewise
     std::vector<std::uint32_t> grad;
 
     // Bits, so that NaN equals NaN.
     bool same(const Outputs& other, bool stats_too = true) const {
-        const auto equal = [](const std::vector<float>& a, const std::vector<float>& b) {
-            return a.size() == b.size() &&
-                   (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+        const auto equal = [](const auto& a, const auto& b) {
+            return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
         };
         return equal(soft, other.soft) && equal(hard, other.hard) && equal(z2, other.z2) &&
-               (!stats_too || equal(stats, other.stats)) && equal(dtau, other.dtau) && grad == other.grad;
+               (!stats_too || equal(stats, other.stats)) && equal(dtau, other.dtau) &&
+               equal(observed, other.observed) && grad == other.grad;
     }
 };
 
@@ -101,6 +102,7 @@ struct Case {
     DType grad_dtype;
     Layout layout;
     int threads = 1;
+    bool observes = false;
 
     Case(Random& random, std::int64_t rows_, std::int64_t columns_, DType dtype, std::size_t teacher_count = 1,
          Layout layout_ = guarded)
@@ -292,6 +294,7 @@ struct Case {
         for (std::vector<float>* v : {&out.soft, &out.hard, &out.z2}) v->assign(n, nan32);
         out.stats.assign(n * static_cast<std::size_t>(a.stats_per_row()), nan32);
         if (with_dtau) out.dtau.assign(n, nan32);
+        if (observes) out.observed.assign(n * static_cast<std::size_t>(a.observed_per_row), not_a_number);
         return out;
     }
     void bind(cpu::DenseCall& a, Outputs& out) const {
@@ -300,6 +303,7 @@ struct Case {
         a.z2 = out.z2.data();
         a.stats = out.stats.data();
         a.dsoft_dtemperature = out.dtau.empty() ? nullptr : out.dtau.data();
+        a.observed = out.observed.empty() ? nullptr : out.observed.data();
     }
 };
 

@@ -78,11 +78,17 @@ def _dense_calls() -> dict[str, dict[str, Any]]:
     calls["ensemble of 3"] = {"divergence": "jsd", "teachers": 3}
     calls["ensemble of 3 logits"] = {"divergence": "forward_kl", "teachers": 3, "ensemble": "logit"}
     calls["forward_kl, few rows"] = {"divergence": "forward_kl", "processors": 132}
+    observed = {"divergence": "forward_kl", "return_metrics": True}
+    calls["forward_kl, metrics"] = observed
+    calls["reverse_kl, metrics, fp32"] = observed | {"divergence": "reverse_kl", "dtype": torch.float32}
+    calls["jsd, metrics, few rows"] = observed | {"divergence": "jsd", "processors": 132}
+    calls["ensemble of 3, metrics"] = observed | {"teachers": 3}
     calls["jsd, capped heads"] = {"divergence": "jsd", "softcap": 30.0}
     sparse = {"divergence": "forward_kl", "kept": 64}
     mixture = {"divergence": {"forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2}}
     calls["sparse, k = 64"] = sparse
     calls["sparse, k = 64, fp32, smoothing"] = sparse | {"dtype": torch.float32, "label_smoothing": 0.1}
+    calls["sparse, k = 64, metrics"] = sparse | {"return_metrics": True}
     calls["sparse, k = 64, per token"] = sparse | {"reduction": "none"}
     calls["sparse, k = 64, capped head"] = sparse | {"softcap": 30.0}
     calls["sparse, k = 64, few rows"] = sparse | {"processors": 132}
@@ -153,6 +159,7 @@ def _edge_calls() -> dict[str, Callable[[], None]]:
     for name, shape in shapes.items():
         calls[f"forward_kl, {name}"] = functools.partial(_distill, **kl, **shape)
         calls[f"ensemble of 2, {name}"] = functools.partial(_distill, **kl, teachers=2, **shape)
+        calls[f"metrics, {name}"] = functools.partial(_distill, **kl, teachers=2, return_metrics=True, **shape)
         for packed in (False, True):
             what = f"{'packed' if packed else 'sparse'}, k = 1, {name}"
             calls[what] = functools.partial(_distill, **kl, kept=1, packed=packed, **shape)
@@ -224,8 +231,8 @@ def _distill(
             ids = torch.arange(kept, dtype=torch.int32).expand(*shape, kept)
             teacher = SparseTargets(ids, torch.zeros(*shape, kept), vocab_size=vocab, lse=lse)
     with mock.patch.object(tiles, "processors", return_value=processors):
-        loss = distill_loss(student, teacher, labels, backend="triton", **options)
-        loss.sum().backward()
+        terms = distill_loss(student, teacher, labels, backend="triton", return_terms=True, **options)
+        terms.loss.sum().backward()
 
 
 class _Driver:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.spec.problem import NO_LABEL, Problem, device_of
+from kdfast.spec.problem import NO_LABEL, Problem
 from kdfast.spec.sparse import SAMPLED
 
 
@@ -142,7 +142,9 @@ def weighted(c: Tensor, x: Tensor, reduction: str) -> Tensor:
 
 def assemble(problem: Problem, tokens: TokenTerms, w: Tensor) -> DistillTerms:
     """The loss and its two reported terms from the per-token values of any backend."""
-    pairs = [(c, x) for c, x in zip(coefficients(problem, w), tokens[:3], strict=True) if c is not None and x is not None]
+    pairs = [
+        (c, x) for c, x in zip(coefficients(problem, w), tokens[:3], strict=True) if c is not None and x is not None
+    ]
     loss = weighted(*pairs[0], problem.reduction)
     for c, x in pairs[1:]:
         loss = loss + weighted(c, x, problem.reduction)

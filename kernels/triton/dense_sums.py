@@ -43,8 +43,9 @@ def sum_taught(
     TAIL: tl.constexpr,
     OBSERVE: tl.constexpr,
 ):
-    """Sums over the taught columns: (max z, at tau, at 1, cross, sum z - max, present, max t, sum t); and with OBSERVE
-    the first tile of max z and the sum of e u (``dense_observe.py``), and so of t.
+    """Sums over the taught columns: (max z, at tau, at 1, cross, sum z - max, present, max t, sum t, observed).
+
+    With OBSERVE that is the first tile of max z and the sum of e u (``dense_observe.py``), and so of t.
 
     Cross is sum 2^((z - max z) c) ((z - max z) - (t - max t)), the reverse KL before normalisation: of distances to the
     maxima, as what sets z and t apart may be small beside a level that all of a row have. With TAIL, which is the

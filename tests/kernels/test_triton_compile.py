@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles n
 
 
 KERNELS = {
-    *("dense_kernel", "combine_sums_kernel", "combine_values_kernel", "scale_kernel"),
+    *("dense_kernel", "combine_sums_kernel", "combine_values_kernel", "observe_mixture_kernel", "scale_kernel"),
     *("scan_kernel", "floor_kernel", "gather_kernel", "keep_kernel"),
     "unpack_kernel",
     *("certain_kernel", "prefix_kernel", "locate_kernel", "order_kernel", "write_kernel"),

@@ -269,7 +269,14 @@ def test_mean_and_its_denominator(monkeypatch, num_items):
 def test_reported_terms(monkeypatch, reduction):
     s, t = logits(6, 1100, torch.float32), logits(6, 1100, torch.float32)
     y, w = torch.tensor([3, -100, 5, 1099, 0, 1]), torch.tensor([1.0, 1, 0, 2, 0.5, 1])
-    options = {"weights": w, "reduction": reduction, "temperature": 2.0, "alpha": 0.3, "z_loss": 1e-3, "return_terms": True}
+    options = {
+        "weights": w,
+        "reduction": reduction,
+        "temperature": 2.0,
+        "alpha": 0.3,
+        "z_loss": 1e-3,
+        "return_terms": True,
+    }
     want = distill_loss(s.double(), t.double(), y, backend="reference", **options)
     for _ in force(monkeypatch):
         for leaf in (s, s.clone().requires_grad_()):

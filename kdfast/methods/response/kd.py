@@ -22,7 +22,8 @@ class KD(Loss):
     """Knowledge distillation, :func:`kdfast.distill_loss`: on the engine's kernels, of one teacher or an ensemble.
 
     alpha * tau^2 * D(q, p) + (1 - alpha) * CE(z, y), nats per counted token; D is 0 where the student equals the
-    teacher. Terms ``soft`` = tau^2 * D and ``hard`` = CE are logged. Without labels alpha is 1 (label-free).
+    teacher. Terms ``soft`` = tau^2 * D and ``hard`` = CE are logged, ``z`` where there is a z-loss, and with
+    ``return_metrics=True`` those of :class:`kdfast.Metrics`. Without labels alpha is 1 (label-free).
 
     When to use:
         First, and as what every other loss is measured against: language models over any vocabulary,
@@ -40,7 +41,7 @@ class KD(Loss):
         divergence: see :func:`kdfast.distill_loss`.
         weight: factor in the objective, a number or a schedule.
         name: in the logged terms.
-        options: others of :func:`kdfast.distill_loss`, as ``tail`` or ``teacher_weights``.
+        options: others of :func:`kdfast.distill_loss`, as ``tail``, ``teacher_weights`` or ``return_metrics``.
 
     Raises:
         TypeError: an option that the Distiller decides: student, teacher, labels, weights, reduction, num_items; one
@@ -110,7 +111,9 @@ class KD(Loss):
             return_terms=True,
             **self.options,
         )
-        parts = {"soft": terms.soft, "hard": terms.hard}
+        parts = {"soft": terms.soft, "hard": terms.hard, "z": terms.z}
+        if terms.metrics is not None:
+            parts |= terms.metrics._asdict()
         return terms.loss, {part: term for part, term in parts.items() if term is not None}
 
 

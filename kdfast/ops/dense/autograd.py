@@ -6,6 +6,7 @@ gradients come from autograd; the Functions here carry those of the logits and o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -340,26 +341,26 @@ def distill_loss(problem: Problem, backend: str) -> DistillTerms:
         # Where nothing requires grad, a compiler traces forward alone, and may pass it a context that it does not take.
         traced = torch.compiler.is_compiling() and not _needs_gradient(student, problem.temperature, *teachers)
         out = (_Tokens.forward if traced else _Tokens.apply)(spec, *tensors)  # type: ignore[arg-type]
-        return assemble(problem, token_terms(problem, *out[:3], out[-1]), w)
+        return assemble(problem, token_terms(problem, out), w)
     inputs = spec.inputs(teachers, per_token, problem.temperature.detach())
     c = coefficients(problem, w)
     loss, *out = _Fused.apply(student, problem.temperature, *c, spec, inputs)  # type: ignore[no-untyped-call]
-    return DistillTerms(loss, *reduced_terms(problem, token_terms(problem, *out), w))
+    return DistillTerms(loss, *reduced_terms(problem, token_terms(problem, out), w))
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def token_terms(
-    problem: Problem, soft: Tensor, hard: Tensor, z2: Tensor, observed: Tensor, columns: int | None = None
-) -> TokenTerms:
-    """What a kernel returned, without the terms that the call does not have, and with what sparse targets tell.
+def token_terms(problem: Problem, out: Sequence[Tensor], columns: int | None = None) -> TokenTerms:
+    """What an operator returned, without the terms that the call does not have, and with what sparse targets tell.
 
-    ``columns``: those under the distillation term, on all ranks; None: the problem's.
+    ``out``: soft, hard, z2, then what is not reported, and observed. ``columns``: those under the distillation term, on
+    all ranks; None: the problem's.
     """
+    soft, hard, z2, *_, observed = out
     there = (problem.has_teacher, problem.labels is not None, problem.has_z_loss)
-    terms = (x if yes else None for x, yes in zip((soft, hard, z2), there, strict=True))
+    terms = TokenTerms(*(x if yes else None for x, yes in zip((soft, hard, z2), there, strict=True)))
     if not problem.return_metrics:
-        return TokenTerms(*terms)
-    return TokenTerms(*terms, reference.observe_kept(problem, observed, columns or problem.columns))
+        return terms
+    return terms._replace(observed=reference.observe_kept(problem, observed, columns or problem.columns))

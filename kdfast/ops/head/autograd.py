@@ -233,7 +233,7 @@ def distill_loss(problem: Problem, backend: str, over_ranks: Operators | None = 
         if in_forward:
             c = coefficients(problem, w)
             loss, *out = _Fused.apply(spec, problem.temperature, *c, *per_token, *tensors.flat())  # type: ignore[no-untyped-call]
-            tokens = dense_autograd.token_terms(problem, *out, columns)
+            tokens = dense_autograd.token_terms(problem, out, columns)
             return DistillTerms(loss, *reduced_terms(problem, tokens, w))
         out = _Tokens.apply(spec, problem.temperature, *per_token, *tensors.flat())  # type: ignore[no-untyped-call]
-        return assemble(problem, dense_autograd.token_terms(problem, *out, columns), w)
+        return assemble(problem, dense_autograd.token_terms(problem, out, columns), w)

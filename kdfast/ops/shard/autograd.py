@@ -43,7 +43,7 @@ def distill_loss(problem: Problem, backend: str, shard: Shard) -> DistillTerms:
     spec, per_token = dense_autograd.spec_of(problem, backend), PerToken.of(problem)
     out = _Stored.apply(problem.student, problem.temperature, per_token, spec, shard, *teachers)  # type: ignore[no-untyped-call]
     columns = None if problem.kept is None else problem.kept.vocab_size
-    return assemble(problem, dense_autograd.token_terms(problem, *out, columns), token_weights(problem))
+    return assemble(problem, dense_autograd.token_terms(problem, out, columns), token_weights(problem))
 
 
 def _statistics(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kdfast.ops.dense.inputs import Inputs
 from kdfast.spec.head import Cap
-from kdfast.spec.reference import entropy
 from kdfast.spec.reduction import Observed
+from kdfast.spec.reference import entropy
 from kdfast.spec.values import first_largest
 
 #: Numbers of a mixture's columns that are looked at together where it is made anew, by type of device.
