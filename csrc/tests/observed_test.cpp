@@ -34,7 +34,10 @@ void check_observed(const Case& c, const Outputs& out, bool exact_columns) {
         const bool taught = !c.teachers.empty();
         const Vector shared = taught ? o.distilled() : o.z;
         const auto column = [&](const Vector& x, double found) {
-            if (exact_columns) return CHECK(found == first_largest(x));
+            if (exact_columns) {
+                CHECK(found == first_largest(x));
+                return;
+            }
             CHECK(found >= 0 && found < static_cast<double>(x.size()));
             CHECK_NEAR(x[static_cast<std::size_t>(found)], *std::max_element(x.begin(), x.end()), 1e-5);
         };
