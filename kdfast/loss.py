@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # what follows tells a type checker which of two types a call
     from typing_extensions import Unpack
 
     class Options(TypedDict, total=False):
-        """The keyword arguments of :func:`distill_loss` but ``return_terms``."""
+        """The keyword arguments of :func:`distill_loss` but those that decide what it returns."""
 
         divergence: DivergenceLike
         temperature: float | Tensor
@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # what follows tells a type checker which of two types a call
         tail: Literal["bucket", "renorm", "zero"]
         overwrite_logits: bool
         memory_budget: int | None
-        return_metrics: bool
         class_dim: int
         backend: str | None
 
@@ -52,6 +51,7 @@ def distill_loss(
     labels: Tensor | None = ...,
     *,
     return_terms: Literal[False] = ...,
+    return_metrics: Literal[False] = ...,
     **options: Unpack[Options],
 ) -> Tensor: ...
 @overload
@@ -61,6 +61,17 @@ def distill_loss(
     labels: Tensor | None = ...,
     *,
     return_terms: Literal[True],
+    return_metrics: bool = ...,
+    **options: Unpack[Options],
+) -> DistillTerms: ...
+@overload
+def distill_loss(
+    student: Logits,
+    teacher: Teacher | None = ...,
+    labels: Tensor | None = ...,
+    *,
+    return_terms: bool = ...,
+    return_metrics: Literal[True],
     **options: Unpack[Options],
 ) -> DistillTerms: ...
 def distill_loss(
@@ -68,27 +79,11 @@ def distill_loss(
     teacher: Teacher | None = None,
     labels: Tensor | None = None,
     *,
-    divergence: DivergenceLike = "forward_kl",
-    temperature: float | Tensor = 1.0,
-    alpha: float | Tensor | None = None,
-    scale_t2: bool = True,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float | Tensor = 0.0,
-    weights: Tensor | None = None,
-    reduction: Reduction = "mean",
-    num_items: float | Tensor | None = None,
-    teacher_weights: Tensor | Sequence[float] | None = None,
-    ensemble: Literal["prob", "logit"] = "prob",
-    teacher_grad: bool = False,
-    vocab: Literal["strict", "truncate"] = "strict",
-    tail: Literal["bucket", "renorm", "zero"] = "bucket",
-    overwrite_logits: bool = False,
-    memory_budget: int | None = None,
     return_terms: bool = False,
     return_metrics: bool = False,
     class_dim: int = -1,
     backend: str | None = None,
+    **options: Any,
 ) -> Tensor | DistillTerms:
     r"""Distillation loss of a student on a teacher and on hard labels.
 
@@ -140,6 +135,7 @@ def distill_loss(
             whose classes do not lie side by side in memory are copied. Heads and sparse targets have the last.
         backend: "reference", "cpu", "triton", "cuda", or None for the best one that serves the call; wins over the
             environment's KDFAST_BACKEND.
+        **options: those from ``divergence`` to ``memory_budget``, as the signature has them.
 
     Returns:
         The loss, fp32 (fp64 for an fp64 student): 0-d, or (...) with ``reduction="none"``.
@@ -160,36 +156,34 @@ def distill_loss(
         >>> round(loss.item(), 3), tuple(student.grad.shape)
         (0.401, (2, 5))
     """
+    for name in options:
+        if name not in _OPTIONS:
+            msg = f"distill_loss() got an unexpected keyword argument {name!r}; it takes {', '.join(_OPTIONS)}"
+            raise TypeError(msg)
+    options |= {"return_terms": return_terms, "return_metrics": return_metrics}
     if type(student) is not Tensor and _is_dtensor(student.hidden if isinstance(student, LMHead) else student):
-        return _of_dtensors(**locals())
+        return _of_dtensors(student, teacher, labels, class_dim, backend=backend, **options)
     if class_dim != -1:
-        student, teacher, labels = classes_last(student, teacher, labels, class_dim, views=overwrite_logits)
-    problem = build_problem(
-        student,
-        teacher,
-        labels,
-        divergence=divergence,
-        temperature=temperature,
-        alpha=alpha,
-        scale_t2=scale_t2,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        weights=weights,
-        reduction=reduction,
-        num_items=num_items,
-        teacher_weights=teacher_weights,
-        ensemble=ensemble,
-        teacher_grad=teacher_grad,
-        vocab=vocab,
-        tail=tail,
-        overwrite_logits=overwrite_logits,
-        memory_budget=memory_budget,
-        return_terms=return_terms,
-        return_metrics=return_metrics,
-    )
+        views = options.get("overwrite_logits", False)
+        student, teacher, labels = classes_last(student, teacher, labels, class_dim, views=views)
+    problem = build_problem(student, teacher, labels, **options)
     terms = _registry.select(problem, backend).distill_loss(problem)
     return terms if return_terms or return_metrics else terms.loss
+
+
+def _signature() -> inspect.Signature:
+    """What ``distill_loss`` takes: the options are those of ``build_problem``, which has them and their defaults."""
+    mine = inspect.signature(distill_loss)
+    first = [p for p in mine.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    last = [p for p in mine.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = {p.name for p in last} | {"of_shard"}
+    of_problem = inspect.signature(build_problem).parameters.values()
+    options = [p for p in of_problem if p.kind is p.KEYWORD_ONLY and p.name not in known]
+    return mine.replace(parameters=[*first, *options, *last])
+
+
+distill_loss.__signature__ = _signature()  # type: ignore[attr-defined]
+_OPTIONS = tuple(name for name, p in inspect.signature(distill_loss).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
 def _is_dtensor(x: object) -> bool:
@@ -198,7 +192,7 @@ def _is_dtensor(x: object) -> bool:
 
 
 def _of_dtensors(
-    student: Logits, teacher: Any, labels: Tensor | None, *, class_dim: int, **options: Any
+    student: Logits, teacher: Any, labels: Tensor | None, class_dim: int, **options: Any
 ) -> Tensor | DistillTerms:
     from kdfast import distributed
 

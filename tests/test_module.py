@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import io
 import pickle
 
@@ -30,6 +32,17 @@ def test_is_distill_loss_with_options(batch):
     student, teacher, labels = batch
     same(DistillLoss()(student, teacher), distill_loss(student, teacher))
     same(DistillLoss()(student, labels=labels), distill_loss(student, labels=labels))
+
+
+def test_a_type_checker_sees_the_options_of_the_signature():
+    tree = ast.parse(inspect.getsource(inspect.getmodule(distill_loss)))
+    (options,) = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "Options")
+    declared = {n.target.id: ast.unparse(n.annotation) for n in options.body if isinstance(n, ast.AnnAssign)}
+    parameters = inspect.signature(distill_loss).parameters.values()
+    taken = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and "return_" not in p.name}
+    assert declared == {name: ast.unparse(ast.parse(annotation)) for name, annotation in taken.items()}
+    with pytest.raises(TypeError, match=r"distill_loss\(\) got an unexpected keyword argument 'tau'"):
+        distill_loss(torch.zeros(1, 2), torch.zeros(1, 2), tau=2.0)
 
 
 def test_options_of_one_call_win(batch):
