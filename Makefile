@@ -14,9 +14,12 @@ WORKERS ?= 2
 OLDEST_TRITON = triton==3.6.0
 OLDEST_NUMPY = numpy>=2.4
 INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed shifts signs silence \
-  softcap calls probabilities) kernels/test_triton test_distributed test_distributed_heads test_soft_targets bench/test_gpu_suite))
+  softcap calls probabilities metrics) kernels/test_triton test_distributed test_distributed_heads \
+  test_distributed_metrics test_soft_targets bench/test_gpu_suite))
+# Every GPU that the kernels have tiles for.
+TARGETS = sm_80 sm_90 sm_100 gfx942
 # What of the interpreter's tests the oldest Triton repeats: each kernel, by its edges.
-OLDEST_TESTS = one_kept or one_entry or split or sample or pps or every_operator
+OLDEST_TESTS = one_kept or one_entry or split or sample or pps or odd_rows or ensembles
 
 .PHONY: demo test triton-oldest environment lint bench docs tables nightly sanitize clean
 
@@ -32,14 +35,14 @@ ifeq ($(shell uname),Linux)
 endif
 
 # Every kernel compiled, k = 1 and odd rows among them, and a part of the interpreter's tests, by the oldest Triton. Its
-# folder stands before the environment's own packages, which stay as they are.
+# folder stands before the environment's own packages, which stay as they are. KDFAST_TEST_TARGETS names other GPUs.
 triton-oldest: $(VENV)/.test build/oldest
 	cd / && PYTHONPATH=$(CURDIR)/build/oldest $(abspath $(BIN))/python -P -c "import triton; print('Triton', triton.__version__)"
 	PYTHONPATH=$(CURDIR)/build/oldest $(PYTEST) -n $(WORKERS) tests/kernels/test_triton_compile.py
 	PYTHONPATH=$(CURDIR)/build/oldest TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "$(OLDEST_TESTS)" $(INTERPRETED)
 
 # All that test and lint need, so that they can run side by side.
-environment: $(VENV)/.test $(VENV)/.dev build/peers
+environment: $(VENV)/.test $(VENV)/.dev build/peers build/oldest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check kdfast kernels tests bench examples csrc docs/generate.py
@@ -65,6 +68,8 @@ sanitize:
 
 # Longer proofs; their last results stand in docs/.
 nightly: test sanitize
+	KDFAST_TEST_TARGETS="$(TARGETS)" $(PYTEST) -n $(WORKERS) tests/kernels/test_triton_compile.py
+	KDFAST_TEST_TARGETS="$(TARGETS)" $(MAKE) triton-oldest OLDEST_TESTS="$(OLDEST_TESTS) or every_operator"
 	cmake --preset tsan && cmake --build --preset tsan && ctest --preset tsan --output-on-failure
 	$(BIN)/kdfast bench --isa avx2 --rounds 3 --json build/bench.json --markdown build/bench.md
 	$(BIN)/kdfast demo --seeds 3 --out build/demo
