@@ -120,6 +120,7 @@ class Suite:
         self.results: dict[str, Any] = {
             "machine": {"device": "unknown", "torch": "unknown", "triton": "unknown", "commit": "unknown"},
             "tests": "not run",
+            "rehearsal": given.rehearse,
             "copy_bytes_per_second": None,
             "cases": [],
             "not_run": [],

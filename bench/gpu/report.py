@@ -56,19 +56,27 @@ def _share(case: dict[str, Any], results: dict[str, Any]) -> float | None:
     return case["floor_bytes"] / (ms * 1e-3) / copy if ms and copy and case["floor_bytes"] else None
 
 
+def _others(case: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of those that kdfast is held against: not of itself, nor of a bare part of the work."""
+    timed = {name: timing["milliseconds"] for name, timing in case["timings"].items()}
+    return {name: ms for name, ms in timed.items() if ms is not None and not name.startswith(("kdfast", "bare"))}
+
+
 def _changes(results: dict[str, Any]) -> str:
     lines = [f"- {said}" for said in results.get("tiles", {}).get("changes", [])]
     for row in results.get("compilation", []):
         if row["spills"]:
             lines.append(f"- {row['call']}, {row['kernel']}: spills {row['spills']} bytes at {row['tile']} columns and "
                          f"{row['warps']} warps: another tile in kernels/triton/tiles.json")  # fmt: skip
+    if results.get("rehearsal"):
+        lines.append("- A rehearsal: its times are those of the interpreter, and say nothing.")
+        return "\n".join(["## What to change", "", *lines, ""])
     for case in results["cases"]:
         ms, share = _ours(case), _share(case, results)
         if ms is None:
             continue
-        for name, timing in case["timings"].items():
-            theirs = timing["milliseconds"]
-            if name != "kdfast" and not name.startswith("bare") and theirs is not None and theirs < CLOSE * ms:
+        for name, theirs in _others(case).items():
+            if theirs < CLOSE * ms:
                 lines.append(f"- {case['name']}: {name} takes {theirs / ms:.2f} of kdfast's time")
         graph = (case.get("captured") or {}).get("milliseconds")
         if graph is not None and graph < 0.8 * ms:
@@ -84,11 +92,7 @@ def _keeps(results: dict[str, Any]) -> str:
     lines = []
     for case in results["cases"]:
         ms, share = _ours(case), _share(case, results)
-        others = [
-            t["milliseconds"]
-            for name, t in case["timings"].items()
-            if name != "kdfast" and not name.startswith("bare") and t["milliseconds"] is not None
-        ]
+        others = list(_others(case).values())
         if ms is None or not case.get("right") or (others and min(others) < CLOSE * ms):
             continue
         said = [f"{min(others) / ms:.2f} times as fast as the next"] if others else []
