@@ -137,7 +137,7 @@ def only_once(grad: Tensor, *sources: Tensor) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """Scalar loss with the gradient made in the forward call; returns (loss, soft, hard, z2, observed)."""
+    """Scalar loss with the gradient made in the forward call; returns (loss, soft, hard, z2), and observed if wanted."""
 
     @staticmethod
     def forward(
@@ -161,8 +161,9 @@ class _Fused(torch.autograd.Function):
             ctx.save_for_backward(student, *inputs.tensors)
         ctx.spec, ctx.inputs, ctx.coefficients, ctx.tokens, ctx.dtau = spec, inputs, coefficients, tokens, dtau
         terms = [weighted(c, x, "sum") for c, x in zip(coefficients, tokens, strict=True) if c is not None]
-        ctx.mark_non_differentiable(*tokens, observed)
-        return sum(terms[1:], terms[0]), *tokens, observed
+        reported = [*tokens, observed] if spec.wants.observed else tokens
+        ctx.mark_non_differentiable(*reported)
+        return sum(terms[1:], terms[0]), *reported
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -355,12 +356,11 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 def token_terms(problem: Problem, out: Sequence[Tensor], columns: int | None = None) -> TokenTerms:
     """What an operator returned, without the terms that the call does not have, and with what sparse targets tell.
 
-    ``out``: soft, hard, z2, then what is not reported, and observed. ``columns``: those under the distillation term, on
-    all ranks; None: the problem's.
+    ``out``: soft, hard, z2, then what is not reported, and observed where that was wanted. ``columns``: those under the
+    distillation term, on all ranks; None: the problem's.
     """
-    soft, hard, z2, *_, observed = out
     there = (problem.has_teacher, problem.labels is not None, problem.has_z_loss)
-    terms = TokenTerms(*(x if yes else None for x, yes in zip((soft, hard, z2), there, strict=True)))
+    terms = TokenTerms(*(x if yes else None for x, yes in zip(out[:3], there, strict=True)))
     if not problem.return_metrics:
         return terms
-    return terms._replace(observed=reference.observe_kept(problem, observed, columns or problem.columns))
+    return terms._replace(observed=reference.observe_kept(problem, out[-1], columns or problem.columns))
