@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from machine import INTERPRETING
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 from kdfast.benchmark.gpu_compile import TARGETS, compile_calls, edges, variants
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles n
 CHOSEN = os.environ.get("KDFAST_TEST_TARGETS", "sm_90 gfx942").split()
 #: Bytes of a thread. The assembler that comes with Triton 3.6 spills two or four numbers of a few kernels for sm_80 and
 #: sm_100, where it would rather have two programs on a processor than registers for one; for sm_90 it does not.
-SPILLS = {"sm_80": 16, "sm_100": 16} if triton.__version__.startswith("3.6.") else {}
+SPILLS = {"sm_80": 16, "sm_100": 16} if version("triton").startswith("3.6.") else {}
 
 KERNELS = {
     *("dense_kernel", "combine_sums_kernel", "combine_values_kernel", "observe_mixture_kernel", "scale_kernel"),

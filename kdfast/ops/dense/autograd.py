@@ -137,7 +137,7 @@ def only_once(grad: Tensor, *sources: Tensor) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """Scalar loss with the gradient made in the forward call; returns (loss, soft, hard, z2), and observed if wanted."""
+    """Scalar loss with the gradient made in the forward call; returns (loss, soft, hard, z2, observed if wanted)."""
 
     @staticmethod
     def forward(
