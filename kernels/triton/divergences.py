@@ -6,9 +6,6 @@ With p, q the distributions of student and teacher, u = log2 p, v = log2 q and d
 * ``student``  p df/dp, up to a multiple of p, which the gradient does not see: tau dD/dz = student - p * sum student,
 * ``teacher``  q df/dq, likewise, needed for dD/dtau only.
 
-``side`` has the sign of p - q: the difference itself, or what keeps its sign where that is rounded away
-(``dense_sides.py``).
-
 A column of -inf has p = 0 (q = 0), and d may be infinite or NaN there: each product with d is selected away where its
 factor is 0.
 """
@@ -82,7 +79,7 @@ def half_sign(x):
 
 
 @triton.jit
-def value(KIND: tl.constexpr, x, p, q, u, v, d, side):
+def value(KIND: tl.constexpr, x, p, q, u, v, d):
     """f(q, p) of each column; x is the divergence's parameter."""
     if KIND == FORWARD_KL:
         return kl_term(q, p, d)
@@ -116,7 +113,7 @@ def value(KIND: tl.constexpr, x, p, q, u, v, d, side):
 
 
 @triton.jit
-def student(KIND: tl.constexpr, x, p, q, u, v, d, side):
+def student(KIND: tl.constexpr, x, p, q, u, v, d):
     """P df/dp of each column."""
     if KIND == FORWARD_KL:
         return -q
@@ -130,7 +127,7 @@ def student(KIND: tl.constexpr, x, p, q, u, v, d, side):
         m = mixture(1.0 - x, q, x, p)
         return times(p, (u - tl.log2(m)) * LN2 - x * p / m)
     elif KIND == TVD:
-        return p * half_sign(side)
+        return p * half_sign(p - q)
     elif KIND == ALPHA_DIV:
         return -tl.exp2(x * v + (1.0 - x) * u) / x
     else:
@@ -138,7 +135,7 @@ def student(KIND: tl.constexpr, x, p, q, u, v, d, side):
 
 
 @triton.jit
-def teacher(KIND: tl.constexpr, x, p, q, u, v, d, side):
+def teacher(KIND: tl.constexpr, x, p, q, u, v, d):
     """Q df/dq of each column."""
     if KIND == FORWARD_KL:
         return times(q, d)
@@ -152,7 +149,7 @@ def teacher(KIND: tl.constexpr, x, p, q, u, v, d, side):
     elif KIND == SKEW_REVERSE_KL:
         return -times(p, (1.0 - x) * q / mixture(1.0 - x, q, x, p))
     elif KIND == TVD:
-        return -q * half_sign(side)
+        return q * half_sign(q - p)
     elif KIND == ALPHA_DIV:
         return -tl.exp2(x * v + (1.0 - x) * u) / (1.0 - x)
     else:
@@ -169,9 +166,9 @@ def sum_of_student(KIND: tl.constexpr, reverse_kl):
 
 
 @triton.jit
-def sum_terms(part: tl.constexpr, given, p, q, u, v, d, side, KINDS: tl.constexpr):
+def sum_terms(part: tl.constexpr, given, p, q, u, v, d, KINDS: tl.constexpr):
     """The weighted sum over the divergences of their `part`: value, student or teacher."""
     total = tl.zeros(p.shape, tl.float32)
     for k in tl.static_range(len(KINDS)):
-        total += given.weights[k] * part(KINDS[k], given.parameters[k], p, q, u, v, d, side)
+        total += given.weights[k] * part(KINDS[k], given.parameters[k], p, q, u, v, d)
     return total
