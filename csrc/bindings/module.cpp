@@ -97,7 +97,7 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
         call.sparse = parse_sparse(*kept_ids, kept_values, kept_per_row, kept_columns, tail_rule, call.rows);
     }
     if (call.taught() && call.terms.empty()) throw ArgumentError("a teacher needs at least one divergence");
-    call.temperature = static_cast<float>(temperature);
+    call.temperature = temperature;
     call.label_smoothing = static_cast<float>(label_smoothing);
     call.threads = std::max(1, threads);
     if (teachers.size() > 1) {

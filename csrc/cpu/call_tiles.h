@@ -11,8 +11,9 @@ class CallTiles {
     // `specialised`: the divergence is compiled for logits of one dtype, read where they lie.
     CallTiles(const DenseCall& call, bool specialised)
         : a_(call),
-          inv_tau_(call.taught() ? 1 / call.temperature : 1),  // no temperature matters without a teacher
+          inv_tau_(call.taught() ? 1 / static_cast<float>(call.temperature) : 1),  // of no matter without a teacher
           c_(inv_tau_ * log2e),
+          exact_c_(log2e_exact / call.temperature),
           taught_(call.taught() ? call.columns : call.student.columns),
           distributions_(call.distributions()) {
         const bool one_dtype =
@@ -124,6 +125,7 @@ class CallTiles {
     const DenseCall& a_;
     const float inv_tau_;
     const float c_;              // log2e / tau
+    const double exact_c_;       // the same, without fp32's rounding
     const std::int64_t taught_;  // columns under the distillation term, or all
     const std::int64_t distributions_;
     bool streamed_;  // the gradient is written past the cache

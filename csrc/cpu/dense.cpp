@@ -44,7 +44,7 @@ void check_ids(const DenseCall& call) {
 }  // namespace
 
 void check(const DenseCall& call) {
-    if (!(call.temperature > 0))
+    if (!(static_cast<float>(call.temperature) > 0))
         throw ArgumentError("temperature must be > 0, got " + std::to_string(call.temperature));
     if (call.dsoft_dtemperature && call.distributions() > 1)
         throw ArgumentError("the temperature's gradient is not provided for an ensemble of distributions");

@@ -1,6 +1,7 @@
 // The dense distillation loss on the CPU: what a call is, and the entry point that every ISA provides.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string_view>
@@ -87,7 +88,7 @@ struct DenseCall {
     bool mix_logits = false;                   // q = softmax(sum w_k t_k / tau), not sum w_k softmax(t_k / tau)
     SparseTargets sparse;                      // in place of teachers
     std::vector<Term> terms;                   // at least one where there is a teacher
-    float temperature = 1;
+    double temperature = 1;
     const std::int64_t* labels = nullptr;
     const bool* counted = nullptr;  // null: every row counts
     float label_smoothing = 0;
@@ -125,8 +126,13 @@ struct DenseCall {
     std::int64_t distributions() const {
         return mix_logits && !teachers.empty() ? 1 : static_cast<std::int64_t>(teachers.size());
     }
+    // Whether the sign of p - q has to be right, which takes sums in fp64; of an ensemble's distributions it is not.
+    bool sided() const {
+        const auto signs = [](const Term& t) { return t.kind == Divergence::tvd; };
+        return distributions() == 1 && std::any_of(terms.begin(), terms.end(), signs);
+    }
     static constexpr std::int64_t state_size = 6;  // of a row, in floats
-    std::int64_t stats_per_row() const { return state_size + 2 * distributions(); }
+    std::int64_t stats_per_row() const { return state_size + 2 * distributions() + (sided() ? 4 : 0); }
 };
 
 // Throws ArgumentError for a label out of range or a temperature not above 0.

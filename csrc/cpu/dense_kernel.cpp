@@ -3,7 +3,8 @@
 // A row is read twice (three times where the divergence's normaliser is not known after the first pass), and stays in
 // cache in between: memory sees each logit once and each gradient once, written past the cache.
 //
-//   pass 1  maxima and sums of exponentials of the student and of each teacher, and forward and reverse KL's value
+//   pass 1  maxima and sums of exponentials of the student and of each teacher, and forward and reverse KL's value; for
+//           the total variation the sums in fp64, too (sides.h)
 //                                                                                       -> RowState
 //   pass 2  the divergence's value and, where unknown so far, sum student(column)
 //   pass 3  the gradient; a KL too small for pass 1's value has pass 2 in it
@@ -39,6 +40,7 @@
 #endif
 #include "cpu/divergences.h"
 #include "cpu/tiles.h"
+#include "cpu/sides.h"
 #include "cpu/passes.h"
 #include "cpu/sparse.h"
 #include "cpu/call_tiles.h"
@@ -69,7 +71,7 @@ template <class D>
 class Call : CallTiles {
   public:
     Call(const DenseCall& call, D divergence, float weight)
-        : CallTiles(call, specialised<D>), divergence_(divergence), weight_(weight) {
+        : CallTiles(call, specialised<D>), divergence_(divergence), weight_(weight), sided_(call.sided()) {
         segments_ = (a_.student.columns + segment - 1) / segment;
         // Of a shard, sums are asked for before it is known who holds the label.
         const bool needs_softmax_at_one = a_.labels || a_.z2 || a_.c_hard || a_.c_z || a_.logit_sum;
@@ -95,19 +97,25 @@ class Call : CallTiles {
     struct Row {  // a row's partial results, by segment, and what they combine to
         std::vector<SegmentSums> sums;
         std::vector<Sums> teacher_sums;  // by segment, then distribution
+        std::vector<ExactSums> exact;    // by segment, where the call asks for sides
         std::vector<Value> values;
         RowState state;
         std::vector<Normaliser> teachers;  // by distribution
+        struct {
+            Normaliser student, teacher;
+        } sides;  // the exact sums' log2
         bool value_known;                  // after pass 1
         double value;
         Kept kept;
 
-        Row(std::int64_t segments, std::int64_t distributions, std::int64_t kept_columns)
+        Row(std::int64_t segments, std::int64_t distributions, std::int64_t kept_columns, bool sided)
             : sums(segments),
               teacher_sums(segments * distributions),
+              exact(sided ? segments : 0),
               values(segments),
               state(),
               teachers(distributions),
+              sides(),
               value_known(false),
               value(0),
               kept(kept_columns) {}
@@ -127,7 +135,7 @@ class Call : CallTiles {
         const std::int64_t fair = std::max<std::int64_t>(1, a_.rows / (8 * a_.threads));
         const std::int64_t group = std::clamp<std::int64_t>(64 * segment / a_.student.columns, 1, fair);
         parallel((a_.rows + group - 1) / group, [&](std::int64_t index) {
-            Row row(segments_, distributions_, a_.sparse.kept);
+            Row row(segments_, distributions_, a_.sparse.kept, sided_);
             const std::int64_t end = std::min(a_.rows, (index + 1) * group);
             for (std::int64_t i = index * group; i < end; ++i) run_row(i, row);
         });
@@ -149,7 +157,7 @@ class Call : CallTiles {
     }
 
     void run_segments() {
-        std::vector<Row> rows(a_.rows, Row(segments_, distributions_, a_.sparse.kept));
+        std::vector<Row> rows(a_.rows, Row(segments_, distributions_, a_.sparse.kept, sided_));
         const auto each_segment = [&](auto task) {
             parallel(a_.rows * segments_, [&](std::int64_t index) {
                 const std::int64_t i = index / segments_;
@@ -191,6 +199,7 @@ class Call : CallTiles {
     void sum_segment(std::int64_t i, Row& row, std::int64_t s) const {
         Buffers b;
         SegmentSums out;
+        ExactSums exact;
         Sums* teachers = row.teacher_sums.data() + s * distributions_;
         std::fill_n(teachers, distributions_, Sums{});
         const std::byte* student = a_.student.row(i);
@@ -201,8 +210,12 @@ class Call : CallTiles {
                 if (direct_) {
                     with_io([&]<class Io>() { sum_direct<Io>(i, start, n, teachers, out.student); });
                 } else if (distributions_ == 1) {
-                    sum_both<ThroughTile>(student_tile(i, start, n, b), teacher_tile(0, i, start, n, b), start,
-                                          padded(n), out.student, teachers[0], next, next);
+                    const float *z = student_tile(i, start, n, b), *t = teacher_tile(0, i, start, n, b);
+                    sum_both<ThroughTile>(z, t, start, padded(n), out.student, teachers[0], next, next);
+                    if (sided_) {
+                        exact.student.add(z, padded(n), out.student.max, exact_c_);
+                        exact.teacher.add(t, padded(n), teachers[0].max, exact_c_);
+                    }
                 } else {
                     for (std::int64_t k = 0; k < distributions_; ++k)
                         add_tile<ThroughTile, Tau::one>(teacher_tile(k, i, start, n, b), start, padded(n), c_, false,
@@ -219,6 +232,7 @@ class Call : CallTiles {
                 if (a_.label_smoothing > 0) add_smoothing(z, padded(n), out.rest, out.smoothing);
             });
         row.sums[s] = out;
+        if (sided_) row.exact[s] = exact;
     }
 
     template <class Io>
@@ -269,6 +283,7 @@ class Call : CallTiles {
             if (distributions_ > 0)
                 std::memcpy(row.teachers.data(), saved + DenseCall::state_size,
                             row.teachers.size() * sizeof(Normaliser));
+            if (sided_) std::memcpy(&row.sides, saved + sides_at, sizeof(row.sides));
             begin_sparse(i, row);
             return;
         }
@@ -297,6 +312,14 @@ class Call : CallTiles {
             if (reverse) row.state.sum_student = static_cast<float>(value);
             row.value_known = value >= plain_is_enough && value < infinity;
             row.value = value;
+        }
+        if (sided_) {
+            ExactSums all;
+            for (const ExactSums& s : row.exact) {
+                all.student.merge(s.student, exact_c_);
+                all.teacher.merge(s.teacher, exact_c_);
+            }
+            row.sides = {Normaliser::of(all.student.log2(exact_c_)), Normaliser::of(all.teacher.log2(exact_c_))};
         }
         if (std::is_same_v<D, ForwardKl>) row.state.sum_student = -1;
         if (a_.observed) observe(i, row, student, log2_student, rest);
@@ -412,6 +435,9 @@ class Call : CallTiles {
             c.teacher = row.teachers[0];
             c.teacher_c = c_;
         }
+        c.sided = sided_;
+        const Normaliser &of_z = row.sides.student, &of_t = row.sides.teacher;
+        c.offset = ((static_cast<double>(of_z.hi) - of_t.hi) + (static_cast<double>(of_z.lo) - of_t.lo)) / exact_c_;
         const auto log2_sum = [](Normaliser n) { return static_cast<double>(n.hi) + n.lo; };
         if (a_.c_soft) c.c_soft = a_.c_soft[i] * weight_ * inv_tau_;
         if (c.c_soft != 0) c.pull = c.c_soft * row.kept.pull;
@@ -616,6 +642,7 @@ class Call : CallTiles {
             if (distributions_ > 0)
                 std::memcpy(saved + DenseCall::state_size, row.teachers.data(),
                             row.teachers.size() * sizeof(Normaliser));
+            if (sided_) std::memcpy(saved + sides_at, &row.sides, sizeof(row.sides));
         }
         if (!a_.taught()) return;
         Value total;
@@ -645,7 +672,10 @@ class Call : CallTiles {
 
     const D divergence_;
     const float weight_;
+    // In the saved state, behind the one distribution.
+    static constexpr std::int64_t sides_at = DenseCall::state_size + 2;
     std::int64_t segments_;
+    const bool sided_;
     Tau tau_;
     bool sum_student_known_;
     bool from_logits_ = true;

@@ -5,6 +5,7 @@
 //   student()   p df/dp, up to a multiple of p, which the gradient does not see,
 //   pull()      the gradient that follows, student_i - p_i * sum student = tau dD/dz_i,
 //   teacher()   q df/dq, likewise, which is needed for dD/dtau only.
+// `side` has the sign of p - q: the difference itself, or what keeps its sign where that is rounded away (sides.h).
 // A column of -inf has p = 0 (q = 0), and d may be infinite or NaN there, so each product with d is selected away where
 // its factor is 0.
 #pragma once
@@ -64,7 +65,7 @@ KDFAST_INLINE V kl_term(V a, V b, V x) {
 }
 
 struct Column {
-    V u, v, p, q, d;
+    V u, v, p, q, d, side;
 };
 
 // A divergence whose pull has no shorter form.
@@ -150,8 +151,8 @@ struct Tvd : General<Tvd> {
     static V half_sign(V x) {  // sign(0) = 0; x - x is 0 or NaN
         return select(less(set1(0), x), set1(0.5f), select(less(x, set1(0)), set1(-0.5f), x - x));
     }
-    V student(const Column& c) const { return c.p * half_sign(c.p - c.q); }
-    V teacher(const Column& c) const { return c.q * half_sign(c.q - c.p); }
+    V student(const Column& c) const { return c.p * half_sign(c.side); }
+    V teacher(const Column& c) const { return c.q * (set1(0) - half_sign(c.side)); }
 };
 
 struct AlphaDiv : General<AlphaDiv> {

@@ -309,6 +309,8 @@ struct RowConstants {
     float c_one = 0;       // factor of softmax(z): c_hard + 2 c_z logsumexp(z)
     bool streamed = true;  // how the gradient is written, see tiles.h
     float one_from_p = 0;  // Tau::one: softmax(z) = p * this; Tau::two: p^2 * this
+    bool sided = false;    // `offset` is known, and z and t are what it is of
+    double offset = 0;     // D of sides.h
 };
 
 struct Value {
@@ -339,6 +341,7 @@ void visit(const D& divergence, const typename Io::Element* z, const typename Io
     const V one_from = set1(-state.at_one.hi), c_soft = set1(row.c_soft), c_one = set1(row.c_one);
     const V one_from_p = set1(row.one_from_p * row.c_one), sum_student = set1(state.sum_student);
     const V d_lo = set1(ln2 * (state.at_tau.lo - row.teacher.lo));
+    const Offset offset(row.offset);
     V value = set1(0), total = value, student_u = value, p_u = value, teacher = value, teacher_v = value, q_v = value;
     const auto column = [&](V raw, V target) KDFAST_INLINE_LAMBDA {  // its gradient
         const V u = affine(raw, c, p_from), v = affine(target, tc, q_from);
@@ -348,6 +351,11 @@ void visit(const D& divergence, const typename Io::Element* z, const typename Io
         col.p = exp2(u, p_scale);
         col.q = exp2(v, q_scale);
         col.d = fma(v - u, set1(ln2), d_lo);
+        col.side = col.p - col.q;
+        if (row.sided) {  // where a logit is infinite, p or q is 0, and their difference has their sign
+            const V side = offset.less(raw, target);
+            col.side = select(less(abs(side), set1(infinity)), side, col.side);
+        }
         if constexpr (W != Want::gradient) value = value + divergence.value(col);
         if constexpr (W == Want::value || W == Want::value_and_dtau) {
             const V student = divergence.student(col);

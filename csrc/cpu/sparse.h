@@ -156,10 +156,9 @@ struct SparseRow {
         column.p = exp2(column.u);
         column.q = exp2(column.v);
         column.d = (column.v - column.u) * set1(ln2);
+        column.side = column.p - column.q;
         return column;
     }
-
-    static constexpr double log2e_exact = 1.4426950408889634;
 };
 
 }  // namespace

@@ -6,6 +6,8 @@ Per row, with c = log2(e) / tau, z the student's and t a teacher's logits::
     pass 2  the divergence's value and, where unknown so far, sum student(column)
     pass 3  the gradient; the same pass as 2 for forward and reverse KL
 
+The total variation has one more after the first, for the side on which p lies (``dense_sides.py``).
+
 Probabilities follow as log2 p = (z - max) c - log2 sum, in which large logits lose nothing. Passes go through the row
 forwards and backwards in turn, so that each begins with what the last one left in the cache.
 
@@ -57,6 +59,16 @@ from kdfast.kernels.triton.dense_rows import (
     tiles_of,
     to_stored,
 )
+from kdfast.kernels.triton.dense_sides import (
+    exact_scale,
+    exp2_exact,
+    load_halves,
+    log2_of,
+    offset_of,
+    side_of,
+    store_halves,
+    sum_sides,
+)
 from kdfast.kernels.triton.dense_sums import finish_sums, sum_rest, sum_taught, sum_teacher
 from kdfast.kernels.triton.divergences import LN2
 
@@ -93,6 +105,40 @@ def _log2_q(
             total = total * tl.exp2(top - at) + tl.exp2(v - at)
             top = new
         return or_zero(top) + tl.log2(total)
+
+
+@triton.jit
+def _column(
+    z,
+    teachers,
+    given,
+    stats,
+    i,
+    offsets,
+    mask,
+    c,
+    z_at,
+    z_log2,
+    t_at,
+    t_log2,
+    d_high,
+    d_low,
+    MIX: tl.constexpr,
+    DISTRIBUTIONS: tl.constexpr,
+    SIDED: tl.constexpr,
+):
+    """What divergences are told of the columns of a tile: (p, q, log2 p, log2 q, ln q - ln p, side)."""
+    u = (z - z_at) * c - z_log2
+    if SIDED:
+        t = teacher_tile(teachers, given, i, offsets, mask, 0, MIX)
+        v = (t - t_at) * c - t_log2
+    else:
+        v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
+    p, q = tl.exp2(u), tl.exp2(v)
+    side = p - q
+    if SIDED:
+        side = side_of(z, t, p, q, d_high, d_low)
+    return p, q, u, v, (v - u) * LN2, side
 
 
 @triton.jit
@@ -134,14 +180,16 @@ def _passes(
     PASS_GRADIENT: tl.constexpr,
     JOINT_VALUE: tl.constexpr,
     OBSERVE: tl.constexpr,
+    SIDED: tl.constexpr,
 ):
     c = exponent_scale(given)
     if DISTRIBUTIONS == 0 and KEPT == 0:  # no temperature matters then
         c = scalar(LOG2E)
     stats = wanted.stats
     if stats is not None:
-        stats += i * (STATE + 2 * (DISTRIBUTIONS + (KEPT > 0)))
+        stats += i * (STATE + 2 * (DISTRIBUTIONS + (KEPT > 0)) + 4 * SIDED)
     t_at, t_log2 = scalar(0.0), scalar(0.0)
+    d_high, d_low = scalar(0.0), scalar(0.0)
 
     if PASS_SUMS:
         z_top, at_tau, at_one, cross, smooth, present, t_top, t_sum, z_tile, z_spread, t_tile, t_spread = sum_taught(
@@ -155,7 +203,7 @@ def _passes(
                 student, given, i, split, BLOCK, SPLITS, SMOOTH,
             )  # fmt: skip
         if sums is not None:
-            sums += (i * SPLITS + split) * (SUMS + 2 * DISTRIBUTIONS + OBSERVED_SUMS * OBSERVE)
+            sums += (i * SPLITS + split) * (SUMS + 2 * DISTRIBUTIONS + OBSERVED_SUMS * OBSERVE + 4 * SIDED)
             tl.store(sums, z_top)
             tl.store(sums + 1, at_tau)
             tl.store(sums + 2, at_one)
@@ -175,6 +223,10 @@ def _passes(
             if DISTRIBUTIONS == 1:
                 tl.store(sums + SUMS, t_top)
                 tl.store(sums + SUMS + 1, t_sum)
+            if SIDED:
+                z_exact, t_exact = sum_sides(student, teachers, given, i, split, z_top, t_top, MIX, BLOCK, SPLITS)
+                store_halves(sums + SUMS + 2 + OBSERVED_SUMS * OBSERVE, z_exact)
+                store_halves(sums + SUMS + 4 + OBSERVED_SUMS * OBSERVE, t_exact)
             if DISTRIBUTIONS > 1:
                 for k in tl.static_range(DISTRIBUTIONS):
                     t_top, t_sum = sum_teacher(teachers, given, i, split, c, k, MIX, BLOCK, SPLITS)
@@ -194,6 +246,13 @@ def _passes(
             if stats is not None and DISTRIBUTIONS == 1:
                 tl.store(stats + STATE, t_at)
                 tl.store(stats + STATE + 1, t_log2)
+            if SIDED:
+                z_exact, t_exact = sum_sides(student, teachers, given, i, split, z_top, t_top, MIX, BLOCK, SPLITS)
+                z_exact, t_exact = log2_of(z_top, z_exact, given), log2_of(t_top, t_exact, given)
+                d_high, d_low = offset_of(z_exact, t_exact, given)
+                if stats is not None:
+                    store_halves(stats + STATE + 2, z_exact)
+                    store_halves(stats + STATE + 4, t_exact)
             if KEPT > 0:
                 sum_student, pull, shift = finish_kept(
                     student, given, wanted, stats, i, c, z_at, z_log2, cross, KEPT, RULE, KINDS,
@@ -204,6 +263,8 @@ def _passes(
         sum_student, present = tl.load(stats + 4), tl.load(stats + 5)
         if DISTRIBUTIONS == 1:
             t_at, t_log2 = tl.load(stats + STATE), tl.load(stats + STATE + 1)
+        if SIDED:
+            d_high, d_low = offset_of(load_halves(stats + STATE + 2), load_halves(stats + STATE + 4), given)
         if KEPT > 0:
             pull, shift = tl.load(stats + STATE), tl.load(stats + STATE + 1)
 
@@ -222,14 +283,16 @@ def _passes(
         for back in range(last - first):
             offsets = (last - 1 - back) * BLOCK + tl.arange(0, BLOCK)
             mask = offsets < given.columns
-            u = (logits(student, row, offsets, mask) - z_at) * c - z_log2
-            v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
-            p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
-            value += divergences.sum_terms(divergences.value, given, p, q, u, v, d, KINDS)
-            of_student = divergences.sum_terms(divergences.student, given, p, q, u, v, d, KINDS)
+            z = logits(student, row, offsets, mask)
+            p, q, u, v, d, side = _column(
+                z, teachers, given, stats, i, offsets, mask, c, z_at, z_log2, t_at, t_log2, d_high, d_low, MIX,
+                DISTRIBUTIONS, SIDED,
+            )  # fmt: skip
+            value += divergences.sum_terms(divergences.value, given, p, q, u, v, d, side, KINDS)
+            of_student = divergences.sum_terms(divergences.student, given, p, q, u, v, d, side, KINDS)
             s_sum += of_student
             if wanted.dtau is not None:
-                of_teacher = divergences.sum_terms(divergences.teacher, given, p, q, u, v, d, KINDS)
+                of_teacher = divergences.sum_terms(divergences.teacher, given, p, q, u, v, d, side, KINDS)
                 s_u += divergences.times(of_student, u)
                 p_u += divergences.times(p, u)
                 t_sum_ += of_teacher
@@ -295,17 +358,18 @@ def _passes(
                 offsets = j * BLOCK + tl.arange(0, BLOCK)
                 mask = offsets < given.columns
                 z = logits(student, row, offsets, mask)
-                u = (z - z_at) * c - z_log2
                 if KEPT > 0:
-                    p = tl.exp2(u)
+                    p = tl.exp2((z - z_at) * c - z_log2)
                     g = c_soft * (pull * p)
                 else:
-                    v = _log2_q(teachers, given, stats, i, offsets, mask, c, t_at, t_log2, MIX, DISTRIBUTIONS)
-                    p, q, d = tl.exp2(u), tl.exp2(v), (v - u) * LN2
+                    p, q, u, v, d, side = _column(
+                        z, teachers, given, stats, i, offsets, mask, c, z_at, z_log2, t_at, t_log2, d_high, d_low, MIX,
+                        DISTRIBUTIONS, SIDED,
+                    )  # fmt: skip
                     if JOINT_VALUE:
-                        value += divergences.sum_terms(divergences.value, given, p, q, u, v, d, KINDS)
+                        value += divergences.sum_terms(divergences.value, given, p, q, u, v, d, side, KINDS)
                     # A distillation term without weight is left out, not multiplied by 0: its gradient may be infinite.
-                    g = divergences.sum_terms(divergences.student, given, p, q, u, v, d, KINDS) - p * sum_student
+                    g = divergences.sum_terms(divergences.student, given, p, q, u, v, d, side, KINDS) - p * sum_student
                     g = tl.where(c_soft == 0.0, 0.0, c_soft * g)
                 if factors.hard is not None or factors.z is not None:
                     g += of_softmax(z, p, c_one, one_at, one_log2, one_from_p, TAU, TRUNCATED)
@@ -337,7 +401,7 @@ def _passes(
 
 
 @triton.jit
-def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PAIRS: tl.constexpr,
+def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr, SAVED: tl.constexpr,
           PASS_GRADIENT: tl.constexpr):  # fmt: skip
     """A row that does not count: zeros wherever something is wanted."""
     if split == 0:
@@ -355,8 +419,8 @@ def _drop(grad, given, wanted, i, split, BLOCK: tl.constexpr, SPLITS: tl.constex
             for k in tl.static_range(OBSERVED):
                 tl.store(wanted.observed + i * OBSERVED + k, tl.full([], 0.0, tl.float64))
         if wanted.stats is not None:
-            for k in tl.static_range(STATE + 2 * PAIRS):
-                tl.store(wanted.stats + i * (STATE + 2 * PAIRS) + k, 0.0)
+            for k in tl.static_range(SAVED):
+                tl.store(wanted.stats + i * SAVED + k, 0.0)
     if PASS_GRADIENT:
         row = row_of(grad, i)
         first, last = tiles_of(given.vocab, split, BLOCK, SPLITS)
@@ -393,10 +457,11 @@ def dense_kernel(
     PASS_GRADIENT: tl.constexpr,
     JOINT_VALUE: tl.constexpr,
     OBSERVE: tl.constexpr,
+    SIDED: tl.constexpr,
 ):
     """Some or all passes over one row, or over one split of it; grid (rows, splits).
 
-    With `sums` (rows, splits, 10 + 2 distributions, and 5 with OBSERVE) pass 1 leaves its partial sums there; with
+    With `sums` (rows, splits, 10 + 2 distributions, 5 with OBSERVE and 4 with SIDED) pass 1 leaves its partial sums there; with
     `values` (rows, splits, 7) passes 2 and 3 do. Without, one program has the whole row and finishes it.
     """
     i = tl.program_id(0).to(tl.int64)
@@ -408,10 +473,11 @@ def dense_kernel(
         _passes(
             student, teachers, grad, given, wanted, factors, sums, values, i, split, BLOCK, SPLITS, TAU, KINDS,
             DISTRIBUTIONS, KEPT, RULE, MIX, TRUNCATED, SMOOTH, CROSS, KNOWN, PASS_SUMS, PASS_VALUE, PASS_GRADIENT,
-            JOINT_VALUE, OBSERVE,
+            JOINT_VALUE, OBSERVE, SIDED,
         )  # fmt: skip
     else:
-        _drop(grad, given, wanted, i, split, BLOCK, SPLITS, DISTRIBUTIONS + (KEPT > 0), PASS_GRADIENT)
+        saved: tl.constexpr = STATE + 2 * (DISTRIBUTIONS + (KEPT > 0)) + 4 * SIDED
+        _drop(grad, given, wanted, i, split, BLOCK, SPLITS, saved, PASS_GRADIENT)
 
 
 # --- Between the passes of a split row --------------------------------------------------------------------------------
@@ -422,6 +488,14 @@ def _together(top, total, factor):
     """Partial sums under their own maxima -> (maximum, sum under it), in the order in which they stand."""
     most = tl.max(top, 0)
     return most, tl.sum(total * tl.exp2((top - or_zero(most)) * factor), 0)
+
+
+@triton.jit
+def _exactly_together(top, total, given):
+    """log2 of fp64 sums under their own maxima."""
+    most = tl.max(top, 0)
+    shift = (top.to(tl.float64) - or_zero(most).to(tl.float64)) * exact_scale(given)
+    return log2_of(most, tl.sum(total * exp2_exact(shift), 0), given)
 
 
 @triton.jit
@@ -441,6 +515,7 @@ def combine_sums_kernel(
     RULE: tl.constexpr,
     TRUNCATED: tl.constexpr,
     SMOOTH: tl.constexpr,
+    SIDED: tl.constexpr,
 ):
     """Partial sums of a row -> its state, cross-entropy and squared logsumexp, and the value of kept columns.
 
@@ -455,7 +530,7 @@ def combine_sums_kernel(
         if DISTRIBUTIONS == 0 and KEPT == 0:
             c = scalar(LOG2E)
         s = tl.arange(0, SPLITS)
-        at = sums + (i * SPLITS + s) * (SUMS + 2 * DISTRIBUTIONS + OBSERVED_SUMS * OBSERVE)
+        at = sums + (i * SPLITS + s) * (SUMS + 2 * DISTRIBUTIONS + OBSERVED_SUMS * OBSERVE + 4 * SIDED)
         tops = tl.load(at)
         z_top, at_tau = _together(tops, tl.load(at + 1), c)
         z_top, at_one = _together(tops, tl.load(at + 2), LOG2E)
@@ -473,7 +548,7 @@ def combine_sums_kernel(
         r_present = tl.load(at + 9)
         moved = tl.load(at + 8) + r_present * (or_zero(tops) - or_zero(rest_top))
         rest_smooth, rest_present = tl.sum(tl.where(r_present > 0.0, moved, 0.0), 0), tl.sum(r_present, 0)
-        stats = wanted.stats + i * (STATE + 2 * (DISTRIBUTIONS + (KEPT > 0)))
+        stats = wanted.stats + i * (STATE + 2 * (DISTRIBUTIONS + (KEPT > 0)) + 4 * SIDED)
         t_at, t_log2 = scalar(0.0), scalar(0.0)
         for k in tl.static_range(DISTRIBUTIONS):
             tops = tl.load(at + SUMS + 2 * k)
@@ -481,6 +556,10 @@ def combine_sums_kernel(
             t_at, t_log2 = or_zero(top), tl.log2(total)
             tl.store(stats + STATE + 2 * k, t_at)
             tl.store(stats + STATE + 2 * k + 1, t_log2)
+        if SIDED:
+            halves = at + SUMS + 2 + OBSERVED_SUMS * OBSERVE
+            store_halves(stats + STATE + 2, _exactly_together(tl.load(at), load_halves(halves), given))
+            store_halves(stats + STATE + 4, _exactly_together(tl.load(at + SUMS), load_halves(halves + 2), given))
         z_at, z_log2, _, _, _, _ = finish_sums(
             student, given, wanted, stats, i, c, z_top, at_tau, at_one, cross, smooth, present, rest_top, rest_sum,
             rest_smooth, rest_present, t_log2, KINDS, TRUNCATED, SMOOTH,
@@ -548,6 +627,7 @@ def combine_values_kernel(
     SPLITS: tl.constexpr,
     DISTRIBUTIONS: tl.constexpr,
     KNOWN: tl.constexpr,
+    SIDED: tl.constexpr,
 ):
     """Partial values of a row -> its distillation term, sum student and dD/dtau; grid (rows,)."""
     i = tl.program_id(0).to(tl.int64)
@@ -568,7 +648,7 @@ def combine_values_kernel(
             teacher_v = tl.sum(tl.load(at + 5), 0)
             q_v = tl.sum(tl.load(at + 6), 0)
         if not KNOWN:
-            tl.store(wanted.stats + i * (STATE + 2 * DISTRIBUTIONS) + 4, student)
+            tl.store(wanted.stats + i * (STATE + 2 * DISTRIBUTIONS + 4 * SIDED) + 4, student)
         _finish_values(wanted, i, exponent_scale(given), value, student, student_u, p_u, teacher, teacher_v, q_v)
 
 

@@ -170,10 +170,10 @@ def _outcomes(student, given, i, c, z_at, z_log2, log2_beside, KEPT: tl.constexp
         if RULE == BUCKET:
             tail_v = tl.where(complete, -INF, _floored(tl.log2(tl.where(left < 0.0, 0.0, left)).to(tl.float32)))
         tail_p, tail_q, tail_d = tl.exp2(tail_u), tl.exp2(tail_v), (tail_v - tail_u) * LN2
-        value = tl.sum(divergences.sum_terms(divergences.value, given, p, q, u, v, d, KINDS), 0)
-        value += divergences.sum_terms(divergences.value, given, tail_p, tail_q, tail_u, tail_v, tail_d, KINDS)
-        tail = divergences.sum_terms(divergences.student, given, tail_p, tail_q, tail_u, tail_v, tail_d, KINDS)
-        total = tl.sum(divergences.sum_terms(divergences.student, given, p, q, u, v, d, KINDS), 0) + tail
+        value = tl.sum(divergences.sum_terms(divergences.value, given, p, q, u, v, d, p - q, KINDS), 0)
+        value += divergences.sum_terms(divergences.value, given, tail_p, tail_q, tail_u, tail_v, tail_d, 0.0, KINDS)
+        tail = divergences.sum_terms(divergences.student, given, tail_p, tail_q, tail_u, tail_v, tail_d, 0.0, KINDS)
+        total = tl.sum(divergences.sum_terms(divergences.student, given, p, q, u, v, d, p - q, KINDS), 0) + tail
         return value, total, tl.where(complete, 0.0, tail / tail_p - total), shift
     else:  # sum w (log q - log p) over the kept ones: q itself is w, or w was drawn and its entropy is known
         weight = _total_weight(given, KINDS)
@@ -253,7 +253,8 @@ def kept_gradient(
     p = tl.exp2(u)
     if RULE <= RENORM:
         v -= shift
-        of_student = divergences.sum_terms(divergences.student, given, p, tl.exp2(v), u, v, (v - u) * LN2, KINDS)
+        q = tl.exp2(v)
+        of_student = divergences.sum_terms(divergences.student, given, p, q, u, v, (v - u) * LN2, p - q, KINDS)
         g = of_student - p * sum_student
     else:
         w = v

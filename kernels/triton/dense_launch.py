@@ -103,6 +103,7 @@ def bytes_per_column(args: tuple[Any, ...], options: dict[str, Any]) -> int:
     """What a launch of the dense kernel reads and writes for each column, in bytes; the cache may spare some of it."""
     student, teachers, grad = args[:3]
     passes: int = sum(options[name] for name in ("PASS_SUMS", "PASS_VALUE", "PASS_GRADIENT"))
+    passes += options["SIDED"] and options["PASS_SUMS"]
     read: int = sum(rows.data.element_size() for rows in (student, *teachers))
     written: int = grad.data.element_size() if options["PASS_GRADIENT"] else 0
     return passes * read + written
@@ -164,7 +165,7 @@ class _Call:
             # A number becomes a tensor by a fill on the device, which a CUDA graph can record; a copy it could not.
             temperature=inputs.temperature
             if tau is None
-            else torch.full((), tau, dtype=torch.float32, device=self.device),
+            else torch.full((), tau, dtype=torch.float64, device=self.device),
             columns=inputs.columns if inputs.taught else vocab,
             vocab=vocab,
             weights=tuple(inputs.weights),
@@ -190,6 +191,7 @@ class _Call:
         one = dense_rows.TAU_ONE if known == 1 else dense_rows.TAU_TWO if known == 2 else dense_rows.TAU_OTHER
         self.tau = one, needs_one
         self.mix = n if inputs.mix_logits else 0
+        self.sided = inputs.sided
         self.cross = self.known and "reverse_kl" in inputs.names
         self.constants = {
             "KINDS": tuple(KINDS[name] for name in inputs.names),
@@ -198,7 +200,13 @@ class _Call:
             "RULE": RULES.get(inputs.tail_rule, 0),
             "TRUNCATED": inputs.taught and inputs.columns < vocab,
             "SMOOTH": inputs.label_smoothing > 0 and inputs.labels is not None,
+            "SIDED": self.sided,
         }
+
+    @property
+    def saved(self) -> int:
+        """Numbers of a row's state."""
+        return dense_rows.STATE.value + 2 * (self.distributions + (self.kept > 0)) + 4 * self.sided
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty((self.rows, *shape), dtype=torch.float32, device=self.device)
@@ -252,8 +260,7 @@ class _Call:
         if self.splits == 1 and self.distributions <= 1:
             return self.passes(wanted, summing=True, value=value, gradient=gradient, joint=joint)
         if wanted.stats is None:
-            pairs = self.distributions + (self.kept > 0)
-            wanted = wanted._replace(stats=self._empty(dense_rows.STATE.value + 2 * pairs))
+            wanted = wanted._replace(stats=self._empty(self.saved))
         self.sums(wanted)
         if wanted.observed is not None and self.distributions > 1:
             self._observe_mixture(wanted)
@@ -271,6 +278,7 @@ class _Call:
         """Pass 1 by splits, and what it amounts to."""
         observe = wanted.observed is not None
         numbers = dense_rows.SUMS.value + 2 * self.distributions + dense_observe.OBSERVED_SUMS.value * observe
+        numbers += 4 * self.sided
         sums = self._empty(self.splits, numbers)
         self.passes(wanted, sums=sums, summing=True)
         launch(
@@ -312,6 +320,7 @@ class _Call:
             SPLITS=self.splits,
             DISTRIBUTIONS=self.distributions,
             KNOWN=self.known,
+            SIDED=self.sided,
             num_warps=1,
         )
 
@@ -340,7 +349,7 @@ def run(
         hard: (...) fp32, filled with the cross-entropy.
         z2: (...) fp32, filled with logsumexp^2.
         dsoft_dtemperature: (...) fp32, filled with the derivative of ``soft``.
-        stats: (..., 6 + 2 distributions, or 8 with kept columns) fp32, filled by a forward call and read by a backward
+        stats: (..., 6 + 2 distributions and 4 of sides, or 8 with kept columns) fp32, filled by a forward call and read by a backward
             one.
         grad: like student, or the student itself; filled with the gradient.
         c_soft: (...) fp32, factor of the distillation term's gradient.
@@ -400,7 +409,7 @@ def sums(student: Tensor, inputs: Any, observed: Tensor | None = None) -> Tensor
     """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
     shape, device = student.shape[:-1], student.device
     call = _part(student, inputs)
-    stats = torch.zeros((*shape, dense_rows.STATE.value + 2 * call.distributions), dtype=torch.float32, device=device)
+    stats = torch.zeros((*shape, call.saved), dtype=torch.float32, device=device)
     logit_sum = torch.zeros(shape, dtype=torch.float32, device=device)
     if student.numel():
         with _on(device):
@@ -408,8 +417,10 @@ def sums(student: Tensor, inputs: Any, observed: Tensor | None = None) -> Tensor
     s, c = stats.double(), _scale_of(inputs, student)
     at_one = s[..., 2] * LOG2E + s[..., 3]
     at_tau = s[..., 0] * c + s[..., 1] if call.distributions else at_one
+    end = dense_rows.STATE.value + 2 * call.distributions
+    of_teachers, of_sides = s[..., 6:end:2] * c + s[..., 7:end:2], s[..., end::2] + s[..., end + 1 :: 2]
     return torch.stack(
-        [at_tau, at_one, logit_sum.double(), s[..., 5], *(s[..., 6::2] * c + s[..., 7::2]).unbind(-1)], -1
+        [at_tau, at_one, logit_sum.double(), s[..., 5], *of_teachers.unbind(-1), *of_sides.unbind(-1)], -1
     )
 
 
@@ -420,9 +431,13 @@ def stats_of(totals: Tensor, sum_student: Tensor, inputs: Any) -> Tensor:
     at = torch.where(totals[..., 1].isfinite(), totals[..., 1] / LOG2E, 0.0).float()
     columns = [at, (totals[..., 0] - at.double() * c).float(), at, (totals[..., 1] - at.double() * LOG2E).float()]
     columns += [sum_student.float(), totals[..., 3].float()]
-    for total in totals[..., 4:].unbind(-1):
+    end = 4 + inputs.softmaxes
+    for total in totals[..., 4:end].unbind(-1):
         t_at = torch.where(total.isfinite(), total / c, 0.0).float()
         columns += [t_at, (total - t_at.double() * c).float()]
+    for total in totals[..., end:].unbind(-1):
+        high = total.float()
+        columns += [high, (total - high.double()).float()]
     return torch.stack(columns, -1)
 
 

@@ -19,7 +19,7 @@ TAU_OTHER = tl.constexpr(2)
 
 # Floats of a row, each followed by (max t, log2 sum or sum) of each distribution where it says so.
 # max z, log2 sum at tau; max z, log2 sum at 1; sum student; columns present; distributions, or (pull, log2 of what q is
-# divided by) of kept columns
+# divided by) of kept columns; with SIDED, (high, low) of log2 sums in fp64 of student and teacher
 STATE = tl.constexpr(6)
 # max z, sum at tau, at 1, cross, or at tau beside the kept columns; sum z - max, columns present; and of the columns
 # beyond the taught ones max z, sum at 1, sum z - max, columns present; distributions

@@ -6,6 +6,9 @@ With p, q the distributions of student and teacher, u = log2 p, v = log2 q and d
 * ``student``  p df/dp, up to a multiple of p, which the gradient does not see: tau dD/dz = student - p * sum student,
 * ``teacher``  q df/dq, likewise, needed for dD/dtau only.
 
+``side`` has the sign of p - q: the difference itself, or what keeps its sign where that is rounded away
+(``dense_sides.py``).
+
 A column of -inf has p = 0 (q = 0), and d may be infinite or NaN there: each product with d is selected away where its
 factor is 0.
 """
@@ -79,7 +82,7 @@ def half_sign(x):
 
 
 @triton.jit
-def value(KIND: tl.constexpr, x, p, q, u, v, d):
+def value(KIND: tl.constexpr, x, p, q, u, v, d, side):
     """f(q, p) of each column; x is the divergence's parameter."""
     if KIND == FORWARD_KL:
         return kl_term(q, p, d)
@@ -113,7 +116,7 @@ def value(KIND: tl.constexpr, x, p, q, u, v, d):
 
 
 @triton.jit
-def student(KIND: tl.constexpr, x, p, q, u, v, d):
+def student(KIND: tl.constexpr, x, p, q, u, v, d, side):
     """P df/dp of each column."""
     if KIND == FORWARD_KL:
         return -q
@@ -127,7 +130,7 @@ def student(KIND: tl.constexpr, x, p, q, u, v, d):
         m = mixture(1.0 - x, q, x, p)
         return times(p, (u - tl.log2(m)) * LN2 - x * p / m)
     elif KIND == TVD:
-        return p * half_sign(p - q)
+        return p * half_sign(side)
     elif KIND == ALPHA_DIV:
         return -tl.exp2(x * v + (1.0 - x) * u) / x
     else:
@@ -135,7 +138,7 @@ def student(KIND: tl.constexpr, x, p, q, u, v, d):
 
 
 @triton.jit
-def teacher(KIND: tl.constexpr, x, p, q, u, v, d):
+def teacher(KIND: tl.constexpr, x, p, q, u, v, d, side):
     """Q df/dq of each column."""
     if KIND == FORWARD_KL:
         return times(q, d)
@@ -149,7 +152,7 @@ def teacher(KIND: tl.constexpr, x, p, q, u, v, d):
     elif KIND == SKEW_REVERSE_KL:
         return -times(p, (1.0 - x) * q / mixture(1.0 - x, q, x, p))
     elif KIND == TVD:
-        return q * half_sign(q - p)
+        return -q * half_sign(side)
     elif KIND == ALPHA_DIV:
         return -tl.exp2(x * v + (1.0 - x) * u) / (1.0 - x)
     else:
@@ -166,9 +169,9 @@ def sum_of_student(KIND: tl.constexpr, reverse_kl):
 
 
 @triton.jit
-def sum_terms(part: tl.constexpr, given, p, q, u, v, d, KINDS: tl.constexpr):
+def sum_terms(part: tl.constexpr, given, p, q, u, v, d, side, KINDS: tl.constexpr):
     """The weighted sum over the divergences of their `part`: value, student or teacher."""
     total = tl.zeros(p.shape, tl.float32)
     for k in tl.static_range(len(KINDS)):
-        total += given.weights[k] * part(KINDS[k], given.parameters[k], p, q, u, v, d)
+        total += given.weights[k] * part(KINDS[k], given.parameters[k], p, q, u, v, d, side)
     return total

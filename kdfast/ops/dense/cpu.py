@@ -57,7 +57,8 @@ def run(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
 
 
 # The kernel's row of stats: at tau (high, low), at 1 (high, low), sum student, columns present; (high, low) of each
-# teacher. High and low add up to the log2 of a sum of exponentials.
+# teacher; and where the call is sided, the same of student and teacher from sums in fp64 under the exact log2(e) / tau.
+# High and low add up to the log2 of a sum of exponentials.
 
 
 def sums(student: Tensor, inputs: Inputs, observed: Tensor | None = None) -> Tensor:
@@ -74,8 +75,9 @@ def sums(student: Tensor, inputs: Inputs, observed: Tensor | None = None) -> Ten
 
     at_tau, at_one = _scales(inputs)
     logs = [together(s[..., 0], s[..., 1]) * at_tau, together(s[..., 2], s[..., 3]) * at_one]
-    teachers = together(s[..., 6::2], s[..., 7::2]) * at_tau
-    return torch.stack([*logs, logit_sum.double(), s[..., 5], *teachers.unbind(-1)], -1)
+    pairs = together(s[..., 6::2], s[..., 7::2]).unbind(-1)
+    teachers = [x * at_tau for x in pairs[: inputs.softmaxes]]
+    return torch.stack([*logs, logit_sum.double(), s[..., 5], *teachers, *pairs[inputs.softmaxes :]], -1)
 
 
 def _scales(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -101,8 +103,8 @@ def stats_of(totals: Tensor, sum_student: Tensor, inputs: Inputs) -> Tensor:
     known = (sum_student / weight if weight else sum_student).float()
     at_tau, at_one = _scales(inputs)
     columns = [*halves(totals[..., 0] / at_tau), *halves(totals[..., 1] / at_one), known, totals[..., 3].float()]
-    for k in range(4, totals.shape[-1]):
-        columns += halves(totals[..., k] / at_tau)
+    for k, total in enumerate(totals[..., 4:].unbind(-1)):
+        columns += halves(total / at_tau if k < inputs.softmaxes else total)
     return torch.stack(columns, -1)
 
 

@@ -67,6 +67,16 @@ class Inputs(NamedTuple):
         return self.caps[0] if self.caps else Cap()
 
     @property
+    def softmaxes(self) -> int:
+        """Distributions that the teachers have: of mixed logits, one."""
+        return 1 if self.mix_logits and self.teachers else len(self.teachers)
+
+    @property
+    def sided(self) -> bool:
+        """Whether kernels know the sign of p - q from sums in fp64: the total variation's, but for ensembles of q."""
+        return "tvd" in self.names and self.softmaxes == 1
+
+    @property
     def arguments(self) -> tuple[Any, ...]:
         """What the operators take."""
         return self[:N_INPUTS]
@@ -88,9 +98,9 @@ N_OBSERVED = 5
 
 
 def stats_size(inputs: Inputs) -> int:
-    """Numbers saved per token, in the kernel's layout: 6 of the student, 2 of each softmax of a teacher.
+    """Numbers saved per token, in the kernel's layout: 6 of the student, 2 of each softmax of a teacher, 4 of sides.
 
     The Triton kernel also saves 2 of kept columns, which the other one finds again: pass 1 alone sums up their tail.
     """
-    softmaxes = 1 if inputs.mix_logits and inputs.teachers else len(inputs.teachers)
-    return 6 + 2 * (softmaxes + (inputs.kept_ids is not None and inputs.backend == "triton"))
+    kept = inputs.kept_ids is not None and inputs.backend == "triton"
+    return 6 + 2 * (inputs.softmaxes + kept) + 4 * inputs.sided

@@ -65,7 +65,8 @@ class Launcher(Protocol):
 
     # The passes one by one, for ranks that hold a shard of the columns each. Totals are fp64, (..., 4 + softmaxes of
     # teachers): log2 of the sum of exponentials at tau and at 1; sum and number of the logits that are not -inf, for
-    # label smoothing only; log2 of each teacher's sum at tau.
+    # label smoothing only; log2 of each teacher's sum at tau; and where the inputs are sided, of the student's and the
+    # teacher's sum at tau as fp64 has them.
 
     def sums(self, student: Tensor, inputs: Inputs, observed: Tensor | None = None) -> Tensor:
         """Totals over the columns that are here, and what is observed of them, (..., 5) fp64, where it is given."""

@@ -33,7 +33,7 @@ class Statistics(NamedTuple):
     hard: Tensor
     z2: Tensor
     dtau: Tensor | None  # of soft; None where it was not asked for
-    totals: Tensor  # (..., 4 + softmaxes of teachers), see :class:`kdfast.ops.dense.Launcher`
+    totals: Tensor  # (..., 4 + softmaxes of teachers, and 2 where sided), see :class:`kdfast.ops.dense.Launcher`
     sum_student: Tensor
     lost: Tensor | None  # bool: no rank has the label; None without labels
     observed: Tensor | None = None  # (..., 5); None where it was not asked for
@@ -79,7 +79,8 @@ def statistics(student: Tensor, inputs: Inputs, shard: Shard, wants: Wants) -> S
         lost = lost_labels(inputs.labels, found)
         hard = cross_entropy(inputs, lost, lse, at_label, logit_sum / present)
     if seen is not None:
-        seen = metrics.combined(student, inputs, seen, logs_here * LN2, logs * LN2, shard)
+        here, all_ranks = (x[..., : 2 + inputs.softmaxes] * LN2 for x in (logs_here, logs))
+        seen = metrics.combined(student, inputs, seen, here, all_ranks, shard)
     return Statistics(soft, hard, lse.square() if wants.z else zeros, dtau, totals, sum_student, lost, seen)
 
 
