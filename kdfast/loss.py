@@ -164,8 +164,7 @@ def distill_loss(
     if type(student) is not Tensor and _is_dtensor(student.hidden if isinstance(student, LMHead) else student):
         return _of_dtensors(student, teacher, labels, class_dim, backend=backend, **options)
     if class_dim != -1:
-        views = options.get("overwrite_logits", False)
-        student, teacher, labels = classes_last(student, teacher, labels, class_dim, views=views)
+        student, teacher, labels = classes_last(student, teacher, labels, class_dim)
     problem = build_problem(student, teacher, labels, **options)
     terms = _registry.select(problem, backend).distill_loss(problem)
     return terms if return_terms or return_metrics else terms.loss

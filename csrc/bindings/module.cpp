@@ -12,9 +12,9 @@
 #include "bindings/view.h"
 #include "core/error.h"
 #include "core/pages.h"
+#include "cpu/apart.h"
 #include "cpu/dispatch.h"
 #include "cpu/sort.h"
-#include "cpu/transpose.h"
 
 namespace py = pybind11;
 
@@ -75,10 +75,10 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
     const std::vector<std::int64_t> leading(student.shape.begin(), student.shape.end() - 1);
     call.rows = 1;
     for (const std::int64_t s : leading) call.rows *= s;
-    call.student = student.rows("student", leading);
+    call.student = student.rows("student", leading, true);
     if (call.student.columns < 1) throw ArgumentError("student must have at least one column");
     for (const View& t : teachers) {
-        call.teachers.push_back(t.rows("teacher", leading));
+        call.teachers.push_back(t.rows("teacher", leading, true));
         if (call.teachers.back().columns < columns)
             throw ArgumentError("teacher has fewer columns than the distillation term");
     }
@@ -127,7 +127,7 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
     if (observed) call.observed = observed->values<double>("observed", "float64", call.rows * call.observed_per_row);
     if (stats) call.stats = stats->values<float>("stats", "float32", call.rows * call.stats_per_row());
     if (grad) {
-        call.grad = grad->rows("grad", leading);
+        call.grad = grad->rows("grad", leading, true);
         if (call.grad.columns != call.student.columns) throw ArgumentError("grad must have the student's columns");
     }
     const kdfast::cpu::Kernels& kernels = kdfast::cpu::kernels();
@@ -142,7 +142,7 @@ void dense(const std::string& passes, const View& student, const std::vector<Vie
     if (passes == "values" && !values) throw ArgumentError("the sums of pass 2 need values");
 
     const py::gil_scoped_release release;
-    run(call);
+    kdfast::cpu::run_apart(call, run);
 }
 
 void select_targets(const View& logits, const std::string& method, std::int64_t k, std::int64_t least, double p,
@@ -241,20 +241,6 @@ PYBIND11_MODULE(_core, m) {
                                       static_cast<std::size_t>(data.count()) * size);
         },
         py::arg("data"), "Asks for huge pages behind fresh, untouched memory.");
-    m.def(
-        "transpose",
-        [](const View& from, const View& to, int threads) {
-            if (from.shape.size() != 3 || to.shape.size() != 3 || from.dtype != to.dtype)
-                throw ArgumentError("from and to must be (matrices, rows, columns) of one dtype");
-            const std::int64_t count = from.shape[0], rows = from.shape[1], columns = from.shape[2];
-            const Rows source = from.rows("from", {count, rows}), target = to.rows("to", {count, columns});
-            if (target.columns != rows) throw ArgumentError("to must be (matrices, columns, rows) of from");
-            const py::gil_scoped_release release;
-            kdfast::cpu::transpose({source.data, from.strides[0], from.strides[1]},
-                                   {target.data, to.strides[0], to.strides[1]}, count, rows, columns,
-                                   static_cast<int>(kdfast::size_of(source.dtype)), std::max(1, threads));
-        },
-        py::arg("from_"), py::arg("to"), py::arg("threads"), "Fills to[k][j][i] with from[k][i][j].");
     m.def(
         "sort_rows",
         [](const View& x, const View& values, const Optional& order, int threads) {

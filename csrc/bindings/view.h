@@ -26,7 +26,8 @@ struct View {
         return n;
     }
 
-    Rows rows(const char* name, const std::vector<std::int64_t>& leading) const {
+    // `apart`: or neighbouring rows side by side and the columns of each a stride apart.
+    Rows rows(const char* name, const std::vector<std::int64_t>& leading, bool apart = false) const {
         Rows r;
         if (dtype == "float32") {
             r.dtype = DType::f32;
@@ -37,12 +38,15 @@ struct View {
         } else {
             throw ArgumentError(std::string(name) + ": dtype must be float32, bfloat16 or float16, got " + dtype);
         }
-        if (shape.empty() || shape.size() != strides.size() || (strides.back() != 1 && shape.back() != 1))
-            throw ArgumentError(std::string(name) + " must be (..., V) with contiguous rows");
+        const bool sized = !shape.empty() && shape.size() == strides.size();
+        const bool contiguous = sized && (strides.back() == 1 || shape.back() == 1);
+        apart = apart && sized && (shape.size() == 1 || strides[strides.size() - 2] == 1);
+        if (!contiguous && !apart) throw ArgumentError(std::string(name) + " must be (..., V) with contiguous rows");
         r.data = reinterpret_cast<std::byte*>(data);
         r.columns = shape.back();
         r.shape.assign(shape.begin(), shape.end() - 1);
         r.strides.assign(strides.begin(), strides.end() - 1);
+        if (!contiguous) r.column_stride = strides.back();
         if (r.shape != leading) throw ArgumentError(std::string(name) + ": leading axes differ from the student's");
         check_memory(name, static_cast<std::int64_t>(size_of(r.dtype)));
         r.merge_axes();

@@ -19,6 +19,7 @@ struct Rows {
     std::int64_t columns = 0;
     std::vector<std::int64_t> shape;    // leading axes
     std::vector<std::int64_t> strides;  // of the leading axes, in elements
+    std::int64_t column_stride = 1;     // of the classes of images (B, C, H, W) another: see cpu/apart.h
 
     // Makes one axis of neighbours that lie as one would, so that finding a row takes fewer divisions.
     void merge_axes() {

@@ -22,7 +22,8 @@ class CallTiles {
         for (const Cap& cap : a_.teacher_caps) as_stored = as_stored && plain(cap);
         direct_ = one_dtype && as_stored && a_.student.dtype != DType::f16;
         // A short row is in the nearest cache still; over 16-bit logits, a stream took up to seven times as long.
-        streamed_ = a_.student.columns > tile && (a_.grad.data != a_.student.data || a_.student.dtype == DType::f32);
+        streamed_ = !a_.grad_is_read && a_.student.columns > tile &&
+                    (a_.grad.data != a_.student.data || a_.student.dtype == DType::f32);
     }
 
     bool counted(std::int64_t i) const { return !a_.counted || a_.counted[i]; }

@@ -43,6 +43,26 @@ void check_ids(const DenseCall& call) {
 
 }  // namespace
 
+DenseCall DenseCall::part(std::int64_t first, std::int64_t count) const {
+    DenseCall p = *this;
+    p.rows = count;
+    const auto skip = [first](auto*& per_row, std::int64_t size) {
+        if (per_row) per_row += first * size;
+    };
+    skip(p.teacher_weights, teacher_weights_per_row);
+    skip(p.sparse.ids, sparse.kept);
+    skip(p.sparse.values, sparse.kept);
+    skip(p.sparse.per_row, 1);
+    skip(p.labels, 1);
+    skip(p.counted, 1);
+    for (float** per_row : {&p.soft, &p.hard, &p.z2, &p.dsoft_dtemperature, &p.logit_sum}) skip(*per_row, 1);
+    for (const float** per_row : {&p.c_soft, &p.c_hard, &p.c_z}) skip(*per_row, 1);
+    skip(p.stats, stats_per_row());
+    skip(p.observed, observed_per_row);
+    skip(p.values, values_per_row);
+    return p;
+}
+
 void check(const DenseCall& call) {
     if (!(static_cast<float>(call.temperature) > 0))
         throw ArgumentError("temperature must be > 0, got " + std::to_string(call.temperature));

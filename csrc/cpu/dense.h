@@ -119,8 +119,12 @@ struct DenseCall {
     const float* c_hard = nullptr;
     const float* c_z = nullptr;
 
+    bool grad_is_read = false;  // soon after the call, from the cache
+
     int threads = 1;
 
+    // The same call of these rows alone, but for the logits and the gradient, which are the caller's to set.
+    DenseCall part(std::int64_t first, std::int64_t count) const;
     bool taught() const { return !teachers.empty() || sparse.ids; }
     // Teachers whose softmax is taken: a mixture of logits has one.
     std::int64_t distributions() const {

@@ -1,4 +1,4 @@
-// Matrices whose classes lie apart in memory, as those of images (B, C, H, W) do, and back.
+// One matrix, transposed block by block.
 #pragma once
 
 #include <cstddef>
@@ -6,16 +6,14 @@
 
 namespace kdfast::cpu {
 
-// `count` matrices (rows, columns), each row contiguous; strides in elements of `size` bytes, 2 or 4.
-struct Matrices {
-    std::byte* data = nullptr;
-    std::int64_t between = 0;  // one matrix and the next
-    std::int64_t stride = 0;   // one row and the next
-};
+// The side that lies in memory, with rows far from each other; the other one stays in the cache.
+enum class Far : std::uint8_t { from, to };
 
-// to[k][j][i] = from[k][i][j] for i < rows and j < columns: `rows` and `columns` are those of `from`. Each line of the
-// cache is read and written once, which a loop over strided elements does not do.
-void transpose(const Matrices& from, const Matrices& to, std::int64_t count, std::int64_t rows, std::int64_t columns,
-               int size, int threads);
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows and j < columns, elements of `size` bytes, 2 or 4;
+// strides in elements. The far side's lines are read or written once each, which a loop over strided elements does not
+// do, and written past the cache where they are aligned: other threads see them after fence_streams().
+void transpose(Far far, const std::byte* from, std::int64_t from_stride, std::byte* to, std::int64_t to_stride,
+               std::int64_t rows, std::int64_t columns, std::size_t size);
+void fence_streams();
 
 }  // namespace kdfast::cpu

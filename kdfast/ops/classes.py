@@ -6,17 +6,13 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kdfast.ops.dense.cpu import fresh_gradient
-from kdfast.ops.dense.inputs import KERNEL_DTYPES
 from kdfast.spec.head import LMHead
 from kdfast.spec.packed import PackedTargets
 from kdfast.spec.problem import Logits, Teacher
 from kdfast.spec.sparse import SparseTargets
-from kdfast.spec.values import check_memory, plain
-from kdfast.views import EXTENSION_MISSING, _core, view
+from kdfast.spec.values import check_memory
 
 
 def check_class_dim(class_dim: object) -> None:
@@ -27,9 +23,9 @@ def check_class_dim(class_dim: object) -> None:
 
 
 def classes_last(
-    student: Logits, teacher: Teacher | None, labels: Tensor | None, class_dim: int, *, views: bool
+    student: Logits, teacher: Teacher | None, labels: Tensor | None, class_dim: int
 ) -> tuple[Logits, Teacher | None, Tensor | None]:
-    """Student, teachers and class probabilities with their classes as the last axis; views if wanted, or faster copies.
+    """Student, teachers and class probabilities with their classes as the last axis: views.
 
     Raises:
         TypeError: a ``class_dim`` that is no int.
@@ -53,39 +49,10 @@ def classes_last(
         if not isinstance(x, Tensor) or x.dim() != axes:
             return x  # to be refused
         check_memory(name, x)
-        return x.movedim(dim, -1) if views else _to_last(x, dim)
+        return x.movedim(dim, -1)
 
     if isinstance(labels, Tensor) and labels.is_floating_point():
         labels = moved("labels", labels)
     if isinstance(teacher, Sequence) and not isinstance(teacher, str):
         return moved("student", student), [moved(f"teacher[{k}]", t) for k, t in enumerate(teacher)], labels
     return moved("student", student), moved("teacher", teacher), labels
-
-
-def _to_last(x: Tensor, dim: int) -> Tensor:
-    """``x.movedim(dim, -1)``, contiguous where the CPU's kernel moves it: torch takes several times a loss for that."""
-    last = x.movedim(dim, -1)
-    served = x.device.type == "cpu" and x.dtype in KERNEL_DTYPES and EXTENSION_MISSING is None
-    if not served or not plain(x) or not x.is_contiguous() or last.is_contiguous():
-        return last
-    return _Moved.apply(x, dim, x.dim() - 1)  # type: ignore[no-any-return,no-untyped-call]
-
-
-class _Moved(torch.autograd.Function):
-    """An axis moved from one place to another, one of which is the last; contiguous, and so is the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: int, target: int) -> Tensor:
-        ctx.places = target, source
-        x = x.contiguous()
-        out = fresh_gradient(x.movedim(source, target))
-        outer = x.shape[: min(source, target)].numel()
-        columns = x.shape[source:].numel() // x.shape[source] if source < target else x.shape[source]
-        if out.numel():
-            whole, moved = x.view(outer, -1, columns), out.view(outer, columns, -1)
-            _core.transpose(view(whole), view(moved), torch.get_num_threads())
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Moved.apply(grad, *ctx.places), None, None  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["EXTENSION_MISSING", "_core", "contiguous_rows", "view"]
+__all__ = ["EXTENSION_MISSING", "_core", "classes_apart", "contiguous_rows", "kernel_rows", "view"]
 
 #: Why there is no compiled extension, or None where there is.
 EXTENSION_MISSING: str | None = None
@@ -36,3 +36,13 @@ def view(x: Tensor) -> _core.View:
 def contiguous_rows(x: Tensor) -> Tensor:
     """Return ``x`` with contiguous rows: itself, unless its last axis is strided."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def classes_apart(x: Tensor) -> bool:
+    """Whether not the classes but the tokens lie side by side in memory, as those of images (B, C, H, W) do."""
+    return x.dim() > 1 and min(x.shape[-2:]) > 1 and x.stride(-1) > 1 and x.stride(-2) == 1
+
+
+def kernel_rows(x: Tensor) -> Tensor:
+    """Return ``x`` as the dense kernel of the CPU reads it: itself, unless neither classes nor tokens are contiguous."""
+    return x if classes_apart(x) else contiguous_rows(x)

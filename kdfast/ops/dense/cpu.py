@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.dense.inputs import Inputs, stats_size
-from kdfast.views import _core, contiguous_rows, view
+from kdfast.views import _core, classes_apart, kernel_rows, view
 
 
 def detail() -> str:
@@ -27,7 +27,7 @@ def _call(
         for k in ("labels", "counted", "teacher_weights", "kept_ids", "kept_values", "kept_per_row")
         if getattr(inputs, k) is not None
     }
-    teachers = [contiguous_rows(t) for t in inputs.teachers]
+    teachers = [kernel_rows(t) for t in inputs.teachers]
     held = per_token | {k: v if k == "grad" else v.contiguous() for k, v in outputs.items() if v is not None}
     _core.dense(
         passes=passes,
@@ -63,7 +63,7 @@ def run(student: Tensor, inputs: Inputs, **outputs: Tensor | None) -> None:
 
 def sums(student: Tensor, inputs: Inputs, observed: Tensor | None = None) -> Tensor:
     """Pass 1 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
-    student = contiguous_rows(student)
+    student = kernel_rows(student)
     shape = student.shape[:-1]
     stats = torch.empty((*shape, stats_size(inputs)), dtype=torch.float32)
     logit_sum = torch.empty(shape, dtype=torch.float32)
@@ -110,7 +110,7 @@ def stats_of(totals: Tensor, sum_student: Tensor, inputs: Inputs) -> Tensor:
 
 def values(student: Tensor, inputs: Inputs, totals: Tensor, *, dtemperature: bool) -> Tensor:
     """Pass 2 over the columns that are here; see :class:`kdfast.ops.dense.Launcher`."""
-    student = contiguous_rows(student)
+    student = kernel_rows(student)
     out = torch.empty((*student.shape[:-1], 7), dtype=torch.float32)
     stats = stats_of(totals, torch.zeros(student.shape[:-1], dtype=torch.float64), inputs)
     _call("values", student, inputs, {"stats": stats, "values": out}, dtemperature=dtemperature)
@@ -118,8 +118,8 @@ def values(student: Tensor, inputs: Inputs, totals: Tensor, *, dtemperature: boo
 
 
 def fresh_gradient(student: Tensor) -> Tensor:
-    """Memory for a gradient, in huge pages where the system has them."""
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    """Memory for a gradient, in huge pages where the system has them; its classes lie apart where the student's do."""
+    grad = torch.empty_like(student) if classes_apart(student) else student.new_empty(student.shape)
     _core.advise_huge_pages(view(grad))
     return grad
 
@@ -128,4 +128,5 @@ def scale(grad: Tensor, factor: Tensor) -> None:
     """``grad *= factor`` in place; nothing is done for a factor of 1."""
     value = factor.item()
     if value != 1.0:
-        _core.scale(view(grad), value, torch.get_num_threads())
+        rows = grad.mT if classes_apart(grad) else grad
+        _core.scale(view(rows), value, torch.get_num_threads())

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.dense.inputs import INPUTS, N_INPUTS, N_OBSERVED, Inputs, Wants, stats_size
+from kdfast.views import classes_apart
 
 COEFFICIENTS = "Tensor? c_soft, Tensor? c_hard, Tensor? c_z"
 # Last, and with a default: programs that were exported before it was there go on.
@@ -97,6 +98,10 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _kernel_rows(student: Tensor, inputs: Inputs) -> Tensor:
+    return student if inputs.backend == "cpu" and classes_apart(student) else rows_of(student)
+
+
 def token_outputs(student: Tensor, inputs: Inputs, wants: Wants) -> dict[str, Tensor]:
     """Output tensors by the kernel's names; one that the call does not have is :func:`absent`.
 
@@ -138,15 +143,17 @@ def _last(out: dict[str, Tensor], *more: Tensor) -> tuple[Tensor, ...]:
 
 
 def _dense_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, student = Inputs(*args[:N_INPUTS]), rows_of(student)
+    inputs = Inputs(*args[:N_INPUTS])
+    student = _kernel_rows(student, inputs)
     stats = torch.empty((*student.shape[:-1], stats_size(inputs)), dtype=torch.float32, device=student.device)
     wants, _ = wants_of(args[N_INPUTS:])
     return _last(_run_forward(student, inputs, wants, stats=stats), stats)
 
 
 def _dense_backward(student: Tensor, *args: Any) -> Tensor:
-    student = rows_of(student)
-    grad = launcher(Inputs(*args[:N_INPUTS]).backend).fresh_gradient(student)
+    inputs = Inputs(*args[:N_INPUTS])
+    student = _kernel_rows(student, inputs)
+    grad = launcher(inputs.backend).fresh_gradient(student)
     _backward_into(grad, student, *args)
     return grad
 
@@ -162,8 +169,9 @@ def _backward_into(grad: Tensor, student: Tensor, *args: Any) -> None:
 
 
 def _dense_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    student = rows_of(student)
-    grad = launcher(Inputs(*args[:N_INPUTS]).backend).fresh_gradient(student)
+    inputs = Inputs(*args[:N_INPUTS])
+    student = _kernel_rows(student, inputs)
+    grad = launcher(inputs.backend).fresh_gradient(student)
     return _last(_fused_into(grad, student, *args), grad)
 
 
@@ -199,7 +207,12 @@ def _fake_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _last(_fake_outputs(student, args), student.new_empty(student.shape))
+    return _last(_fake_outputs(student, args), _fake_gradient(student, *args))
+
+
+def _fake_gradient(student: Tensor, *args: Any) -> Tensor:
+    apart = Inputs(*args[:N_INPUTS]).backend == "cpu" and classes_apart(student)
+    return torch.empty_like(student) if apart else student.new_empty(student.shape)
 
 
 def _fake_outputs(student: Tensor, args: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -207,7 +220,7 @@ def _fake_outputs(student: Tensor, args: tuple[Any, ...]) -> dict[str, Tensor]:
 
 
 torch.library.register_fake("kdfast::dense_forward", _fake_forward)
-torch.library.register_fake("kdfast::dense_backward", lambda student, *_: student.new_empty(student.shape))
+torch.library.register_fake("kdfast::dense_backward", _fake_gradient)
 torch.library.register_fake("kdfast::dense_backward_", lambda *_: None)
 torch.library.register_fake("kdfast::dense_fused", _fake_fused)
 torch.library.register_fake("kdfast::dense_fused_", lambda student, *args: _last(_fake_outputs(student, args)))
