@@ -14,7 +14,7 @@ WORKERS ?= 2
 OLDEST_TRITON = triton==3.6.0
 OLDEST_NUMPY = numpy>=2.4
 INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed shifts signs silence \
-  softcap calls probabilities metrics) kernels/test_triton test_distributed test_distributed_heads \
+  softcap calls class_dim probabilities metrics total_variation) kernels/test_triton test_distributed test_distributed_heads \
   test_distributed_metrics test_soft_targets bench/test_gpu_suite))
 # Every GPU that the kernels have tiles for.
 TARGETS = sm_80 sm_90 sm_100 gfx942

@@ -131,8 +131,9 @@ def distill_loss(
         return_metrics: return them with :class:`Metrics` for the training log (accuracy, agreement, student_entropy,
             teacher_entropy), found in the pass that computes the loss.
         class_dim: the axis of the classes of student and teachers: 1 for images (B, C, H, W), as
-            :func:`torch.nn.functional.cross_entropy` has it, with labels and other tensors per token (B, H, W). Logits
-            whose classes do not lie side by side in memory are copied. Heads and sparse targets have the last.
+            :func:`torch.nn.functional.cross_entropy` has it, with labels and other tensors per token (B, H, W). Where
+            the classes do not lie side by side in memory, the CPU's kernel reads them as they lie, and the others
+            copies. Heads and sparse targets have the last.
         backend: "reference", "cpu", "triton", "cuda", or None for the best one that serves the call; wins over the
             environment's KDFAST_BACKEND.
         **options: those from ``divergence`` to ``memory_budget``, as the signature has them.

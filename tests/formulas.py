@@ -232,7 +232,8 @@ def eager_teacher(teacher, temperature, teacher_weights=None, ensemble="prob"):
 def untie(student, teacher, *, temperature=1.0, teacher_weights=None, ensemble="prob"):
     """The student's logits, moved by 1/4 where p and q agree to 4e-6: the total variation's gradient jumps there.
 
-    Which side of the jump a sum in fp32 is on is not for it to know, and one column in a few million is that close.
+    On which side they are, ops/test_total_variation.py asks of one teacher. The mixture of an ensemble's distributions is
+    known to fp32 alone, and one column in a few million is that close.
     """
     teachers = [t.double() for t in teacher] if isinstance(teacher, list) else teacher.double()
     lq = eager_teacher(teachers, temperature, teacher_weights, ensemble)
@@ -244,6 +245,14 @@ def untie(student, teacher, *, temperature=1.0, teacher_weights=None, ensemble="
             [torch.where(tied, student[..., :columns] + 0.25, student[..., :columns]), student[..., columns:]], -1
         )
     return student
+
+
+def balanced(student, teacher, temperature, chosen, apart):
+    """The teacher's logits, fp64, the chosen ones moved to where ln p - ln q is -apart / temperature."""
+    for _ in range(30):  # a moved column moves the level
+        levels = [temperature * torch.logsumexp(x / temperature, -1, keepdim=True) for x in (student, teacher)]
+        teacher = torch.where(chosen, student - levels[0] + levels[1] + apart, teacher)
+    return teacher
 
 
 def eager(

@@ -70,9 +70,9 @@ struct Cap {
 };
 
 // One call. With z a student's row, t_k its teachers' rows, per row:
-//   soft = sum of weight * D(q, p) over the terms,  q, p = softmax of (t, z) / temperature over the first `columns`
-//   columns hard = cross-entropy of softmax(z) over all columns,   z2 = logsumexp(z)^2 grad = c_soft * dsoft/dz +
-//   c_hard * dhard/dz + c_z * dz2/dz
+//   soft = sum of weight * D(q, p) over the terms;  q, p = softmax of (t, z) / temperature over the first `columns`
+//   hard = cross-entropy of softmax(z) over all columns;  z2 = logsumexp(z)^2
+//   grad = c_soft * dsoft/dz + c_hard * dhard/dz + c_z * dz2/dz
 // Pointers to per-row values are contiguous; null where there is no such value.
 struct DenseCall {
     std::int64_t rows = 0;

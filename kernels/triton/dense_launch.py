@@ -182,7 +182,7 @@ class _Call:
         self.kept = 0 if self.given.kept is None else padded(self.given.kept.size)
         many = self.distributions > 1 or len(inputs.names) > 1
         kept = "kept many" if self.kept > tiles.FEW_KEPT else "kept"
-        capped = not all(cap.plain for cap in inputs.caps)
+        capped = not all(cap.plain for cap in inputs.caps) or (many and inputs.sided)
         work = kept if self.kept else "capped" if capped else "many" if many else "light" if light else "other"
         self.tile = tiles.dense_tile(self.device, work, vocab)
         self.splits = tiles.dense_splits(self.device, self.rows, vocab, self.tile)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formulas import half_ulp
+from formulas import balanced, half_ulp
 from machine import KERNEL, VARIANTS, choose
 
 from kdfast import distill_loss
@@ -25,30 +25,21 @@ def noise(*shape):
     return torch.where(torch.rand(*shape) < 0.4, torch.randn(*shape).sign() * size, 0.0)
 
 
-def balanced(z, t, tau, at):
-    """t with some columns moved to where p and q all but agree, whatever the others hold, as fp32."""
-    z, t = z.double(), t.double()
-    chosen = torch.rand(t.shape) < 0.2
-    apart = torch.randn(t.shape).sign() * 10 ** (-8 + 3 * torch.rand(t.shape))
-    for _ in range(30):  # a moved column moves the level
-        level = tau * (torch.logsumexp(z / tau, -1, keepdim=True) - torch.logsumexp(t / tau, -1, keepdim=True))
-        t = torch.where(chosen, z - level + apart, t)
-    return (t + at).float()
-
-
 def teachers(z, tau):
     """Teachers near z everywhere, but for one column, but for a level, and in some columns only."""
     one = z.clone()
-    one[torch.arange(N), torch.randint(z.shape[-1], (N,))] += 0.5
-    far = 3 * torch.randn(z.shape)
+    one[torch.arange(len(z)), torch.randint(z.shape[-1], (len(z),))] += 0.5
+    chosen = torch.rand(z.shape) < 0.2
+    apart = torch.randn(z.shape).sign() * 10 ** (-8 + 2 * torch.rand(z.shape))
+    even = balanced(z.double(), 3 * torch.randn(z.shape).double(), tau, chosen, apart)
     return {
         "stored like the student": (z.float() + noise(*z.shape)).to(z.dtype),
         "near": z.float() + noise(*z.shape),
         "one column": one,
         "one column and noise": one.float() + noise(*z.shape),
         "level": z.float() + noise(*z.shape) + 9.7,
-        "balanced": balanced(z, far, tau, 0.0),
-        "balanced at a level": balanced(z, far, tau, -40.0),
+        "balanced": even.float(),
+        "balanced at a level": (even - 40).float(),
     }
 
 
@@ -56,7 +47,7 @@ def excused(z, t, tau):
     """(p, columns that are closer than 1e-9, columns that fp32 would get wrong and are not excused)."""
     lp, lq = (torch.log_softmax(x.double() / tau, -1) for x in (z, t))
     p, difference = lp.exp(), (lp.exp() - lq.exp()).abs()
-    return p, difference <= 1e-9, (difference > 1e-9) & ((lp - lq).abs() < 3e-8)
+    return p, difference <= 1e-9, (difference > 1e-9) & ((lp - lq).abs() < 1e-7)
 
 
 def gradient(z, t, tau, divergence, reduction, backend):
@@ -79,11 +70,12 @@ def check(z, t, tau, divergence="tvd", weight=1.0, slack=0.0):
     return int(close.sum())
 
 
-@pytest.mark.parametrize("tau", [0.7, 1.0, 2.0])
-@pytest.mark.parametrize("v", [37, 2500])
+@pytest.mark.parametrize("tau", [0.7, 2.0])
+@pytest.mark.parametrize("v", [6, 37, 2500])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sign_near_equality(monkeypatch, dtype, v, tau):
-    z = (2 * torch.randn(N, v)).to(DTYPES[dtype])
+    few = v == 6
+    z = (torch.randn(32, v) / 5 if few else 2 * torch.randn(N, v)).to(DTYPES[dtype])
     for isa in VARIANTS:
         choose(isa, monkeypatch)
         close = 0
@@ -91,9 +83,8 @@ def test_sign_near_equality(monkeypatch, dtype, v, tau):
             try:
                 close += check(z, t, tau)
             except AssertionError as error:
-                raise AssertionError(f"{isa}, {name}: {error}") from None  # noqa: EM102
-        if v < 100:  # p is not so small that 1e-9 excuses all
-            assert close > 0
+                raise AssertionError(f"{isa}, {name}: {error}") from None
+        assert close > 0 or not few  # of more columns hardly a p is so large that 1e-9 does not excuse such a one
 
 
 def test_masked_columns_and_large_logits(monkeypatch):
