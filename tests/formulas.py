@@ -232,8 +232,8 @@ def eager_teacher(teacher, temperature, teacher_weights=None, ensemble="prob"):
 def untie(student, teacher, *, temperature=1.0, teacher_weights=None, ensemble="prob"):
     """The student's logits, moved by 1/4 where p and q agree to 4e-6: the total variation's gradient jumps there.
 
-    On which side they are, ops/test_total_variation.py asks of one teacher. The mixture of an ensemble's distributions is
-    known to fp32 alone, and one column in a few million is that close.
+    On which side they are, ops/test_total_variation.py asks of one teacher. The mixture of an ensemble's distributions
+    is known to fp32 alone, and one column in a few million is that close.
     """
     teachers = [t.double() for t in teacher] if isinstance(teacher, list) else teacher.double()
     lq = eager_teacher(teachers, temperature, teacher_weights, ensemble)

@@ -134,7 +134,7 @@ def check_values(rank, world):
     sure[torch.arange(N), y] += 40.0
     ce = over_ranks(sure, t, labels=y, alpha=torch.zeros(N), reduction="none")[0]
     assert (ce >= 0).all()
-    # The side on which p lies, ln p - ln q down to 1e-8 in a few columns of every rank; logits so small that fp32 has it.
+    # The side on which p lies, ln p - ln q down to 1e-8, in a few columns of every rank; fp32 has it in small logits.
     few = torch.zeros(V, dtype=torch.bool)
     few[7::50] = True
     z, near = (torch.where(few, x / 20, -torch.inf) for x in (s, t))

@@ -103,8 +103,8 @@ class Call : CallTiles {
         std::vector<Normaliser> teachers;  // by distribution
         struct {
             Normaliser student, teacher;
-        } sides;  // the exact sums' log2
-        bool value_known;                  // after pass 1
+        } sides;           // the exact sums' log2
+        bool value_known;  // after pass 1
         double value;
         Kept kept;
 

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "core/inline.h"
+
 namespace kdfast::cpu::KDFAST_ISA {
 
 constexpr int width = 8;
@@ -17,9 +19,6 @@ struct M {
 struct Pair {
     V first, second;
 };
-
-#define KDFAST_INLINE [[gnu::always_inline]] inline
-#define KDFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 KDFAST_INLINE V set1(float x) { return {_mm256_set1_ps(x)}; }
 KDFAST_INLINE V load(const float* p) { return {_mm256_loadu_ps(p)}; }

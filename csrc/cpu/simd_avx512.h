@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "core/inline.h"
+
 namespace kdfast::cpu::KDFAST_ISA {
 
 constexpr int width = 16;
@@ -16,9 +18,6 @@ struct Pair {
     V first, second;
 };
 using M = __mmask16;
-
-#define KDFAST_INLINE [[gnu::always_inline]] inline
-#define KDFAST_INLINE_LAMBDA __attribute__((always_inline))
 
 KDFAST_INLINE V set1(float x) { return {_mm512_set1_ps(x)}; }
 KDFAST_INLINE V load(const float* p) { return {_mm512_loadu_ps(p)}; }

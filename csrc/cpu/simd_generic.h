@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/inline.h"
+
 namespace kdfast::cpu::KDFAST_ISA {
 
 constexpr int width = 8;
@@ -20,8 +22,6 @@ struct Pair {
     V first, second;
 };
 
-#define KDFAST_INLINE [[gnu::always_inline]] inline
-#define KDFAST_INLINE_LAMBDA __attribute__((always_inline))
 #define KDFAST_LANES(expression)                         \
     V r;                                                 \
     for (int i = 0; i < width; ++i) r.v[i] = expression; \

@@ -355,7 +355,9 @@ TEST(no_cross_entropy_is_below_0) {
                     for (std::int64_t i = 0; i < 4; ++i) {
                         const double truth = c.oracle(i).hard(), got = out.hard[static_cast<std::size_t>(i)];
                         CHECK(got >= 0);
-                        CHECK_NEAR(got, truth, 2e-6 * truth + 1e-6);
+                        // What a tile's sum loses: 1,024 columns in 16 lanes, half of 1's last digit each in the
+                        // label's.
+                        CHECK_NEAR(got, truth, 2e-6 * truth + 4e-6);
                     }
                 }
     });

@@ -44,5 +44,5 @@ def classes_apart(x: Tensor) -> bool:
 
 
 def kernel_rows(x: Tensor) -> Tensor:
-    """Return ``x`` as the dense kernel of the CPU reads it: itself, unless neither classes nor tokens are contiguous."""
+    """Return ``x`` as the CPU's dense kernel reads it: itself, unless neither classes nor tokens are contiguous."""
     return x if classes_apart(x) else contiguous_rows(x)

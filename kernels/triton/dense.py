@@ -461,8 +461,9 @@ def dense_kernel(
 ):
     """Some or all passes over one row, or over one split of it; grid (rows, splits).
 
-    With `sums` (rows, splits, 10 + 2 distributions, 5 with OBSERVE and 4 with SIDED) pass 1 leaves its partial sums there; with
-    `values` (rows, splits, 7) passes 2 and 3 do. Without, one program has the whole row and finishes it.
+    With `sums` (rows, splits, 10 + 2 distributions, 5 more with OBSERVE and 4 with SIDED) pass 1 leaves its partial
+    sums there; with `values` (rows, splits, 7) passes 2 and 3 do. Without, one program has the whole row and finishes
+    it.
     """
     i = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

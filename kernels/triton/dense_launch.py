@@ -206,7 +206,8 @@ class _Call:
     @property
     def saved(self) -> int:
         """Numbers of a row's state."""
-        return dense_rows.STATE.value + 2 * (self.distributions + (self.kept > 0)) + 4 * self.sided
+        numbers: int = dense_rows.STATE.value + 2 * (self.distributions + (self.kept > 0)) + 4 * self.sided
+        return numbers
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty((self.rows, *shape), dtype=torch.float32, device=self.device)
@@ -349,8 +350,8 @@ def run(
         hard: (...) fp32, filled with the cross-entropy.
         z2: (...) fp32, filled with logsumexp^2.
         dsoft_dtemperature: (...) fp32, filled with the derivative of ``soft``.
-        stats: (..., 6 + 2 distributions and 4 of sides, or 8 with kept columns) fp32, filled by a forward call and read by a backward
-            one.
+        stats: (..., 6 + 2 distributions and 4 of sides, or 8 with kept columns) fp32, filled by a forward call and read
+            by a backward one.
         grad: like student, or the student itself; filled with the gradient.
         c_soft: (...) fp32, factor of the distillation term's gradient.
         c_hard: (...) fp32, factor of the cross-entropy's gradient.

@@ -21,9 +21,9 @@ class Tile(NamedTuple):
 #:
 #: The work of a dense call is named after what it keeps in registers per column: "light" is forward KL or cross-entropy
 #: alone, "other" one other divergence, "many" a mixture or an ensemble, "capped" any of them over logits that a softcap
-#: or a scale makes of what is stored, and a mixture with the total variation, which compares the logits themselves, too.
-#: "kept" is sparse targets, each of whose columns is looked for in the whole of its tile; "kept many" has more than
-#: FEW_KEPT of them, which few warps would spill.
+#: or a scale makes of what is stored, and a mixture with the total variation, which compares logits, too. "kept" is
+#: sparse targets, each of whose columns is looked for in the whole of its tile; "kept many" has more than FEW_KEPT of
+#: them, which few warps would spill.
 TABLE_FILE = Path(__file__).with_name("tiles.json")
 TABLE: dict[str, dict[str, dict[str, Tile]]] = {
     operator: {arch: {work: Tile(*tile) for work, tile in row.items()} for arch, row in rows.items()}

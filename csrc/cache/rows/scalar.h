@@ -7,13 +7,9 @@
 #include <cstring>
 
 #include "cache/kernels.h"
+#include "core/inline.h"
 
 namespace kdfast::cpu::KDFAST_ISA {
-
-#if !defined(KDFAST_INLINE)
-#define KDFAST_INLINE [[gnu::always_inline]] inline
-#define KDFAST_INLINE_LAMBDA __attribute__((always_inline))
-#endif
 
 template <class T>
 KDFAST_INLINE T get(const std::byte* from) {
