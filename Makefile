@@ -16,8 +16,6 @@ OLDEST_NUMPY = numpy>=2.4
 INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense modes edges operators head sparse packed shifts signs silence \
   softcap calls class_dim probabilities metrics total_variation) kernels/test_triton test_distributed test_distributed_heads \
   test_distributed_metrics test_soft_targets bench/test_gpu_suite))
-# Every GPU that the kernels have tiles for.
-TARGETS = sm_80 sm_90 sm_100 gfx942
 # What of the interpreter's tests the oldest Triton repeats: each kernel, by its edges.
 OLDEST_TESTS = one_kept or one_entry or split or sample or pps or odd_rows or ensembles
 
@@ -35,11 +33,12 @@ ifeq ($(shell uname),Linux)
 endif
 
 # Every kernel compiled, k = 1 and odd rows among them, and a part of the interpreter's tests, by the oldest Triton. Its
-# folder stands before the environment's own packages, which stay as they are. KDFAST_TEST_TARGETS names other GPUs.
+# folder stands before the environment's own packages, which stay as they are. KDFAST_TEST_TARGETS names other GPUs, and
+# OLDEST_MORE more tests.
 triton-oldest: $(VENV)/.test build/oldest
 	cd / && PYTHONPATH=$(CURDIR)/build/oldest $(abspath $(BIN))/python -P -c "import triton; print('Triton', triton.__version__)"
 	PYTHONPATH=$(CURDIR)/build/oldest $(PYTEST) -n $(WORKERS) tests/kernels/test_triton_compile.py
-	PYTHONPATH=$(CURDIR)/build/oldest TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "$(OLDEST_TESTS)" $(INTERPRETED)
+	PYTHONPATH=$(CURDIR)/build/oldest TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "$(OLDEST_TESTS) $(OLDEST_MORE)" $(INTERPRETED)
 
 # All that test and lint need, so that they can run side by side.
 environment: $(VENV)/.test $(VENV)/.dev build/peers build/oldest
@@ -66,20 +65,9 @@ sanitize:
 	cmake --build --preset asan-ubsan
 	ctest --preset asan-ubsan --output-on-failure
 
-# Longer proofs; their last results stand in docs/.
-nightly: test sanitize
-	KDFAST_TEST_TARGETS="$(TARGETS)" $(PYTEST) -n $(WORKERS) tests/kernels/test_triton_compile.py
-	KDFAST_TEST_TARGETS="$(TARGETS)" $(MAKE) triton-oldest OLDEST_TESTS="$(OLDEST_TESTS) or every_operator"
-	cmake --preset tsan && cmake --build --preset tsan && ctest --preset tsan --output-on-failure
-	$(BIN)/kdfast bench --isa avx2 --rounds 3 --json build/bench.json --markdown build/bench.md
-	$(BIN)/kdfast demo --seeds 3 --out build/demo
-	$(MAKE) $(VENV)/.examples && for example in digits fashion_mnist sentences language_model; do \
-	  $(BIN)/python -m examples.$$example --out build/examples/$$example || exit 1; done
-	mkdir -p build/suite && $(BIN)/python -m examples.suite --results build/suite --page build/suite/methods-results.md
-	KDFAST_TEST_CRASH_STATES=200 $(PYTEST) tests/cache/test_cache_reliability.py -k power_cut
-	cmake --preset fuzz && cmake --build --preset fuzz
-	mkdir -p build/fuzzed && build/fuzz/kdfast_fuzz -max_total_time=600 build/fuzzed csrc/fuzz/corpus
-	$(MAKE) $(VENV)/.ray && $(PYTEST) tests/cache/test_cache_ray.py
+# Longer proofs, some hours on two cores; docs/nightly.md has their last results. NIGHTLY="--only 'the demonstration'" and the like.
+nightly: environment
+	$(BIN)/python -m bench.nightly $(NIGHTLY)
 
 $(VENV)/bin/python:
 	@echo "making the virtual environment $(VENV)"

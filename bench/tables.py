@@ -6,6 +6,7 @@ here, by that name in ``REGIONS``, once for each machine that has its file in ``
 * ``bench.json``: ``kdfast bench --json``
 * ``head.json``, ``sparse.json``, ``soft_targets.json``, ``cache.json``, ``cache_sizes.json``: ``--json`` of these
   scripts
+* ``nightly.json``: ``python -m bench.nightly --json``
 * ``gpu.json``: ``results.json`` of ``python -m bench.gpu``
 """
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import cache, cache_sizes, soft_targets, sparse
+from bench import cache, cache_sizes, nightly, soft_targets, sparse
 from bench.gpu.tables import summary
 from bench.turns import Turns, read, table
 from kdfast.benchmark.cases import DTYPES
@@ -167,6 +168,10 @@ def _cache_sizes(file: Path) -> str:
     return cache_sizes.listing(cache_sizes.read(file))
 
 
+def _nightly(file: Path) -> str:
+    return nightly.listing(nightly.read(file))
+
+
 def _gpu(file: Path) -> str:
     return summary(json.loads(file.read_text()))
 
@@ -183,6 +188,7 @@ REGIONS = {
     "soft-targets": Region("soft_targets.json", _ratios(soft_targets.RATIOS, "")),
     "cache": Region("cache.json", _cache),
     "cache-sizes": Region("cache_sizes.json", _cache_sizes),
+    "nightly": Region("nightly.json", _nightly, "No run of the whole is recorded yet.\n"),
     "gpu": Region("gpu.json", _gpu, "No run on a GPU is recorded yet.\n"),
 }
 
