@@ -69,7 +69,7 @@ def kept_of(t, k=5):
         ("forward_kl", {}, 8, 2),
         ("reverse_kl", {}, 8, 2),
         ("jsd", {}, 12, 2),
-        ("mixture", {}, 12, 2),
+        ("mixture", {}, 16, 2),  # the total variation's sides take one more pass
         ("forward_kl", {"dtype": torch.float32}, 16, 4),
         ("forward_kl", {"reduction": "none"}, 12, 2),
         ("jsd", {"reduction": "none"}, 12, 2),

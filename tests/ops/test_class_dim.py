@@ -119,8 +119,9 @@ IMAGES = {
 }
 
 
-#: Triton's kernels read rows, and are given copies of the others.
-NAMES = ["a crop", "channels last"] if TRITON else list(IMAGES)
+of_any_memory = pytest.mark.skipif(
+    TRITON or not VARIANTS, reason="the kernels of the CPU read and write any memory, those of Triton are given rows"
+)
 
 
 def stored(name, dtype=torch.float32):
@@ -142,8 +143,8 @@ def loss_and_gradient(student, teacher, y, **options):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there")
+@pytest.mark.parametrize("name", IMAGES)
+@of_any_memory
 def test_any_memory_gives_the_same_bits(monkeypatch, name, dtype, reduction):
     student, teacher = stored(name, dtype), stored(name, dtype)
     y = labels_of(student)
@@ -158,7 +159,7 @@ def test_any_memory_gives_the_same_bits(monkeypatch, name, dtype, reduction):
                 assert torch.equal(got[1].movedim(1, -1), grad)
 
 
-@pytest.mark.skipif(TRITON, reason="the kernels of the CPU read and write any memory, those of Triton rows")
+@of_any_memory
 @pytest.mark.parametrize("name", ["several groups an image", "odd images", "channels last"])
 def test_the_gradient_lies_as_the_logits_do(name):
     student = stored(name)
@@ -167,6 +168,7 @@ def test_the_gradient_lies_as_the_logits_do(name):
         assert grad.stride() == student.stride()
 
 
+@of_any_memory
 @pytest.mark.parametrize("name", ["odd images", "some of the classes", "channels last", "one image for all"])
 def test_everything_else_of_a_call(name):
     """Ensembles, a learned temperature, metrics, several backwards and a factor upstream, against rows."""
@@ -188,7 +190,7 @@ def test_everything_else_of_a_call(name):
     torch.testing.assert_close(of["images"], of["rows"], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there")
+@of_any_memory
 @pytest.mark.parametrize("name", ["odd images", "one image for all"])
 def test_opcheck_of_images(name):
     student, teacher = (stored(name).movedim(1, -1) for _ in range(2))
@@ -215,7 +217,7 @@ def test_opcheck_of_images(name):
     opcheck(torch.ops.kdfast.dense_backward.default, (*args, stats, *c))
 
 
-@pytest.mark.skipif(TRITON, reason="Dynamo does not trace the interpreter")
+@of_any_memory
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("name", ["odd images", "some of the classes"])
 def test_a_compiled_model_of_images(name):
