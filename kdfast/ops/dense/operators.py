@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops.dense.inputs import INPUTS, N_INPUTS, N_OBSERVED, Inputs, Wants, stats_size
-from kdfast.views import classes_apart
+from kdfast.views import classes_apart, contiguous_rows, kernel_rows
 
 COEFFICIENTS = "Tensor? c_soft, Tensor? c_hard, Tensor? c_z"
 # Last, and with a default: programs that were exported before it was there go on.
@@ -93,13 +93,8 @@ def launcher(backend: str) -> Launcher:
     return importlib.import_module(LAUNCHERS[backend])
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Return ``x`` with contiguous rows: itself, unless its last axis is strided."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _kernel_rows(student: Tensor, inputs: Inputs) -> Tensor:
-    return student if inputs.backend == "cpu" and classes_apart(student) else rows_of(student)
+    return kernel_rows(student) if inputs.backend == "cpu" else contiguous_rows(student)
 
 
 def token_outputs(student: Tensor, inputs: Inputs, wants: Wants) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from kdfast.ops.dense import operators as dense
 from kdfast.ops.dense.inputs import INPUTS, N_INPUTS, Inputs, Wants
 from kdfast.ops.dense.operators import COEFFICIENTS, OBSERVES, absent, wants_of
 from kdfast.spec.head import Cap
+from kdfast.views import contiguous_rows
 
 #: Bytes of logits in one chunk, all heads together: enough rows for the matrix products to run at full speed.
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -153,7 +154,7 @@ class Chunks:
         """Participant k's logits, (n, columns); of a head, the product that they follow from."""
         x, weight, bias = self.given(k, tokens), self.heads.weights[k], self.heads.biases[k]
         if weight is None:
-            return dense.rows_of(x)
+            return contiguous_rows(x)
         out, columns = self.buffers[k][: x.shape[0]], weight.detach().t()
         if bias is not None:
             return torch.addmm(bias.detach(), x, columns, out=out)

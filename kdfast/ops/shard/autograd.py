@@ -29,6 +29,7 @@ from kdfast.ops.shard.operators import Factors, Statistics
 from kdfast.ops.shard.sparse import SparseStatistics
 from kdfast.spec.problem import Problem
 from kdfast.spec.reduction import DistillTerms, assemble, token_weights
+from kdfast.views import contiguous_rows
 
 
 @outside_graphs
@@ -100,7 +101,7 @@ class _Stored(torch.autograd.Function):
 
 
 def _gradient(ctx: Any, student: Tensor, factors: Factors) -> Tensor:
-    source = dense.rows_of(student)
+    source = contiguous_rows(student)
     grad = dense.launcher(ctx.spec.backend).fresh_gradient(source)
     if ctx.sparse is None:
         shard_dense.gradient_into(grad, source, ctx.inputs, ctx.shard, ctx.found, factors)
