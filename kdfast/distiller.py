@@ -9,17 +9,28 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from kdfast.cache.dataset import collate
 from kdfast.cache.reader import Reader
-from kdfast.methods.batch import Inputs, Split, accepted, split_batch
+from kdfast.methods.batch import Inputs, Split, split_batch
 from kdfast.methods.gate import gated_outputs, nothing_of
 from kdfast.methods.layers import Capture, unwrapped
 from kdfast.methods.loss import Loss, Term, Value
+from kdfast.methods.modes import Quiet
+from kdfast.methods.positions import (
+    arguments,
+    documents,
+    encoder_decoder,
+    is_span,
+    masked,
+    placed,
+    predicting,
+    tokens_of_logits,
+    within_text,
+)
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
-from kdfast.methods.synchronise import GradientAverage
+from kdfast.methods.synchronise import GradientAverage, data_parallel_groups, reshard
 from kdfast.spec import reduction
 from kdfast.spec.head import LMHead
 from kdfast.spec.packed import PackedTargets
@@ -33,8 +44,9 @@ LossLike: TypeAlias = Loss | Callable[[Step], Value] | tuple[Callable[[Step], Va
 class Distiller:
     """A student, its teachers and the losses between them, around a loop that stays the caller's own.
 
-    A context manager. Inside it the teachers are in eval mode, and forward hooks keep the layers that the losses ask
-    for; on leaving, hooks are gone and modes are as before. No module is replaced, and no ``state_dict`` changes.
+    A context manager. Inside it the teachers are in eval mode whenever they run, whatever an outer ``train()`` did in
+    between, and forward hooks keep the layers that the losses ask for; on leaving, hooks are gone and modes are as
+    before. No module is replaced, and no ``state_dict`` changes.
     Teachers run without gradient. What the losses learn themselves (projectors, temperatures, memories) is apart from
     both models: in :meth:`parameters` and :meth:`state_dict`.
 
@@ -50,14 +62,20 @@ class Distiller:
 
     Args:
         student: called as ``student(*args, **kwargs)`` with the inputs of a batch. It may be compiled (enter before its
-            first call) or wrapped in DistributedDataParallel: the losses' own parameters are then averaged as well.
+            first call) or wrapped (DistributedDataParallel, FSDP, ``fully_shard``, DeepSpeed): the gradients of the
+            losses' own parameters are then averaged over the ranks as well.
         teacher: a module, a :class:`kdfast.cache.Reader`, a sequence of them, or None.
         losses: each a :class:`kdfast.methods.Loss`, a callable of a :class:`kdfast.methods.Step`, or a pair of such a
             callable and its weight.
         split: how a batch is split into inputs and labels; :func:`kdfast.methods.split_batch` by default.
         causal: logits at position i are compared with the label at i + 1: logits lose their last position, labels their
-            first. kdfast never shifts of itself.
+            first. kdfast never shifts of itself. Which positions count is said in :mod:`kdfast.methods.positions`.
+        unlabelled: a label, as -1, of tokens that have none: they keep their soft terms, with an alpha of 1, where -100
+            drops a token from every term.
         accumulation_steps: calls that make one optimizer step, for schedules.
+        process_group: over which the losses' own parameters are kept equal, or several, one an axis of a mesh. None:
+            that of the wrapper around the student, see :func:`kdfast.methods.synchronise.data_parallel_groups`; to be
+            given for a wrapper that cannot be seen from the student, as DeepSpeed's engine around a larger module.
 
     Attributes:
         number: optimizer steps so far, which schedules are functions of; may be set.
@@ -65,7 +83,8 @@ class Distiller:
 
     Raises:
         TypeError: a teacher or loss of another kind, or one loss in the place of a list.
-        ValueError: no loss, a teacher that is the student; on entering, a layer pattern that matches nothing.
+        ValueError: no loss, a teacher that is the student, ``causal`` of an encoder-decoder model, whose logits are
+            aligned with its labels; on entering, a layer pattern that matches nothing.
 
     Source:
         Hinton et al., "Distilling the knowledge in a neural network", arXiv 1503.02531, and the papers of the losses.
@@ -88,7 +107,9 @@ class Distiller:
         *,
         split: Split = split_batch,
         causal: bool = False,
+        unlabelled: int | None = None,
         accumulation_steps: int = 1,
+        process_group: Any = None,
     ) -> None:
         teachers = [] if teacher is None else [teacher] if isinstance(teacher, (nn.Module, Reader)) else list(teacher)
         for one in teachers:
@@ -100,6 +121,13 @@ class Distiller:
                     "teacher is the student itself, which would go into eval mode: give a copy, copy.deepcopy(student)"
                 )
                 raise ValueError(msg)
+        if causal and encoder_decoder(student, Inputs()):
+            name = type(unwrapped(student)).__name__
+            msg = f"causal=True: {name} is an encoder-decoder model, whose logits are aligned with its labels already"
+            raise ValueError(msg)
+        if unlabelled is not None and (isinstance(unlabelled, bool) or not isinstance(unlabelled, int)):
+            msg = f"unlabelled must be a label, an int, or None, got {type(unlabelled).__name__}"
+            raise TypeError(msg)
         if accumulation_steps < 1:
             msg = f"accumulation_steps must be at least 1, got {accumulation_steps}"
             raise ValueError(msg)
@@ -112,7 +140,9 @@ class Distiller:
         self.teachers: tuple[Teacher, ...] = tuple(teachers)
         self.split = split
         self.causal = causal
+        self.unlabelled = unlabelled
         self.accumulation_steps = accumulation_steps
+        self._groups: list[Any] = [] if process_group is None else _several(process_group)
         self.number = 0
         self._calls = 0  # since the last optimizer step
         self._extra = nn.ModuleDict(_named([_as_loss(one) for one in losses]))
@@ -120,7 +150,7 @@ class Distiller:
             msg = "losses is empty: give at least one, as kdfast.methods.KD()"
             raise ValueError(msg)
         self._captures: list[Capture] | None = None  # the student's, then each teacher's
-        self._modes: list[tuple[nn.Module, bool]] = []
+        self._quiet: list[Quiet] = []
         self._average: GradientAverage | None = None
 
     @property
@@ -151,15 +181,11 @@ class Distiller:
                 capture.remove()
             raise
         self._captures = captures
-        for teacher in self.teachers:
-            if isinstance(teacher, nn.Module):
-                self._modes += [(module, module.training) for module in teacher.modules()]
-                teacher.eval()
+        self._quiet = [Quiet(teacher, self.student) for teacher in self.teachers if isinstance(teacher, nn.Module)]
         device = next((p.device for p in self.student.parameters()), None)
         if device is not None:
             self._extra.to(device)
-        if self._prepared:
-            self._synchronise()
+        self._synchronise()
         return self
 
     def __exit__(
@@ -168,9 +194,9 @@ class Distiller:
         for capture in self._captures or ():
             capture.remove()
         self._captures = None
-        for module, training in self._modes:
-            module.training = training
-        self._modes.clear()
+        for quiet in reversed(self._quiet):  # of teachers that share modules the first one saw the modes of before
+            quiet.remove()
+        self._quiet.clear()
         if self._average is not None:
             self._average.remove()
             self._average = None
@@ -200,6 +226,7 @@ class Distiller:
                 module.training = training
             for capture in captures:
                 capture.clear()
+            reshard(self.student)
         self._synchronise()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -257,6 +284,8 @@ class Distiller:
         *,
         weights: Tensor | None = None,
         mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         index: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -268,7 +297,9 @@ class Distiller:
             teacher_out: of the teacher likewise, or targets; of several teachers, a sequence as long as they are many.
             labels: (...) int64.
             weights: (...) per token.
-            mask: (B, S) bool, tokens that are not padding.
+            mask: (B, S) bool, the tokens of the models' input that are not padding.
+            token_mask: (...) bool, the positions of the logits that are to count, in the place of ``mask``.
+            position_ids: (B, S) int64, which begin anew with each document of a packed row.
             index: (B,) int64, positions in the data set.
             num_items: as for a call.
 
@@ -286,7 +317,9 @@ class Distiller:
         for k, out in enumerate(outs):
             live = k < len(self.teachers) and isinstance(self.teachers[k], nn.Module)
             taught.append(Outputs(_detached(logits_of(out)), out, next(captures).take() if live else {}))
-        inputs = Inputs(labels=labels, weights=weights, mask=mask, index=index)
+        inputs = Inputs(
+            labels=labels, weights=weights, mask=mask, index=index, token_mask=token_mask, positions=position_ids
+        )
         return self._objective(self._step(student, tuple(taught), inputs), num_items)
 
     # --- Parts --------------------------------------------------------------------------------------------------------
@@ -308,44 +341,113 @@ class Distiller:
             raise RuntimeError(msg)
 
     def _synchronise(self) -> None:
+        """Keeps the losses' parameters equal on all ranks, from the first moment at which a wrapper is to be seen."""
+        if not self._groups:
+            self._groups = data_parallel_groups(self.student)
         parameters = [p for p in self._extra.parameters() if p.requires_grad]
-        if self._average is None and parameters and isinstance(self.student, DistributedDataParallel):
-            self._average = GradientAverage(self.student, parameters)
+        if self._average is None and parameters and self._groups and self._prepared:
+            self._average = GradientAverage(self._groups, parameters)
 
     def _study(self, inputs: Inputs) -> Outputs:
-        raw = self.student(*inputs.args, **accepted(unwrapped(self.student), inputs.kwargs))
+        try:
+            raw = self.student(*inputs.args, **arguments(self.student, inputs, self.unlabelled))
+        except RuntimeError as error:
+            if "find_unused_parameters" not in str(error):
+                raise
+            msg = (
+                "no loss reaches some of the student's parameters, for which DistributedDataParallel waits: add a loss "
+                "of the logits, CrossEntropy(weight=0.0) if it shall not count, or wrap the student with "
+                "find_unused_parameters=True"
+            )
+            raise RuntimeError(msg) from error
         return Outputs(logits_of(raw), raw, self._entered()[0].take())
 
     def _teach(self, inputs: Inputs) -> tuple[Outputs, ...]:
         """The teachers' outputs; where there is none but the batch has targets, those."""
-        captures = iter(self._entered()[1:])
+        captures, quiet = iter(self._entered()[1:]), iter(self._quiet)
         outputs = []
         for teacher in self.teachers:
             if isinstance(teacher, Reader):
-                outputs.append(Outputs(_stored(teacher, inputs)))
+                outputs.append(Outputs(self._stored(teacher, inputs)))
                 continue
-            with torch.no_grad():
-                raw = teacher(*inputs.args, **accepted(unwrapped(teacher), inputs.kwargs))
+            with torch.no_grad(), next(quiet):
+                raw = teacher(*inputs.args, **arguments(teacher, inputs, self.unlabelled))
             outputs.append(Outputs(_detached(logits_of(raw)), raw, next(captures).take()))
         if not self.teachers and inputs.targets is not None:
-            outputs.append(Outputs(inputs.targets))
+            outputs.append(Outputs(placed(inputs.targets, self._padding(inputs))))
         return tuple(outputs)
+
+    def _padding(self, inputs: Inputs) -> Tensor | None:
+        """The tokens (B, S) on the axis of the logits, those that are not to count among them."""
+        return inputs.decoder_mask if encoder_decoder(self.student, inputs) else inputs.mask
+
+    def _stored(self, reader: Reader, inputs: Inputs) -> SparseTargets | PackedTargets:
+        """A cached teacher's targets of a batch, those that came with it or read by its keys, where its tokens are."""
+        padding = self._padding(inputs)
+        if inputs.targets is not None:
+            found: SparseTargets | PackedTargets = placed(inputs.targets, padding)
+            return found
+        if inputs.keys is None:
+            msg = 'a cached teacher needs the batch\'s "targets" (kdfast.cache.Dataset) or its keys in "id"'
+            raise KeyError(msg)
+        padding = inputs.token_mask if padding is None else padding
+        keys = inputs.keys.tolist() if isinstance(inputs.keys, Tensor) else list(inputs.keys)
+        # Of an encoder-decoder model the distributions are of the decoder's tokens, which are not the input's.
+        tokens = None if encoder_decoder(self.student, inputs) else inputs.kwargs.get("input_ids")
+        if tokens is not None and padding is not None:
+            tokens = [row[there] for row, there in zip(tokens, padding, strict=True)]
+        read = reader.read([str(key) for key in keys], None if tokens is None else list(tokens))
+        stacked: SparseTargets = placed(collate([{"targets": one} for one in read])["targets"], padding)
+        return stacked
 
     def _step(self, student: Outputs, teachers: tuple[Outputs, ...], inputs: Inputs) -> Step:
         labels, weights = inputs.labels, inputs.weights
-        shape = None if student.logits is None else student.logits.shape[:-1]
-        if labels is None and weights is None and inputs.mask is not None and inputs.mask.shape == shape:
-            weights = inputs.mask.float()  # nothing else says that padding does not count
-        teachers = tuple(_of_one_token(teacher, shape) for teacher in teachers)
+        student, *others = (_within_text(one, inputs) for one in (student, *teachers))
+        teachers, logits = tuple(others), student.logits
+        places = None if logits is None else logits.shape[:-1]
+        two_sided = encoder_decoder(self.student, inputs)
+        tokens = tokens_of_logits(inputs, two_sided=two_sided)
+        document = None if two_sided else documents(inputs.positions)
+        counts = None
+        if places is not None:
+            counts = predicting(places, tokens, document, causal=self.causal, device=_device(logits))
+        teachers = tuple(_of_one_token(teacher, places) for teacher in teachers)
         if self.causal:
             student = _shifted(student)
             teachers = tuple(_shifted(teacher) for teacher in teachers)
+            counts = None if counts is None else counts[..., :-1]
             labels = None if labels is None else labels[..., 1:]
             weights = None if weights is None else weights[..., 1:]
-        return Step(student, teachers, labels, weights, inputs.mask, inputs.index, self.number)
+        unlabelled = None
+        if labels is not None and not labels.is_floating_point():
+            if logits is not None and is_span(student.raw):  # an answer may be cut off with the end of its text
+                labels = labels.masked_fill(labels >= logits.shape[-1], IGNORED)
+            labels = masked(labels, counts)
+            if self.unlabelled is not None:
+                unlabelled = labels == self.unlabelled
+                labels = labels.masked_fill(unlabelled, IGNORED)
+        elif counts is not None:
+            weights = counts.float() if weights is None else torch.where(counts, weights, 0.0)
+        if two_sided and tokens is None and inputs.labels is not None and not inputs.labels.is_floating_point():
+            tokens = inputs.labels != IGNORED
+        return Step(
+            student,
+            teachers,
+            labels,
+            weights,
+            inputs.mask if two_sided else tokens,
+            inputs.index,
+            self.number,
+            tokens if two_sided else None,
+            document,
+            counts,
+            unlabelled,
+            two_sided,
+        )
 
     def _objective(self, step: Step, num_items: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         self._require_prepared()
+        self._synchronise()
         if num_items is not None:
             num_items = _scalar("num_items", num_items, open_low=True)
         total: Tensor | None = None
@@ -369,10 +471,10 @@ class Distiller:
                 weighted = reduction.weighted(weight.to(amount), amount, "none")
             else:
                 weighted = amount * weight
+            if num_items is not None:
+                weighted = weighted * (_counted(step, loss.labelled_only, amount.device) / num_items)
             total = weighted if total is None else total + weighted
         assert total is not None  # there is at least one loss
-        if num_items is not None:
-            total = total * (_counted(step, total.device) / num_items)
         terms["loss"] = total.detach()
         if torch.is_grad_enabled():
             self._calls += 1
@@ -382,6 +484,10 @@ class Distiller:
 
 
 Distiller.__module__ = "kdfast"  # where it is for users, and for what they pickle
+
+
+def _several(groups: Any) -> list[Any]:
+    return list(groups) if isinstance(groups, (list, tuple)) else [groups]
 
 
 def _as_loss(given: LossLike) -> Loss:
@@ -427,6 +533,10 @@ def _detached(logits: Any) -> Any:
     return logits.detach() if isinstance(logits, Tensor) else logits
 
 
+def _within_text(outputs: Outputs, inputs: Inputs) -> Outputs:
+    return replace(outputs, logits=within_text(outputs.logits, outputs.raw, inputs.mask))
+
+
 def _shifted(outputs: Outputs) -> Outputs:
     """Without the last position, which predicts a token that is not there."""
     logits = outputs.logits
@@ -448,10 +558,14 @@ def _of_one_token(outputs: Outputs, shape: torch.Size | None) -> Outputs:
     return outputs
 
 
-def _counted(step: Step, device: torch.device) -> Tensor:
-    """Counted tokens or examples: the sum of the weights of those whose label is not dropped; no synchronisation."""
-    if step.labels is not None:
-        counted = step.labels != IGNORED
+def _counted(step: Step, labelled_only: bool, device: torch.device) -> Tensor:
+    """Counted tokens or examples: the sum of the weights of those that are not dropped; no synchronisation."""
+    labels, counted = step.labels, None
+    if labels is not None and not labels.is_floating_point():
+        counted = labels != IGNORED
+        if step.unlabelled is not None and not labelled_only:
+            counted = counted | step.unlabelled
+    if counted is not None:
         return (counted if step.weights is None else counted * step.weights).sum()
     if step.weights is not None:
         return step.weights.sum()
@@ -462,18 +576,6 @@ def _counted(step: Step, device: torch.device) -> Tensor:
     return torch.tensor(float(logits.shape[:-1].numel()), device=device)
 
 
-def _stored(reader: Reader, inputs: Inputs) -> SparseTargets | PackedTargets:
-    """A cached teacher's targets of a batch: those that came with it, or read by its keys."""
-    if inputs.targets is not None:
-        found: SparseTargets | PackedTargets = inputs.targets
-        return found
-    if inputs.keys is None:
-        msg = 'a cached teacher needs the batch\'s "targets" (kdfast.cache.Dataset) or its keys in "id"'
-        raise KeyError(msg)
-    keys = inputs.keys.tolist() if isinstance(inputs.keys, Tensor) else list(inputs.keys)
-    tokens = inputs.kwargs.get("input_ids")
-    if tokens is not None and inputs.mask is not None:
-        tokens = [row[there] for row, there in zip(tokens, inputs.mask, strict=True)]
-    read = reader.read([str(key) for key in keys], None if tokens is None else list(tokens))
-    stacked: SparseTargets = collate([{"targets": one} for one in read])["targets"]
-    return stacked
+def _device(logits: Any) -> torch.device:
+    device: torch.device = (logits.hidden if isinstance(logits, LMHead) else logits).device
+    return device

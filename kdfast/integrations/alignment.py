@@ -166,7 +166,8 @@ def _encode(name: str, tokenizer: Any, text: str, add_special_tokens: bool) -> t
         if not getattr(tokenizer, "is_fast", False):
             msg = (
                 f"{name} must report character offsets, got {type(tokenizer).__name__}, which is no fast tokenizer: "
-                "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+                "load it with AutoTokenizer.from_pretrained(..., use_fast=True), or, if it has no fast form, give the "
+                "(start, end) of each of its tokens to align()"
             )
             raise TypeError(msg)
         encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)

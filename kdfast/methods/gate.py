@@ -32,9 +32,9 @@ def gated(x: Tensor, factor: float | Tensor) -> Tensor:
 
     Args:
         x: what the loss is computed from.
-        factor: a number, which leaves x as it is, or a 0-d tensor.
+        factor: a number or one a token, which leave x as it is (weights of 0 drop tokens), or a 0-d tensor.
     """
-    if not isinstance(factor, Tensor) or not x.requires_grad:
+    if not isinstance(factor, Tensor) or factor.dim() > 0 or not x.requires_grad:
         return x
     gate: Tensor = _Gate.apply(x, factor)  # type: ignore[no-untyped-call]
     return gate

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 NEAR = 5  # paths shown where nothing matches
+#: Parts of a path that wrappers of a module put in: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+#: What an encoder-decoder model of transformers calls the attention of its decoder to its encoder, and there what
+#: is computed from the encoder's states.
+_CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "multihead_attn")
+_OF_SOURCE = ("k", "v", "key", "value", "k_proj", "v_proj")
 
 
 class Pattern(NamedTuple):
@@ -27,6 +36,16 @@ class Pattern(NamedTuple):
 
     modules: str  # glob of module paths; "": the model itself
     part: str  # "output", "input", or a path inside the output
+
+    @property
+    def of_source(self) -> bool:
+        """Whether an encoder-decoder model's layer has the source's tokens, by its name."""
+        if not self.modules:
+            return self.part.startswith("encoder_")
+        path = self.modules.split(".")
+        side = next((name for name in path if name in ("encoder", "decoder")), None)
+        cross = path[-1] in _OF_SOURCE and any(name in _CROSS for name in path)
+        return side == "encoder" or cross
 
 
 def parse(pattern: str) -> Pattern:
@@ -78,18 +97,40 @@ def expand(patterns: str | Sequence[str], who: str) -> tuple[str, ...]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that put their own name before every path: torch.compile, DataParallel, DDP."""
+    """The model inside wrappers that put their own name before every path.
+
+    Those of torch.compile, DataParallel, DistributedDataParallel, FullyShardedDataParallel, activation checkpointing
+    and DeepSpeed's engine.
+    """
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
+        inner = next((m for name in _WRAPPERS if (m := model._modules.get(name)) is not None), None)
+        engine = type(model).__name__ == "DeepSpeedEngine"
+        if inner is None and (engine or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))):
+            inner = model._modules["module"]
+        if inner is None:
             return model
+        model = inner
+
+
+def by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by their path without the parts that wrappers put into it; of a wrapped one the outermost wrapper.
+
+    Args:
+        model: unwrapped.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        found.setdefault(own_path(path), module)
+    return found
+
+
+def own_path(path: str) -> str:
+    """A path without the parts that wrappers of single modules put into it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def matching(model: nn.Module, pattern: str, who: str) -> list[str]:
-    """Paths of the modules that a pattern names, in the model's order.
+    """Paths of the modules that a pattern names, as :func:`by_path` has them, in the model's order.
 
     Args:
         model: unwrapped.
@@ -101,7 +142,7 @@ def matching(model: nn.Module, pattern: str, who: str) -> list[str]:
     """
     glob = parse(pattern).modules
     shape = re.compile("[^.]*".join(re.escape(piece) for piece in glob.split("*")))
-    paths = [path for path, _ in model.named_modules()]
+    paths = list(by_path(model))
     found = [path for path in paths if shape.fullmatch(path)]
     if not found:
         # Twelve layers that differ in their number are one suggestion, unless a number was asked for.
@@ -112,100 +153,182 @@ def matching(model: nn.Module, pattern: str, who: str) -> list[str]:
     return found
 
 
+class Hook:
+    """A forward hook or pre-hook that is the module's it was registered on: a copy of the module has a silent one.
+
+    ``copy.deepcopy``, ``AveragedModel`` and pickles take a module's hooks along, whose calls are meant for it alone.
+
+    Args:
+        call: what the hook does.
+    """
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> None:
+        if self.call is not None:
+            self.call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+class Kept(NamedTuple):
+    """A tensor that a hook saw."""
+
+    tensor: Tensor
+    version: int | None  # of the tensor then; None where it is not counted
+    path: str
+
+
+class _Store:
+    """What the hooks of one model write to. They hold it alone, so that who gave up a Capture leaves nothing behind."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self.kept: dict[str, list[Kept]] = {pattern: [] for pattern in patterns}
+        self.graph = False  # whether the forward pass began with gradients
+        self.active = True  # a compiled graph goes on calling hooks that were taken away
+
+
 class Capture:
     """Forward hooks on one model that keep the tensors of the patterns asked for, until the next forward pass.
 
     Args:
-        model: may be wrapped; its modules are not changed but for the hooks, which ``remove`` takes away.
+        model: may be wrapped; its modules are not changed but for the hooks, which ``remove`` takes away, and so does
+            the end of this object.
         patterns: see the module's docstring.
         who: "student" or "teacher", for messages.
         detach: keep tensors without their graph.
 
     Raises:
-        ValueError: a pattern that matches no module.
+        ValueError: a pattern that matches no module, or layers of both sides of an encoder-decoder model; a model in
+            DataParallel, whose replicas each see a part of the batch.
     """
 
     def __init__(self, model: nn.Module, patterns: Iterable[str], who: str, *, detach: bool) -> None:
         self.who = who
         self.detach = detach
         self.patterns = tuple(dict.fromkeys(patterns))
-        self._kept: dict[str, list[Tensor]] = {pattern: [] for pattern in self.patterns}
-        self._handles: list[RemovableHandle] = []
-        self._graph = False  # whether the forward pass began with gradients
+        self._store = _Store(self.patterns)
+        handles: list[RemovableHandle] = []
+        self._finalizer = weakref.finalize(self, _remove, handles, self._store)
         inner = unwrapped(model)
         plan = [(pattern, parse(pattern).part, matching(inner, pattern, who)) for pattern in self.patterns]
-        if plan:
-            self._handles.append(inner.register_forward_pre_hook(self._begin))
+        if not plan:
+            return
+        if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
+            msg = (
+                f"the {who} is in DataParallel, whose replicas would each keep the layers of their own samples: use "
+                "DistributedDataParallel, or losses of logits alone"
+            )
+            raise ValueError(msg)
+        two_sided = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
+        modules = by_path(inner)
+        handles.append(inner.register_forward_pre_hook(Hook(_begin(self._store))))
         for pattern, part, paths in plan:
+            if two_sided and len({Pattern(path, part).of_source for path in paths}) > 1:
+                msg = f"the {who}'s layer {pattern!r} is of the encoder and of the decoder: name one of them"
+                raise ValueError(msg)
             for path in paths:
-                hook = self._hook(pattern, part, path)
-                self._handles.append(inner.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+                hook = Hook(_keep(self._store, pattern, part, path, who, detach))
+                module = modules[path]
+                if part == "input":  # before the module runs, which may change it in place
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def take(self) -> Mapping[str, Sequence[Tensor]]:
         """The tensors since the last forward pass began, by pattern; they are let go here.
 
         Raises:
-            RuntimeError: a layer was not run.
+            RuntimeError: a layer was not run, or its tensor was changed in place afterwards.
         """
-        kept, self._kept = self._kept, {pattern: [] for pattern in self.patterns}
-        for pattern, tensors in kept.items():
-            if not tensors:
+        kept = self._store.kept
+        self.clear()
+        for pattern, found in kept.items():
+            if not found:
                 msg = (
                     f"the {self.who}'s layer {pattern!r} was not run since the last loss: run the model first; a model "
                     "that torch.compile had compiled before does not see hooks added later, so enter the Distiller "
                     "before its first call, or call torch._dynamo.reset()"
                 )
                 raise RuntimeError(msg)
-        return kept
+            for tensor, version, path in found:
+                if version is not None and tensor._version != version:
+                    msg = (
+                        f"the {self.who}'s layer {pattern!r} ({path or 'the model'}) was changed in place after it "
+                        "ran, as by ReLU(inplace=True) behind it: name the layer that changed it, whose output this is "
+                        "now, or build it with inplace=False"
+                    )
+                    raise RuntimeError(msg)
+        return {pattern: [one.tensor for one in found] for pattern, found in kept.items()}
 
     def clear(self) -> None:
         """Lets go of what was captured."""
-        self._kept = {pattern: [] for pattern in self.patterns}
+        self._store.kept = {pattern: [] for pattern in self.patterns}
 
     def remove(self) -> None:
         """Takes the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._finalizer()
         self.clear()
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        if _recomputing():
+
+def _remove(handles: list[RemovableHandle], store: _Store) -> None:
+    store.active = False
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _begin(store: _Store) -> Callable[..., None]:
+    def begin(module: nn.Module, args: Any) -> None:
+        if not store.active or _recomputing():
             return
-        self._graph = torch.is_grad_enabled()
-        for tensors in self._kept.values():
-            tensors.clear()
+        store.graph = torch.is_grad_enabled()
+        for found in store.kept.values():
+            found.clear()
 
-    def _hook(self, pattern: str, part: str, path: str) -> Any:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if _recomputing():
-                return
-            if self._graph and not self.detach and not torch.is_grad_enabled():
+    return begin
+
+
+def _keep(store: _Store, pattern: str, part: str, path: str, who: str, detach: bool) -> Callable[..., None]:
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        if not store.active or _recomputing():
+            return
+        if store.graph and not detach and not torch.is_grad_enabled():
+            msg = (
+                f"the {who}'s layer {pattern!r} ({path or 'the model'}) runs without gradient inside a "
+                "forward pass with it, as under checkpointing with use_reentrant=True: pass use_reentrant=False"
+            )
+            raise RuntimeError(msg)
+        if part == "input":
+            found = [next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)]
+        elif part == "output":
+            found = [output[0] if isinstance(output, (tuple, list)) and output else output]
+        else:
+            try:
+                found = _parts(output, part.split("."))
+            except (TypeError, LookupError) as error:
+                msg = f"the {who}'s layer {pattern!r}: {error}"
+                raise type(error)(msg) from error
+        for tensor in found:
+            if not isinstance(tensor, Tensor):
                 msg = (
-                    f"the {self.who}'s layer {pattern!r} ({path or 'the model'}) runs without gradient inside a "
-                    "forward pass with it, as under checkpointing with use_reentrant=True: pass use_reentrant=False"
+                    f"the {who}'s layer {pattern!r} ({path or 'the model'}) is a {type(tensor).__name__}, "
+                    'not a tensor: name the part that is meant after a colon, as in "encoder:last_hidden_state"'
                 )
-                raise RuntimeError(msg)
-            if part == "input":
-                found = [next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)]
-            elif part == "output":
-                found = [output[0] if isinstance(output, (tuple, list)) and output else output]
+                raise TypeError(msg)
+            tensor = tensor.detach() if detach else tensor  # noqa: PLW2901
+            if torch.compiler.is_compiling():  # where versions are not told, and a copy that nobody changes is none
+                kept = Kept(tensor.clone(), None, path)
             else:
-                try:
-                    found = _parts(output, part.split("."))
-                except (TypeError, LookupError) as error:
-                    msg = f"the {self.who}'s layer {pattern!r}: {error}"
-                    raise type(error)(msg) from error
-            for tensor in found:
-                if not isinstance(tensor, Tensor):
-                    msg = (
-                        f"the {self.who}'s layer {pattern!r} ({path or 'the model'}) is a {type(tensor).__name__}, "
-                        'not a tensor: name the part that is meant after a colon, as in "encoder:last_hidden_state"'
-                    )
-                    raise TypeError(msg)
-                self._kept[pattern].append(tensor.detach() if self.detach else tensor)
+                kept = Kept(tensor, None if tensor.is_inference() else tensor._version, path)
+            store.kept[pattern].append(kept)
 
-        return keep
+    return keep
 
 
 def _recomputing() -> bool:

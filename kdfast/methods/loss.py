@@ -33,6 +33,8 @@ class Loss(nn.Module):
     default_name: ClassVar[str] = "term"
     #: Whether parameters are made from the shapes of a first batch.
     needs_shapes: ClassVar[bool] = False
+    #: Whether the mean is over labelled tokens alone, so that one without a hard label is dropped.
+    labelled_only: ClassVar[bool] = False
 
     def __init__(self, *, weight: Setting = 1.0, name: str | None = None) -> None:
         super().__init__()

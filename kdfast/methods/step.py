@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdfast.spec.head import LMHead
@@ -56,9 +57,18 @@ class Step:
     Attributes:
         student: its outputs, with gradient.
         teachers: the outputs of each teacher, detached.
-        labels: (...) int64, aligned with the logits; -100 drops a token; None without labels.
-        weights: (...) per-token weights; None: 1.
-        mask: (B, S) bool, the tokens that are not padding; None where there is no padding.
+        labels: (...) int64, aligned with the logits; -100 drops a token, one of padding too; None without labels. Or
+            class probabilities (..., V).
+        weights: (...) per-token weights; None: 1. Without labels 0 at positions that do not count.
+        mask: (B, S) bool, the tokens that are not padding; None where there is no padding. Of an encoder-decoder
+            model those of the source.
+        target_mask: (B, S') bool, of an encoder-decoder model the decoder's tokens; None where nothing says.
+        documents: (B, S) int64, the document of each token of packed rows; None: one a row.
+        counts: (...) bool, the positions of the logits that are about a token, whatever the labels say, see
+            :mod:`kdfast.methods.positions`; None: all.
+        encoder_decoder: whether the logits are a decoder's, whose positions are not those of ``mask``.
+        unlabelled: (...) bool, the tokens without a hard label, -100 in ``labels``, that have soft terms; None where
+            the Distiller was given no label to tell them by.
         index: (B,) int64, each sample's position in the data set, for losses with a memory of samples.
         number: the optimizer step, from 0.
     """
@@ -70,6 +80,11 @@ class Step:
     mask: Tensor | None = None
     index: Tensor | None = None
     number: int = 0
+    target_mask: Tensor | None = None
+    documents: Tensor | None = None
+    counts: Tensor | None = None
+    unlabelled: Tensor | None = None
+    encoder_decoder: bool = False
 
     @property
     def teacher(self) -> Outputs:
@@ -101,13 +116,22 @@ class Step:
 
 
 def logits_of(out: Any) -> Any:
-    """What of a model's output are its logits; None where it has none."""
+    """What of a model's output are its logits; None where it has none.
+
+    ``start_logits`` and ``end_logits`` (B, S), of where an answer begins and ends in a text, are (B, 2, S).
+    """
     if isinstance(out, (Tensor, LMHead, SparseTargets, PackedTargets)):
         return out
-    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    found = _named(out, "logits")
+    if found is None and isinstance(_named(out, "start_logits"), Tensor):
+        return torch.stack([_named(out, "start_logits"), _named(out, "end_logits")], 1)
     if found is None and isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
         return out[0]
     return found
+
+
+def _named(out: Any, name: str) -> Any:
+    return out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
 
 
 def _dense(who: str, logits: Any) -> Tensor:

@@ -132,7 +132,8 @@ class Comparison:
     def _compare(self, hooks: Sequence[Layers], inputs: Inputs, logits: Tensor) -> None:
         places = logits.shape[:-1]
         tensors = [layers.take(len(logits)) for layers in hooks]
-        rows, by_position = as_rows(tensors, places, positions(inputs, places, None, causal=False))
+        counts = positions(inputs, places, None, causal=False, model=self.models[0].module)
+        rows, by_position = as_rows(tensors, places, counts)
         others = {model.name: x for model, x in zip(self.models[1:], rows[1:], strict=True)}
         if self._cka is None:
             names = [[name for found in layers.names.values() for name in found] for layers in hooks]

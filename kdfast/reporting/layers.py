@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdfast.methods.layers import Capture, matching, parse, unwrapped
+from kdfast.methods.layers import Capture, matching, own_path, parse, unwrapped
 
 MOST = 8  # layers of a model that are chosen where none are named
 PASSED_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
@@ -55,7 +55,7 @@ def chosen(model: nn.Module, run: Callable[[], object], examples: int) -> list[s
     finally:
         for handle in handles:
             handle.remove()
-    usable = [path for path, seen in shapes.items() if len(seen) == 1 and _is_layer(seen[0], examples)]
+    usable = [own_path(path) for path, seen in shapes.items() if len(seen) == 1 and _is_layer(seen[0], examples)]
     if len(usable) <= MOST:
         return usable
     return [usable[i * (len(usable) - 1) // (MOST - 1)] for i in range(MOST)]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from kdfast.methods.batch import Inputs, accepted
-from kdfast.methods.layers import unwrapped
+from kdfast.methods.batch import Inputs
+from kdfast.methods.positions import arguments, documents, encoder_decoder, predicting, tokens_of_logits
 from kdfast.methods.step import IGNORED, logits_of
 from kdfast.spec.head import LMHead
 
@@ -44,7 +44,7 @@ class Model:
 
     def bound(self, inputs: Inputs) -> Callable[[], Any]:
         """Its forward pass over a batch that is on its device already."""
-        kwargs = accepted(unwrapped(self.module), inputs.kwargs)
+        kwargs = arguments(self.module, inputs)
         args, kwargs = tree_map(self._moved, (inputs.args, kwargs))
         return lambda: self.module(*args, **kwargs)
 
@@ -165,7 +165,8 @@ class Measurement:
         device = logits[0].device
         places = logits[0].shape[:-1]
         labels = self._check_labels(inputs.labels, places)
-        kept = positions(inputs, places, labels, causal=self.causal).flatten().nonzero()[:, 0]
+        counts = positions(inputs, places, labels, causal=self.causal, model=self.models[0].module)
+        kept = counts.flatten().nonzero()[:, 0]
         flat = [z.reshape(-1, z.shape[-1]) for z in logits]
         per_example = max(1, places[1:].numel())
         wanted = None
@@ -343,24 +344,28 @@ class Measurement:
                 break
 
 
-def positions(inputs: Inputs, places: torch.Size, labels: Tensor | None, *, causal: bool) -> Tensor:
-    """Which positions count: those whose label is not -100, that are not padding, and whose weight is not 0.
+def positions(inputs: Inputs, places: torch.Size, labels: Tensor | None, *, causal: bool, model: nn.Module) -> Tensor:
+    """Which positions count, see :mod:`kdfast.methods.positions`, and have a weight that is not 0.
 
     Args:
         inputs: the batch.
         places: shape of the logits but for V.
         labels: of that shape, or None.
         causal: the last position predicts nothing, and every other one counts if the one after it does.
+        model: whose logits they are.
 
     Returns:
         (B, ...) bool on the CPU.
     """
-    counts = torch.ones(places, dtype=torch.bool, device="cpu")
-    for tensor, dropped in ((labels, IGNORED), (inputs.mask, 0), (inputs.weights, 0)):
+    cpu = torch.device("cpu")
+    tokens = tokens_of_logits(inputs, two_sided=encoder_decoder(model, inputs))
+    counts = predicting(places, tokens, documents(inputs.positions), causal=causal, device=cpu)
+    if counts is None:
+        counts = torch.ones(places, dtype=torch.bool, device=cpu)
+    for tensor, dropped in ((labels, IGNORED), (inputs.weights, 0)):
         if isinstance(tensor, Tensor) and tensor.shape == places:
-            counts &= (tensor != dropped).cpu()
-    if causal:
-        counts = torch.cat((counts[:, 1:], torch.zeros(len(counts), 1, dtype=torch.bool, device="cpu")), 1)
+            kept = (tensor != dropped).cpu()
+            counts &= torch.nn.functional.pad(kept[:, 1:], (0, 1), value=False) if causal else kept
     return counts
 
 
@@ -394,8 +399,9 @@ def _input(inputs: Inputs, b: int, position: int | None) -> Tensor | None:
     one = x[b].detach().cpu()
     if one.dim() == 1 and not one.is_floating_point():
         real = torch.ones(len(one), dtype=torch.bool, device="cpu")
-        if inputs.mask is not None and inputs.mask.shape == x.shape:
-            real = inputs.mask[b].bool().cpu()
+        mask = inputs.token_mask if inputs.mask is None else inputs.mask
+        if mask is not None and mask.shape == x.shape:
+            real = mask[b].bool().cpu()
         end = len(one) if position is None else position + 1
         one = one[:end][real[:end]]
     return one.clone()

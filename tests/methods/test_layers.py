@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
+import gc
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -305,7 +310,117 @@ def test_a_model_that_was_compiled_before_is_named(dynamo):
     capture.remove()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile
+def test_wrapped_modules_have_their_own_paths(single_rank, dynamo):
+    x = torch.randn(5, 2)
+    wraps = {
+        "checkpoint": checkpoint_wrapper,
+        "compile": lambda module: torch.compile(module, backend="eager"),
+        "fsdp": lambda module: FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True),
+    }
+    for name, wrap in wraps.items():
+        model = Model()
+        want, _ = captured(model, "layer.*.query", "layer.1:1", x=x)
+        model.layer[1] = wrap(model.layer[1])
+        model.layer[2].query = wrap(model.layer[2].query)
+        model = wrap(model) if name == "fsdp" else model
+        assert matching(unwrapped(model), "layer.*.query", "student") == [f"layer.{i}.query" for i in range(3)]
+        found, _ = captured(model, "layer.*.query", "layer.1:1", x=x)
+        for pattern, tensors in want.items():
+            for a, b in zip(found[pattern], tensors, strict=True):
+                torch.testing.assert_close(a, b, msg=name)
+        if name != "fsdp":  # which begins its backward pass at tensors of the output, and finds none in this one
+            sum(t.square().sum() for t in found["layer.*.query"]).backward()
+
+
+def test_replicas_would_each_see_a_part():
+    model = nn.DataParallel(Model())
+    model.device_ids = [0, 1]
+    for whole in (model, nn.Sequential(model)):
+        pattern = "layer.1" if whole is model else "0.module.layer.1"
+        with pytest.raises(
+            ValueError, match=r"the student is in DataParallel, whose replicas .*DistributedDataParallel"
+        ):
+            captured(whole, pattern)
+    Capture(model, [], "student", detach=False).remove()
+
+
+# --- What changes afterwards ------------------------------------------------------------------------------------------
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.relu, self.second = nn.Linear(2, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.second(self.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_tensor_that_is_changed_in_place_is_refused(detach):
+    model = InPlace()
+    for pattern in ("first", "relu:input"):
+        with pytest.raises(RuntimeError, match=rf"layer '{pattern}' .* changed in place after it ran, as by ReLU"):
+            captured(model, pattern, detach=detach)
+    found, _ = captured(model, "relu", "second:input", detach=detach)
+    assert torch.equal(found["relu"][0], found["second:input"][0])
+    with torch.inference_mode():  # which has no versions
+        captured(model, "relu", detach=detach)
+
+
+def test_a_compiled_model_keeps_what_the_layer_returned(dynamo):
+    model, x = InPlace(), torch.randn(5, 2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found, _ = captured(compiled, "first", x=x)
+    torch.testing.assert_close(found["first"][0], model.first(x))
+
+
 # --- Afterwards -------------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_silent(tmp_path):
+    model, x = Model(), torch.randn(5, 2)
+    capture = Capture(model, ["layer.1", ":hidden_states.*"], "student", detach=False)
+    out = model(x)
+    torch.save(model, tmp_path / "model.pt")
+    copies = [
+        copy.deepcopy(model),
+        torch.optim.swa_utils.AveragedModel(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    ]
+    for one in copies:
+        one(torch.randn(7, 2))
+    found = capture.take()
+    assert found["layer.1"][0] is out.hidden_states[2]
+    assert len(found[":hidden_states.*"]) == 4
+    capture.remove()
+    for one in copies:
+        torch.testing.assert_close(one(x).logits, out.logits)
+
+
+def test_who_gives_up_a_distiller_leaves_no_hook():
+    student, teacher = Model(), Model()
+    loss = Term(lambda step: step.student.layer("layer.1").sum())
+    loss.student_layers = loss.teacher_layers = ("layer.1",)
+    d = Distiller(student, teacher, [loss])
+    d.__enter__()
+    assert any(h for model in (student, teacher) for h in hooks(model))
+    del d, loss
+    gc.collect()
+    assert not any(h for model in (student, teacher) for h in hooks(model))
+
+
+def test_a_compiled_graph_keeps_nothing_afterwards(dynamo):
+    compiled = torch.compile(Plain(), backend="eager")
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # torch's default, said here
+        capture = Capture(compiled, ["first"], "student", detach=False)
+        compiled(torch.randn(5, 2))
+        capture.remove()
+        compiled(torch.randn(5, 2))
+    assert capture._store.kept == {"first": []}
 
 
 def hooks(model):

@@ -48,7 +48,11 @@ def projections(outputs: Outputs, patterns: Sequence[str], count: int, who: str)
                 raise ValueError(msg)
             parts = layer.tensor.chunk(3, dim=2)[:count]
             names = ("queries", "keys", "values")
-            found.append(tuple(Layer(x, f"{layer.name} {what}") for x, what in zip(parts, names, strict=False)))
+            found.append(
+                tuple(
+                    layer._replace(tensor=x, name=f"{layer.name} {what}") for x, what in zip(parts, names, strict=False)
+                )
+            )
         return found
     sides = [layers_of(outputs, [pattern]) for pattern in patterns]
     if len({len(side) for side in sides}) > 1:
@@ -96,12 +100,21 @@ def query_key_scores(query: Layer, key: Layer, heads: int, who: str, mask: Tenso
         )
         raise ValueError(msg)
     q, k = (split_heads(layer, heads, who, mask) for layer in (query, key))
-    return Layer(scores(q, k), f"{query.name} with {key.name}")
+    return query._replace(tensor=scores(q, k), name=f"{query.name} with {key.name}")
 
 
-def visible(mask: Tensor | None, length: int, causal: bool, device: torch.device) -> Tensor | None:
-    """Which keys a query sees, broadcastable to (B, A, S, S): tokens that count, none later where ``causal``."""
+def visible(
+    mask: Tensor | None, documents: Tensor | None, length: int, causal: bool, device: torch.device
+) -> Tensor | None:
+    """Which keys a query sees, broadcastable to (B, A, S, S).
+
+    Tokens that count, in packed rows those of its own document, and none later where ``causal``.
+    """
     seen = None if mask is None else mask[:, None, None, :]
+    if documents is not None and documents.shape[1] == length:
+        own = documents.to(device)
+        own = own[:, None, :, None] == own[:, None, None, :]
+        seen = own if seen is None else seen & own
     if causal:
         before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         seen = before if seen is None else seen & before

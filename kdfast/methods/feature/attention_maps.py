@@ -15,6 +15,7 @@ from kdfast.methods.feature.pairs import (
     Patterns,
     check_map,
     layers_of,
+    mask_of,
     pair_layers,
 )
 from kdfast.methods.feature.tensors import check_mask, check_same, mean
@@ -113,34 +114,35 @@ class AttentionMaps(Loss):
         students, teachers = step.student, step.teacher
         with torch.autocast(students.layers(self.student_layers[0])[0].device.type, enabled=False):
             pairs = pair_layers(
-                self._maps(students, self.student_layers, "student", step.mask),
-                self._maps(teachers, self.teacher_layers, "teacher", step.mask),
+                self._maps(students, self.student_layers, "student", step),
+                self._maps(teachers, self.teacher_layers, "teacher", step),
                 self.layer_map,
                 several=all("*" in side[0] for side in (self.student_layers, self.teacher_layers)),
             )
-            found = [self._compare(pair, step.mask) for pair in pairs]
+            found = [self._compare(pair, step) for pair in pairs]
         total = torch.stack(found).sum()
         return total if len(found) == 1 else (total, {str(k): part for k, part in enumerate(found)})
 
-    def _maps(self, outputs: Outputs, patterns: tuple[str, ...], who: str, mask: Tensor | None) -> list[Layer]:
+    def _maps(self, outputs: Outputs, patterns: tuple[str, ...], who: str, step: Step) -> list[Layer]:
         if len(patterns) == 1 and outputs.layers(patterns[0])[0].dim() == 4:
             return layers_of(outputs, patterns)
         if self.heads is None:
             msg = f"heads is needed to split {who} {patterns[0]!r} into: give the model's num_attention_heads"
             raise ValueError(msg)
         found = projections(outputs, patterns, 2, who)
-        return [query_key_scores(query, key, self.heads, who, mask) for query, key in found]
+        return [query_key_scores(query, key, self.heads, who, mask_of(step, query)) for query, key in found]
 
-    def _compare(self, pair: Pair, mask: Tensor | None) -> Tensor:
+    def _compare(self, pair: Pair, step: Step) -> Tensor:
         check_same(pair, "attention maps (B, heads, S, S) must agree, head by head")
         s = pair.student.tensor
         if s.dim() != 4 or s.shape[2] != s.shape[3]:
             msg = f"{pair.shapes()}: attention maps (B, heads, S, S) are needed"
             raise ValueError(msg)
+        mask = mask_of(step, pair.student)
         if mask is not None:
             check_mask(mask, pair.student, s.shape[2])
             mask = mask.to(s.device)
-        counted = visible(mask, s.shape[2], self.causal, s.device)
+        counted = visible(mask, step.documents, s.shape[2], self.causal, s.device)
         if mask is not None and counted is not None:
             counted = counted & mask[:, None, :, None]
         gap = s - pair.teacher.tensor

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.methods.feature.pairs import LayerLoss, LayerMap, Pair, Patterns
+from kdfast.methods.feature.pairs import ChannelsLast, LayerLoss, LayerMap, Pair, Patterns
 from kdfast.methods.feature.tensors import check_maps, mean, pooled
 from kdfast.methods.schedule import Setting
 
@@ -38,6 +38,8 @@ class AttentionTransfer(LayerLoss):
         teacher: likewise.
         mode: "code" or "paper".
         layer_map: see :class:`FitNet`.
+        channels_last: whether maps are (B, H, W, C), as a Swin transformer's; a pair for student and teacher. None:
+            they are (B, C, H, W), and maps that look otherwise raise.
         weight: factor in the objective, a number or a schedule.
         name: in the logged terms.
 
@@ -73,10 +75,11 @@ class AttentionTransfer(LayerLoss):
         *,
         mode: str = "code",
         layer_map: LayerMap = "uniform",
+        channels_last: ChannelsLast = None,
         weight: Setting = 1000.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(student, teacher, layer_map=layer_map, weight=weight, name=name)
+        super().__init__(student, teacher, layer_map=layer_map, channels_last=channels_last, weight=weight, name=name)
         if mode not in ("code", "paper"):
             msg = f'mode must be "code" or "paper", got {mode!r}'
             raise ValueError(msg)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kdfast.methods.feature.pairs import LayerLoss, LayerMap, Pair, Patterns
+from kdfast.methods.feature.pairs import ChannelsLast, LayerLoss, LayerMap, Pair, Patterns
 from kdfast.methods.feature.projectors import channels, pointwise
 from kdfast.methods.feature.tensors import check_same, mean, pooled, tokens, without_padding
 from kdfast.methods.schedule import Setting
@@ -38,6 +38,8 @@ class FitNet(LayerLoss):
             teacher's last M; a list of the teacher's positions, from 0, one for each layer of the student, or of
             (student, teacher) pairs.
         identity: no projector where both widths agree.
+        channels_last: whether maps are (B, H, W, C), as a Swin transformer's; a pair for student and teacher. None:
+            they are (B, C, H, W), and maps that look otherwise raise.
         weight: factor in the objective, a number or a schedule.
         name: in the logged terms.
 
@@ -76,10 +78,11 @@ class FitNet(LayerLoss):
         *,
         layer_map: LayerMap = "uniform",
         identity: bool = False,
+        channels_last: ChannelsLast = None,
         weight: Setting = 100.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(student, teacher, layer_map=layer_map, weight=weight, name=name)
+        super().__init__(student, teacher, layer_map=layer_map, channels_last=channels_last, weight=weight, name=name)
         self.identity = identity
         self.projectors = nn.ModuleList()
 

@@ -7,7 +7,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdfast.methods.feature.pairs import Layer, Pair, Patterns, check_batch, layers_of
+from kdfast.methods.feature.pairs import (
+    ChannelsLast,
+    Layer,
+    Pair,
+    Patterns,
+    channels_first,
+    check_batch,
+    each_channels_last,
+    layers_of,
+)
 from kdfast.methods.feature.tensors import check_maps, check_same, mean, same_positions
 from kdfast.methods.layers import expand
 from kdfast.methods.loss import Loss
@@ -36,6 +45,8 @@ class FSP(Loss):
     Args:
         student: two layers (B, C, H, W), as ("layer1", "layer2") or "{layer1,layer2}".
         teacher: two layers likewise.
+        channels_last: whether maps are (B, H, W, C), as a Swin transformer's; a pair for student and teacher. None:
+            they are (B, C, H, W), and maps that look otherwise raise.
         weight: factor in the objective, a number or a schedule.
         name: in the logged terms.
 
@@ -64,18 +75,27 @@ class FSP(Loss):
 
     default_name: ClassVar[str] = "fsp"
 
-    def __init__(self, student: Patterns, teacher: Patterns, *, weight: Setting = 1.0, name: str | None = None) -> None:
+    def __init__(
+        self,
+        student: Patterns,
+        teacher: Patterns,
+        *,
+        channels_last: ChannelsLast = None,
+        weight: Setting = 1.0,
+        name: str | None = None,
+    ) -> None:
         super().__init__(weight=weight, name=name)
         self.student_layers = expand(student, "student")
         self.teacher_layers = expand(teacher, "teacher")
+        self.channels_last = each_channels_last(channels_last)
         for who, layers in (("student", self.student_layers), ("teacher", self.teacher_layers)):
             if len(layers) > 2 or (len(layers) == 1 and "*" not in layers[0]):
                 msg = f'{who} must name two layers, as ("layer1", "layer2"), got {layers}'
                 raise ValueError(msg)
 
     def forward(self, step: Step) -> Tensor:
-        student = layers_of(step.student, self.student_layers)
-        teacher = layers_of(step.teacher, self.teacher_layers)
+        student = channels_first(layers_of(step.student, self.student_layers), self.channels_last[0])
+        teacher = channels_first(layers_of(step.teacher, self.teacher_layers), self.channels_last[1])
         with torch.autocast(student[0].tensor.device.type, enabled=False):
             pair = Pair(_flow(student, "student"), _flow(teacher, "teacher"))
             check_batch(Pair(student[0], teacher[0]))

@@ -16,7 +16,7 @@ from kdfast.methods.feature.attention import (
     split_heads,
     visible,
 )
-from kdfast.methods.feature.pairs import Pair, Patterns, check_batch
+from kdfast.methods.feature.pairs import Pair, Patterns, check_batch, mask_of
 from kdfast.methods.feature.tensors import mean
 from kdfast.methods.layers import expand
 from kdfast.methods.loss import Loss, Value
@@ -80,16 +80,17 @@ class Relations(Loss):
             check_batch(pair)
         return pairs
 
-    def _own(self, pair: Pair, mask: Tensor | None) -> Tensor:
+    def _own(self, pair: Pair, step: Step) -> Tensor:
         """KL of the relations of a projection with itself."""
         sides = zip(pair, ("student", "teacher"), strict=True)
+        mask = mask_of(step, pair.student)
         s, t = (split_heads(layer, self._split, who, mask) for layer, who in sides)
-        return self._divergence(scores(s, s), scores(t, t), mask)
+        return self._divergence(scores(s, s), scores(t, t), mask, step.documents)
 
-    def _divergence(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    def _divergence(self, student: Tensor, teacher: Tensor, mask: Tensor | None, documents: Tensor | None) -> Tensor:
         """KL(softmax(teacher), softmax(student)), averaged over heads and queries that count."""
         mask = None if mask is None else mask.to(student.device)
-        seen = visible(mask, student.shape[2], self.causal, student.device)
+        seen = visible(mask, documents, student.shape[2], self.causal, student.device)
         if seen is not None:
             student, teacher = student.masked_fill(~seen, HIDDEN), teacher.masked_fill(~seen, HIDDEN)
         s, t = F.log_softmax(student, dim=3), F.log_softmax(teacher, dim=3)
@@ -171,13 +172,14 @@ class MiniLM(Relations):
     def forward(self, step: Step) -> Value:
         query, key, value = self._one(step)
         with torch.autocast(query.student.tensor.device.type, enabled=False):
+            mask = mask_of(step, query.student)
             attention = Pair(
-                query_key_scores(query.student, key.student, self._split, "student", step.mask),
-                query_key_scores(query.teacher, key.teacher, self._split, "teacher", step.mask),
+                query_key_scores(query.student, key.student, self._split, "student", mask),
+                query_key_scores(query.teacher, key.teacher, self._split, "teacher", mask),
             )
             parts = {
-                "attention": self._divergence(attention.student.tensor, attention.teacher.tensor, step.mask),
-                "value": self._own(value, step.mask),
+                "attention": self._divergence(attention.student.tensor, attention.teacher.tensor, mask, step.documents),
+                "value": self._own(value, step),
             }
         return parts["attention"] + parts["value"], parts
 
@@ -262,5 +264,5 @@ class MiniLMv2(Relations):
         found = self._one(step)
         with torch.autocast(found[0].student.tensor.device.type, enabled=False):
             names = ("query", "key", "value")
-            parts = {name: self._own(pair, step.mask) for name, pair in zip(names, found, strict=True)}
+            parts = {name: self._own(pair, step) for name, pair in zip(names, found, strict=True)}
         return torch.stack(list(parts.values())).sum(), parts

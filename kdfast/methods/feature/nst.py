@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.methods.feature.pairs import LayerLoss, LayerMap, Pair, Patterns
+from kdfast.methods.feature.pairs import ChannelsLast, LayerLoss, LayerMap, Pair, Patterns
 from kdfast.methods.feature.tensors import check_maps, mean, pooled
 from kdfast.methods.schedule import Setting
 
@@ -35,6 +35,8 @@ class NST(LayerLoss):
         student: patterns of layers (B, C, H, W), see :mod:`kdfast.methods.layers`.
         teacher: likewise.
         layer_map: see :class:`FitNet`.
+        channels_last: whether maps are (B, H, W, C), as a Swin transformer's; a pair for student and teacher. None:
+            they are (B, C, H, W), and maps that look otherwise raise.
         weight: factor in the objective, a number or a schedule.
         name: in the logged terms.
 
@@ -70,10 +72,11 @@ class NST(LayerLoss):
         teacher: Patterns,
         *,
         layer_map: LayerMap = "uniform",
+        channels_last: ChannelsLast = None,
         weight: Setting = 50.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(student, teacher, layer_map=layer_map, weight=weight, name=name)
+        super().__init__(student, teacher, layer_map=layer_map, channels_last=channels_last, weight=weight, name=name)
 
     def compare(self, number: int, pair: Pair, mask: Tensor | None) -> Tensor:
         check_maps(pair.student, "student", "NST")

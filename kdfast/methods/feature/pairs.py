@@ -17,6 +17,9 @@ from kdfast.methods.step import Outputs, Step
 Patterns: TypeAlias = str | Sequence[str]
 #: "uniform", "last", or the teacher's position of each of the student's layers, or pairs of positions.
 LayerMap: TypeAlias = str | Sequence[int] | Sequence[tuple[int, int]]
+#: Whether maps are (B, H, W, C), of both models or of each; None: they are (B, C, H, W), and must look like it.
+ChannelsLast: TypeAlias = bool | tuple[bool, bool] | None
+_CHANNELS = 16  # so many at least, behind a square: (B, H, W, C), as hardly a map has of its channels and height
 
 
 class Layer(NamedTuple):
@@ -24,6 +27,7 @@ class Layer(NamedTuple):
 
     tensor: Tensor  # (B, ...) fp32, or fp64 as it came
     name: str
+    of_source: bool = False  # of an encoder-decoder model: whether its tokens are the source's
 
 
 class Pair(NamedTuple):
@@ -39,7 +43,7 @@ class Pair(NamedTuple):
 
     def with_tensors(self, student: Tensor, teacher: Tensor) -> Pair:
         """The same layers with other tensors."""
-        return Pair(Layer(student, self.student.name), Layer(teacher, self.teacher.name))
+        return Pair(self.student._replace(tensor=student), self.teacher._replace(tensor=teacher))
 
 
 def check_map(layer_map: LayerMap) -> LayerMap:
@@ -105,6 +109,38 @@ def positions(layer_map: LayerMap, students: int, teachers: int, what: str) -> l
     return pairs
 
 
+def each_channels_last(given: ChannelsLast) -> tuple[bool | None, bool | None]:
+    """What is said of the student's maps, and of the teacher's.
+
+    Raises:
+        TypeError: something else.
+    """
+    pair = given if isinstance(given, tuple) else (given, given)
+    if len(pair) != 2 or not all(one is None or isinstance(one, bool) for one in pair):
+        msg = f"channels_last must be True, False, None, or a pair of them (student, teacher), got {given!r}"
+        raise TypeError(msg)
+    return pair
+
+
+def channels_first(layers: Sequence[Layer], last: bool | None) -> list[Layer]:
+    """Feature maps as (B, C, H, W), other layers as they are.
+
+    Raises:
+        ValueError: maps of which nothing is said that look like (B, H, W, C), as those of a Swin transformer.
+    """
+    found = []
+    for layer in layers:
+        x = layer.tensor
+        if x.dim() == 4 and last is None and x.shape[1] == x.shape[2] != x.shape[3] >= _CHANNELS:
+            msg = (
+                f"{layer.name} is {tuple(x.shape)}, which looks like (B, H, W, C): pass channels_last=True if its "
+                "last axis has the channels, False if its second has"
+            )
+            raise ValueError(msg)
+        found.append(layer._replace(tensor=x.permute(0, 3, 1, 2)) if x.dim() == 4 and last else layer)
+    return found
+
+
 def embeddings_first(patterns: Sequence[str]) -> bool:
     """Whether the first tensor is the embeddings' output, as in all of a transformer's hidden_states."""
     return parse(patterns[0]).part.endswith("hidden_states.*")
@@ -117,7 +153,8 @@ def layers_of(outputs: Outputs, patterns: Sequence[str]) -> list[Layer]:
         tensors = outputs.layers(pattern)
         for i, tensor in enumerate(tensors):
             name = repr(pattern) if len(tensors) == 1 else f"{pattern!r}[{i}]"
-            found.append(Layer(tensor if tensor.dtype == torch.float64 else tensor.float(), name))
+            wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+            found.append(Layer(wide, name, parse(pattern).of_source))
     return found
 
 
@@ -177,6 +214,11 @@ def check_batch(pair: Pair) -> None:
     raise ValueError(msg)
 
 
+def mask_of(step: Step, layer: Layer) -> Tensor | None:
+    """The mask (B, S) of the tokens that a layer is of, or None: of an encoder-decoder model the side's."""
+    return step.target_mask if step.encoder_decoder and not layer.of_source else step.mask
+
+
 class LayerLoss(Loss):
     """Base of the losses that are a sum over pairs of layers.
 
@@ -187,6 +229,7 @@ class LayerLoss(Loss):
         student: patterns of the student's layers.
         teacher: patterns of the teacher's.
         layer_map: see :data:`LayerMap`.
+        channels_last: see :data:`ChannelsLast`.
         weight: factor in the objective, a number or a schedule.
         name: in the logged terms.
     """
@@ -197,6 +240,7 @@ class LayerLoss(Loss):
         teacher: Patterns,
         *,
         layer_map: LayerMap = "uniform",
+        channels_last: ChannelsLast = None,
         weight: Setting = 1.0,
         name: str | None = None,
     ) -> None:
@@ -204,6 +248,7 @@ class LayerLoss(Loss):
         self.student_layers = expand(student, "student")
         self.teacher_layers = expand(teacher, "teacher")
         self.layer_map = check_map(layer_map)
+        self.channels_last = each_channels_last(channels_last)
 
     def pairs(self, step: Step) -> list[Pair]:
         """The pairs of layers of a batch."""
@@ -216,8 +261,8 @@ class LayerLoss(Loss):
             )
             raise ValueError(msg)
         return pair_layers(
-            layers_of(step.student, self.student_layers),
-            layers_of(step.teacher, self.teacher_layers),
+            channels_first(layers_of(step.student, self.student_layers), self.channels_last[0]),
+            channels_first(layers_of(step.teacher, self.teacher_layers), self.channels_last[1]),
             self.layer_map,
             embeddings=all(first),
             several=all(len(side) > 1 or "*" in side[0] for side in sides),
@@ -229,13 +274,13 @@ class LayerLoss(Loss):
         Args:
             number: the pair's, from 0.
             pair: the layers.
-            mask: (B, S) bool, tokens that are not padding, or None.
+            mask: (B, S) bool, the tokens that count of the layer's sequence, or None.
         """
         raise NotImplementedError
 
     def forward(self, step: Step) -> Value:
         pairs = self.pairs(step)
         with torch.autocast(pairs[0].student.tensor.device.type, enabled=False):
-            found = [self.compare(k, pair, step.mask) for k, pair in enumerate(pairs)]
+            found = [self.compare(k, pair, mask_of(step, pair.student)) for k, pair in enumerate(pairs)]
         total = torch.stack(found).sum()
         return total if len(found) == 1 else (total, {str(k): part for k, part in enumerate(found)})

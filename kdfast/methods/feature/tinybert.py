@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.methods.feature.attention_maps import AttentionMaps
-from kdfast.methods.feature.pairs import LayerMap, Pair, Patterns, check_map, layers_of, pair_layers
+from kdfast.methods.feature.pairs import LayerMap, Pair, Patterns, check_map, layers_of, mask_of, pair_layers
 from kdfast.methods.feature.projectors import channels, pointwise
 from kdfast.methods.feature.tensors import check_same, mean, tokens, without_padding
 from kdfast.methods.layers import expand
@@ -132,8 +132,8 @@ class TinyBERT(Loss):
         embeddings, *layers = self._pairs(step)
         with torch.autocast(embeddings.student.tensor.device.type, enabled=False):
             parts = {
-                "embeddings": _distance(self.embeddings, embeddings, step.mask),
-                "hidden": torch.stack([_distance(self.hidden, pair, step.mask) for pair in layers]).sum(),
+                "embeddings": _distance(self.embeddings, embeddings, step),
+                "hidden": torch.stack([_distance(self.hidden, pair, step) for pair in layers]).sum(),
             }
         if self.attention is not None:
             found = self.attention(step)
@@ -141,8 +141,8 @@ class TinyBERT(Loss):
         return torch.stack(list(parts.values())).sum(), parts
 
 
-def _distance(projector: Any, pair: Pair, mask: Tensor | None) -> Tensor:
-    counted = tokens(mask, pair.student)
+def _distance(projector: Any, pair: Pair, step: Step) -> Tensor:
+    counted = tokens(mask_of(step, pair.student), pair.student)
     student, teacher = (without_padding(layer.tensor, counted) for layer in pair)
     found = pair.with_tensors(projector(student), teacher)
     check_same(found, "the teacher's layer is not as wide as the one that prepare saw")

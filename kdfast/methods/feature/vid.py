@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.methods.feature.pairs import LayerLoss, LayerMap, Pair, Patterns
+from kdfast.methods.feature.pairs import ChannelsLast, LayerLoss, LayerMap, Pair, Patterns
 from kdfast.methods.feature.projectors import channels, pointwise
 from kdfast.methods.feature.tensors import check_same, mean, pooled, tokens, without_padding
 from kdfast.methods.schedule import Setting
@@ -41,6 +41,8 @@ class VID(LayerLoss):
         variance: > eps, s2 at the start.
         eps: > 0, the least variance.
         layer_map: see :class:`FitNet`.
+        channels_last: whether maps are (B, H, W, C), as a Swin transformer's; a pair for student and teacher. None:
+            they are (B, C, H, W), and maps that look otherwise raise.
         weight: factor in the objective, a number or a schedule.
         name: in the logged terms.
 
@@ -81,10 +83,11 @@ class VID(LayerLoss):
         variance: float = 5.0,
         eps: float = 1e-5,
         layer_map: LayerMap = "uniform",
+        channels_last: ChannelsLast = None,
         weight: Setting = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(student, teacher, layer_map=layer_map, weight=weight, name=name)
+        super().__init__(student, teacher, layer_map=layer_map, channels_last=channels_last, weight=weight, name=name)
         if not 0 < eps < variance:
             msg = f"variance must be above eps, and eps above 0, got variance={variance} and eps={eps}"
             raise ValueError(msg)

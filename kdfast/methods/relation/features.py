@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdfast.methods.layers import parse
 from kdfast.methods.loss import Loss, Value
 from kdfast.methods.schedule import Setting
 from kdfast.methods.step import Step
@@ -15,11 +16,12 @@ FEWEST = 2  # samples between which there is a relation
 class Relation(Loss):
     """A loss of how samples lie to each other within each model: the two spaces may differ in width.
 
-    The features of a sample are flattened, (B, ...) to (B, F); arithmetic is fp32 whatever the inputs and autocast say,
-    fp64 for fp64 inputs. A batch of fewer than two samples has no relations: 0, with zero gradients. Samples are
-    compared whatever their labels say: a label of -100 drops a sample from the label terms alone. The value depends on
-    which samples share a batch, so that micro-batches do not sum to the large batch; under DistributedDataParallel
-    samples are compared within each rank.
+    The features of a sample are flattened, (B, ...) to (B, F), those of a sequence (B, S, H) with its tokens first and
+    zeros for padding, so that neither what padding holds nor its side or amount matters. Arithmetic is fp32 whatever
+    the inputs and autocast say, fp64 for fp64 inputs. A batch of fewer than two samples has no relations: 0, with zero
+    gradients. Samples are compared whatever their labels say: a label of -100 drops a sample from the label terms
+    alone. The value depends on which samples share a batch, so that micro-batches do not sum to the large batch; under
+    DistributedDataParallel samples are compared within each rank.
 
     Args:
         student: pattern of the student's layer, see :mod:`kdfast.methods.layers`.
@@ -47,8 +49,12 @@ class Relation(Loss):
 
     def features(self, step: Step) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's features (B, F) and (B, G), in fp32, or fp64 where one of them is."""
-        student = step.student.layer(self.student_layers[0]) if self.student_layers else step.student_logits()
-        teacher = step.teacher.layer(self.teacher_layers[0]) if self.teacher_layers else step.teacher_logits()
+        if self.student_layers:
+            student, teacher = step.student.layer(self.student_layers[0]), step.teacher.layer(self.teacher_layers[0])
+            of_source = parse(self.student_layers[0]).of_source
+            mask = step.target_mask if step.encoder_decoder and not of_source else step.mask
+        else:
+            student, teacher, mask = step.student_logits(), step.teacher_logits(), step.counts
         if student.dim() < 1 or teacher.dim() < 1 or student.shape[0] != teacher.shape[0]:
             msg = (
                 f"{type(self).__name__}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be "
@@ -57,7 +63,24 @@ class Relation(Loss):
             raise ValueError(msg)
         wide = torch.float64 in (student.dtype, teacher.dtype)
         dtype = torch.float64 if wide else torch.float32
-        return rows(student).to(dtype), rows(teacher).to(dtype)
+        sides = {"student": student, "teacher": teacher}
+        one, other = (rows(self._tokens_first(x, mask, who)).to(dtype) for who, x in sides.items())
+        return one, other
+
+    def _tokens_first(self, x: Tensor, mask: Tensor | None, who: str) -> Tensor:
+        if mask is None or x.dim() != 3:
+            return x
+        if mask.shape != x.shape[:2]:
+            msg = (
+                f"{type(self).__name__}: the mask is {tuple(mask.shape)}, and the {who}'s layer {tuple(x.shape)}: a "
+                "layer with other positions than the tokens needs a batch without attention_mask, or a split that "
+                "leaves mask out"
+            )
+            raise ValueError(msg)
+        mask = mask.to(x.device)
+        first = (~mask).to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(2)
+        x = x.masked_fill(~mask.unsqueeze(2), 0.0)  # what stands there, even NaN, reaches no gradient
+        return x.gather(1, first.expand_as(x))
 
     def forward(self, step: Step) -> Value:
         student, teacher = self.features(step)

@@ -97,9 +97,14 @@ def adaptive_kl_loss(
         share = torch.where(total == 0, 0.5, g_head / torch.where(total == 0, 1.0, total))
         rest = torch.where(total == 0, 0.5, g_tail / torch.where(total == 0, 1.0, total))
     z = gated(student, alpha)
-    forward = tokens.engine(problem, z, teacher, None, w * share, temperature=temperature)
-    reverse = tokens.engine(problem, z, teacher, None, w * rest, divergence="reverse_kl", temperature=temperature)
-    return tokens.blended(problem, student, labels, forward + reverse, w, alpha)
+
+    def soft(weights: Tensor) -> Tensor:
+        forward = tokens.engine(problem, z, teacher, None, weights * share, temperature=temperature)
+        return forward + tokens.engine(
+            problem, z, teacher, None, weights * rest, divergence="reverse_kl", temperature=temperature
+        )
+
+    return tokens.blended(problem, student, labels, soft, w, alpha)
 
 
 class AdaptiveKL(Loss):
@@ -158,12 +163,13 @@ class AdaptiveKL(Loss):
         self.alpha = checked("alpha", alpha, 0.0, 1.0)
 
     def forward(self, step: Step) -> Tensor:
+        labels, alpha, weights = tokens.labelling(step, self.alpha)
         return adaptive_kl_loss(
             step.student_logits(),
             step.teacher_logits(),
-            step.labels,
+            labels,
             head=self.head,
             temperature=value(self.temperature, step.number),
-            alpha=tokens.alpha_of(self.alpha, step),
-            weights=step.weights,
+            alpha=alpha,
+            weights=weights,
         )

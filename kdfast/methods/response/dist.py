@@ -139,15 +139,16 @@ class DIST(Loss):
         self.alpha = checked("alpha", alpha, 0.0, 1.0)
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        labels, alpha, weights = tokens.labelling(step, self.alpha)
         return _terms(
             step.student_logits(),
             step.teacher_logits(),
-            step.labels,
+            labels,
             self.beta,
             self.gamma,
             value(self.temperature, step.number),
-            tokens.alpha_of(self.alpha, step),
-            step.weights,
+            alpha,
+            weights,
         )
 
 
@@ -175,7 +176,11 @@ def _terms(
     even = torch.full_like(p[:1], 1 / problem.vocab_size)
     rows = (by.squeeze(-1) * _distance(p, q, even, 1)).sum() * tau.square()
     columns = _distance(p, q, by, 0).mean() * tau.square()
-    soft = tokens.weighed(beta, rows) + tokens.weighed(gamma, columns)
+
+    def soft(weights: Tensor) -> Tensor:  # of the whole batch, and so of each token by its share
+        total = tokens.weighed(beta, rows) + tokens.weighed(gamma, columns)
+        return total if weights is w else total * weights.sum()
+
     loss = tokens.blended(problem, student, labels, soft, w, alpha)
     return loss, {"rows": rows, "columns": columns}
 

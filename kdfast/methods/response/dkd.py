@@ -118,6 +118,7 @@ class DKD(Loss):
     """
 
     default_name: ClassVar[str] = "dkd"
+    labelled_only: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdfast.loss import distill_loss, option_names
 from kdfast.methods.loss import Loss, Value
+from kdfast.methods.response.tokens import labelling
 from kdfast.methods.schedule import Setting, checked, value
 from kdfast.methods.step import Step
 from kdfast.spec.divergence import DivergenceLike
@@ -23,7 +24,8 @@ class KD(Loss):
 
     alpha * tau^2 * D(q, p) + (1 - alpha) * CE(z, y), nats per counted token; D is 0 where the student equals the
     teacher. Terms ``soft`` = tau^2 * D and ``hard`` = CE are logged, ``z`` where there is a z-loss, and with
-    ``return_metrics=True`` those of :class:`kdfast.Metrics`. Without labels alpha is 1 (label-free).
+    ``return_metrics=True`` those of :class:`kdfast.Metrics`. Without labels alpha is 1 (label-free), and so it is for a
+    token that the Distiller's ``unlabelled`` marks.
 
     When to use:
         First, and as what every other loss is measured against: language models over any vocabulary,
@@ -97,17 +99,17 @@ class KD(Loss):
         if not teachers or any(logits is None for logits in teachers):
             msg = "KD needs a teacher's logits: give Distiller a teacher, or use CrossEntropy() for labels alone"
             raise ValueError(msg)
-        alpha = None if self.alpha is None or step.labels is None else value(self.alpha, step.number)
+        labels, alpha, weights = labelling(step, 0.5 if self.alpha is None else self.alpha)
         student: Any = step.student.logits
         target: Any = teachers[0] if len(teachers) == 1 else teachers
         terms = distill_loss(
             student,
             target,
-            step.labels,
+            labels,
             divergence=self.divergence,
             temperature=value(self.temperature, step.number),
             alpha=alpha,
-            weights=step.weights,
+            weights=weights,
             return_terms=True,
             **self.options,
         )
@@ -143,6 +145,7 @@ class CrossEntropy(Loss):
     """
 
     default_name: ClassVar[str] = "ce"
+    labelled_only: ClassVar[bool] = True
 
     def __init__(self, *, label_smoothing: float = 0.0, weight: Setting = 1.0, name: str | None = None) -> None:
         super().__init__(weight=weight, name=name)

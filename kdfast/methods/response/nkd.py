@@ -113,6 +113,7 @@ class NKD(Loss):
     """
 
     default_name: ClassVar[str] = "nkd"
+    labelled_only: ClassVar[bool] = True
 
     def __init__(
         self, *, gamma: float = 1.5, temperature: Setting = 1.0, weight: Setting = 1.0, name: str | None = None

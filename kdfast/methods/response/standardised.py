@@ -85,7 +85,10 @@ def standardised_loss(
     w = token_weights(problem)
     given = (gated(student, alpha), tokens.teacher_of(problem))
     z, t = (_standardised(tokens.arithmetic(problem, x)) for x in given)
-    soft = tokens.engine(problem, z, t, None, w, divergence=divergence, temperature=temperature)
+
+    def soft(weights: Tensor) -> Tensor:
+        return tokens.engine(problem, z, t, None, weights, divergence=divergence, temperature=temperature)
+
     return tokens.blended(problem, student, labels, soft, w, alpha)
 
 
@@ -158,12 +161,13 @@ class LogitStandardisation(Loss):
         self.alpha = checked("alpha", alpha, 0.0, 1.0)
 
     def forward(self, step: Step) -> Tensor:
+        labels, alpha, weights = tokens.labelling(step, self.alpha)
         return standardised_loss(
             step.student_logits(),
             step.teacher_logits(),
-            step.labels,
+            labels,
             divergence=self.divergence,
             temperature=value(self.temperature, step.number),
-            alpha=tokens.alpha_of(self.alpha, step),
-            weights=step.weights,
+            alpha=alpha,
+            weights=weights,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from kdfast.loss import distill_loss
 from kdfast.methods.gate import gated
 from kdfast.methods.schedule import Setting, value
-from kdfast.methods.step import Step
+from kdfast.methods.step import IGNORED, Step
 from kdfast.spec import reference
 from kdfast.spec.divergence import DivergenceLike
 from kdfast.spec.problem import Problem, _scalar, build_problem, check_plain_logits
@@ -105,16 +106,35 @@ def reduced(problem: Problem, weights: Tensor, x: Tensor) -> Tensor:
 
 
 def blended(
-    problem: Problem, student: Tensor, labels: Tensor | None, soft: Tensor, weights: Tensor, alpha: float | Tensor
+    problem: Problem,
+    student: Tensor,
+    labels: Tensor | None,
+    soft: Callable[[Tensor], Tensor],
+    weights: Tensor,
+    alpha: float | Tensor,
 ) -> Tensor:
     """Alpha * soft + (1 - alpha) * CE(student, labels), the labels' term by the engine; soft alone where alpha is 1.
 
+    Args:
+        problem: says whether tokens are summed.
+        student: (..., V) logits.
+        labels: (...) int64, or None.
+        soft: of weights (...), the distillation term with these.
+        weights: (...), denominators included.
+        alpha: a number, 0-d, or (...) per token.
+
     Raises:
-        ValueError: alpha is below 1, and there are no labels.
+        ValueError: alpha is below 1, and there are no labels; or it is of another shape.
     """
+    if isinstance(alpha, Tensor) and alpha.dim() > 0:
+        if labels is None or alpha.shape != problem.leading:
+            wanted = "" if labels is None else f" or {tuple(problem.leading)}, one a token"
+            msg = f"alpha must be a number, 0-d{wanted}, got {tuple(alpha.shape)}"
+            raise ValueError(msg)
+        return soft(weights * alpha) + engine(problem, student, None, labels, weights * (1 - alpha))
     _scalar("alpha", alpha, 0.0, 1.0)
     if not isinstance(alpha, Tensor) and alpha == 1:
-        return soft
+        return soft(weights)
     if labels is None:
         msg = f"alpha must be 1 without labels, got {alpha!r}: pass labels too"
         raise ValueError(msg)
@@ -122,7 +142,7 @@ def blended(
         return engine(problem, student, None, labels, weights)
     rest = 1 - alpha
     hard = engine(problem, gated(student, rest), None, labels, weights)
-    return weighed(alpha, soft) + weighed(rest, hard)
+    return weighed(alpha, soft(weights)) + weighed(rest, hard)
 
 
 def weighed(factor: float | Tensor, x: Tensor) -> Tensor:
@@ -136,9 +156,22 @@ def weighed(factor: float | Tensor, x: Tensor) -> Tensor:
     return torch.zeros_like(x) if factor == 0 else factor * x
 
 
-def alpha_of(alpha: Setting, step: Step) -> float | Tensor:
-    """Weight of the distillation term at a step: 1 where the batch has no labels."""
-    return 1.0 if step.labels is None else value(alpha, step.number)
+def labelling(step: Step, alpha: Setting) -> tuple[Tensor | None, float | Tensor, Tensor | None]:
+    """Labels, weight of the distillation term and weights of the tokens: alpha is 1 for what has no label.
+
+    That is a whole batch, or the tokens that are marked so: alpha is per token then, and their label, 0, is not read.
+    """
+    labels, unlabelled, weights = step.labels, step.unlabelled, step.weights
+    if labels is None:
+        return None, 1.0, weights
+    amount = value(alpha, step.number)
+    if unlabelled is None:
+        return labels, amount, weights
+    if not isinstance(amount, Tensor) and amount == 1:  # labels say which tokens count, and nothing else
+        counted = (labels != IGNORED) | unlabelled
+        return None, 1.0, counted.float() if weights is None else torch.where(counted, weights, 0.0)
+    given = amount if isinstance(amount, Tensor) else torch.tensor(amount)
+    return labels.masked_fill(unlabelled, 0), torch.where(unlabelled, 1.0, given.to(labels.device)), weights
 
 
 def labels_of(step: Step, who: str) -> Tensor:

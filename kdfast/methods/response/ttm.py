@@ -82,10 +82,14 @@ def ttm_loss(
     w = token_weights(problem)
     t = tokens.arithmetic(problem, tokens.teacher_of(problem))
     power = gamma * t
-    by = w
+    z = gated(student, alpha)
+    factor: float | Tensor = 1.0
     if weighted:
-        by = w * (torch.logsumexp(power, -1) - gamma * torch.logsumexp(t, -1)).exp()
-    soft = tokens.engine(problem, gated(student, alpha), power, None, by)
+        factor = (torch.logsumexp(power, -1) - gamma * torch.logsumexp(t, -1)).exp()
+
+    def soft(weights: Tensor) -> Tensor:
+        return tokens.engine(problem, z, power, None, weights * factor)
+
     return tokens.blended(problem, student, labels, soft, w, alpha)
 
 
@@ -137,14 +141,15 @@ class TTM(Loss):
         self.alpha = checked("alpha", alpha, 0.0, 1.0)
 
     def forward(self, step: Step) -> Tensor:
+        labels, alpha, weights = tokens.labelling(step, self.alpha)
         return ttm_loss(
             step.student_logits(),
             step.teacher_logits(),
-            step.labels,
+            labels,
             gamma=value(self.gamma, step.number),
-            alpha=tokens.alpha_of(self.alpha, step),
+            alpha=alpha,
             weighted=self.weighted,
-            weights=step.weights,
+            weights=weights,
         )
 
 

@@ -1,0 +1,149 @@
+"""Which positions of the logits count: one rule, for the losses, for their denominators and for reports.
+
+A position counts where its label is not -100 and where it is a token's. Which positions are tokens' is what
+``token_mask`` says; without one the attention mask, where it has the logits' axes and belongs to them: in an
+encoder-decoder model that is the decoder's, never the source's. With ``causal`` position i predicts token i + 1, so
+both must be tokens, and of one document: in packed rows another one begins where ``position_ids`` do not rise.
+
+So neither what stands in padding nor its side or amount changes a value, nor what a document is packed with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.methods.batch import Inputs, accepted
+from kdfast.methods.layers import unwrapped
+from kdfast.methods.step import IGNORED
+
+_PACKED_POSITIONS = 4  # (4, B, S): those of the text, then three of images, in a vision-language model's packed rows
+
+
+def encoder_decoder(model: nn.Module | None, inputs: Inputs) -> bool:
+    """Whether the logits are a decoder's, whose positions are not those of ``input_ids``."""
+    config = None if model is None else getattr(unwrapped(model), "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) or any(
+        name.startswith("decoder_input") for name in inputs.kwargs
+    )
+
+
+def arguments(model: nn.Module, inputs: Inputs, unlabelled: int | None = None) -> dict[str, Any]:
+    """What a model is called with by name: of the batch what its ``forward`` takes, never the labels.
+
+    An encoder-decoder model whose decoder's inputs are not there gets them made of the labels, by its own
+    ``prepare_decoder_input_ids_from_labels``, as it would do itself if the labels were passed to it: it would then
+    compute a loss of its own as well.
+
+    Raises:
+        ValueError: labels may be ``unlabelled``, which is no token that a decoder could see.
+    """
+    given = dict(inputs.kwargs)
+    prepare = getattr(unwrapped(model), "prepare_decoder_input_ids_from_labels", None)
+    made = prepare is not None and inputs.labels is not None and encoder_decoder(model, inputs)
+    if made and not any(name.startswith("decoder_input") for name in given):
+        if unlabelled is not None:
+            msg = f"labels may be {unlabelled}, which is no token that a decoder could see: pass decoder_input_ids too"
+            raise ValueError(msg)
+        assert prepare is not None
+        given["decoder_input_ids"] = prepare(labels=inputs.labels)
+    return accepted(unwrapped(model), given)
+
+
+def tokens_of_logits(inputs: Inputs, *, two_sided: bool) -> Tensor | None:
+    """The mask (B, S) bool of the axis that the logits are on; None where none is said to be that."""
+    if inputs.token_mask is not None:
+        return inputs.token_mask
+    return inputs.decoder_mask if two_sided else inputs.mask
+
+
+def documents(position_ids: Any) -> Tensor | None:
+    """(B, S) int64, the number of each token's document in its row; None where no positions are given."""
+    if not isinstance(position_ids, Tensor):
+        return None
+    if position_ids.dim() == 3 and len(position_ids) == _PACKED_POSITIONS:
+        position_ids = position_ids[0]
+    if position_ids.dim() != 2:
+        return None
+    begins = position_ids[:, 1:] <= position_ids[:, :-1]
+    return torch.nn.functional.pad(begins.cumsum(1), (1, 0))
+
+
+def predicting(
+    places: torch.Size, tokens: Tensor | None, document: Tensor | None, *, causal: bool, device: torch.device
+) -> Tensor | None:
+    """Which positions of the logits are about a token, whatever the labels say.
+
+    Args:
+        places: shape of the logits but for V.
+        tokens: (B, S) bool, or None: all.
+        document: (B, S) of each token, or None: one a row.
+        causal: position i is about token i + 1.
+        device: where it is wanted.
+
+    Returns:
+        ``places`` bool, with ``causal`` False at the last position; None where all count.
+    """
+    # What has other axes is of something else: the tokens of a text that is classified as a whole.
+    counts = tokens.to(device) if tokens is not None and tokens.shape == places else None
+    if not causal or len(places) != 2:
+        return counts
+    if counts is None:
+        counts = torch.ones(places, dtype=torch.bool, device=device)
+    after = counts[:, :-1] & counts[:, 1:]
+    if document is not None and document.shape == places:
+        after = after & (document[:, 1:] == document[:, :-1]).to(device)
+    return torch.nn.functional.pad(after, (0, 1), value=False)
+
+
+def is_span(raw: Any) -> bool:
+    """Whether a model returned where an answer begins and ends, logits (B, 2, S) over the tokens of its text."""
+    return (isinstance(raw, Mapping) and "start_logits" in raw) or hasattr(raw, "start_logits")
+
+
+def within_text(logits: Any, raw: Any, tokens: Tensor | None) -> Any:
+    """Logits of a span with -inf at padding, where no answer is; others as they are.
+
+    Args:
+        logits: of a model.
+        raw: what it returned.
+        tokens: (B, S) bool, or None: no padding.
+    """
+    if tokens is None or not is_span(raw) or not isinstance(logits, Tensor):
+        return logits
+    return logits.masked_fill(~tokens.to(logits.device)[:, None, :], -math.inf)
+
+
+def placed(targets: Any, tokens: Tensor | None) -> Any:
+    """Stored targets, whose row i is of a sample's token i, at the positions that the tokens have in the batch.
+
+    Args:
+        targets: (B, S', K) with the rows of each sample first, as :func:`kdfast.cache.collate` makes them, or already
+            where the tokens are: without entries exactly at padding.
+        tokens: (B, S) bool; None: no padding.
+    """
+    if tokens is None or tokens.dim() != 2 or len(targets.shape) != 3 or len(tokens) != targets.shape[0]:
+        return targets
+    tokens = tokens.to(_device(targets))
+    rows = (tokens.cumsum(1) - 1).clamp(0, max(targets.shape[1] - 1, 0))
+    if tokens.shape == targets.shape[:2]:
+        there = torch.ones_like(tokens) if targets.k_eff is None else targets.k_eff > 0
+        as_it_is = torch.arange(tokens.shape[1], device=tokens.device).expand_as(rows)
+        rows = torch.where((there == tokens).all(1, keepdim=True), as_it_is, rows)
+    return targets[torch.arange(len(tokens), device=tokens.device)[:, None], rows]
+
+
+def _device(targets: Any) -> torch.device:
+    device: torch.device = targets.device if hasattr(targets, "device") else targets.ids.device
+    return device
+
+
+def masked(labels: Tensor, counts: Tensor | None) -> Tensor:
+    """Labels whose positions do not count are -100; class probabilities are left to the weights."""
+    if counts is None or labels.is_floating_point() or labels.shape != counts.shape:
+        return labels
+    return labels.masked_fill(~counts.to(labels.device), IGNORED)
