@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -14,7 +15,7 @@ from kdfast.cache.dataset import collate
 from kdfast.cache.reader import Reader
 from kdfast.methods.batch import Inputs, Split, split_batch
 from kdfast.methods.gate import gated_outputs, nothing_of
-from kdfast.methods.layers import Capture, unwrapped
+from kdfast.methods.layers import Capture, parse, unwrapped
 from kdfast.methods.loss import Loss, Term, Value
 from kdfast.methods.modes import Quiet
 from kdfast.methods.positions import (
@@ -28,6 +29,7 @@ from kdfast.methods.positions import (
     tokens_of_logits,
     within_text,
 )
+from kdfast.methods.projection import Projection
 from kdfast.methods.schedule import Setting, value
 from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
 from kdfast.methods.synchronise import GradientAverage, data_parallel_groups, reshard
@@ -72,6 +74,10 @@ class Distiller:
             first. kdfast never shifts of itself. Which positions count is said in :mod:`kdfast.methods.positions`.
         unlabelled: a label, as -1, of tokens that have none: they keep their soft terms, with an alpha of 1, where -100
             drops a token from every term.
+        head: the student's output projection: its logits are never made, and the losses are computed there, inside its
+            forward pass, as wrappers want it. :func:`kdfast.integrations.huggingface.head_of` finds it in a model of
+            transformers.
+        teacher_head: likewise of the teacher; of several, one or None for each.
         accumulation_steps: calls that make one optimizer step, for schedules.
         process_group: over which the losses' own parameters are kept equal, or several, one an axis of a mesh. None:
             that of the wrapper around the student, see :func:`kdfast.methods.synchronise.data_parallel_groups`; to be
@@ -108,6 +114,8 @@ class Distiller:
         split: Split = split_batch,
         causal: bool = False,
         unlabelled: int | None = None,
+        head: Projection | None = None,
+        teacher_head: Projection | Sequence[Projection | None] | None = None,
         accumulation_steps: int = 1,
         process_group: Any = None,
     ) -> None:
@@ -138,6 +146,8 @@ class Distiller:
             raise TypeError(msg)
         self.student = student
         self.teachers: tuple[Teacher, ...] = tuple(teachers)
+        self.head = _checked_head("head", head)
+        self.teacher_heads = _heads(teacher_head, self.teachers)
         self.split = split
         self.causal = causal
         self.unlabelled = unlabelled
@@ -167,6 +177,19 @@ class Distiller:
         losses = self.losses.values()
         captures: list[Capture] = []
         try:
+            for head, names in (
+                (self.head, "student_layers"),
+                *((one, "teacher_layers") for one in self.teacher_heads),
+            ):
+                whole = [
+                    p for loss in losses for p in getattr(loss, names) if head is not None and not parse(p).modules
+                ]
+                if whole:
+                    msg = (
+                        f"{whole[0]!r} is a part of what the model returns, which a head comes before: name the layers "
+                        'themselves, as "model.layers.*"'
+                    )
+                    raise ValueError(msg)
             patterns = [p for loss in losses for p in loss.student_layers]
             captures.append(Capture(self.student, patterns, "student", detach=False))
             patterns = [p for loss in losses for p in loss.teacher_layers]
@@ -216,11 +239,7 @@ class Distiller:
         self.student.eval()
         try:
             with torch.no_grad():
-                inputs = self.split(batch)
-                step = self._step(self._study(inputs), self._teach(inputs), inputs)
-                for loss in self.losses.values():
-                    if not loss.prepared:
-                        loss.prepare(step)
+                self._run(self.split(batch), self._made)
         finally:
             for module, training in modes:
                 module.training = training
@@ -272,9 +291,7 @@ class Distiller:
         """
         self._entered()
         self._require_prepared()  # before the models run, and change their statistics
-        inputs = self.split(batch)
-        taught = self._teach(inputs)
-        return self._objective(self._step(self._study(inputs), taught, inputs), num_items)
+        return self._run(self.split(batch), lambda step: self._objective(step, num_items))
 
     def loss(
         self,
@@ -348,31 +365,73 @@ class Distiller:
         if self._average is None and parameters and self._groups and self._prepared:
             self._average = GradientAverage(self._groups, parameters)
 
-    def _study(self, inputs: Inputs) -> Outputs:
-        try:
-            raw = self.student(*inputs.args, **arguments(self.student, inputs, self.unlabelled))
-        except RuntimeError as error:
-            if "find_unused_parameters" not in str(error):
-                raise
-            msg = (
-                "no loss reaches some of the student's parameters, for which DistributedDataParallel waits: add a loss "
-                "of the logits, CrossEntropy(weight=0.0) if it shall not count, or wrap the student with "
-                "find_unused_parameters=True"
-            )
-            raise RuntimeError(msg) from error
-        return Outputs(logits_of(raw), raw, self._entered()[0].take())
+    def _made(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        for loss in self.losses.values():
+            if not loss.prepared:
+                loss.prepare(step)
+        return torch.zeros((), device=next(self.student.parameters()).device), {}
 
-    def _teach(self, inputs: Inputs) -> tuple[Outputs, ...]:
-        """The teachers' outputs; where there is none but the batch has targets, those."""
+    def _run(
+        self, inputs: Inputs, use: Callable[[Step], tuple[Tensor, dict[str, Tensor]]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Runs the models, and ``use`` on what they made of the batch: where there is a head, inside the student."""
+        with contextlib.ExitStack() as stack:
+            taught = self._teach(inputs, stack)
+            kwargs = arguments(self.student, inputs, self.unlabelled)
+            if self.head is not None:
+                if not self.head.checked:
+                    self.head.check(self.student, inputs.args, kwargs, self._agree)
+
+                def at_head(logits: LMHead) -> tuple[Tensor, dict[str, Tensor]]:
+                    student = Outputs(logits, None, self._entered()[0].take())
+                    return use(self._step(student, taught, inputs))
+
+                return self.head.run(self.student, inputs.args, kwargs, at_head)
+            try:
+                raw = self.student(*inputs.args, **kwargs)
+            except RuntimeError as error:
+                if "find_unused_parameters" not in str(error):
+                    raise
+                msg = (
+                    "no loss reaches some of the student's parameters, for which DistributedDataParallel waits: add a "
+                    "loss of the logits, CrossEntropy(weight=0.0) if it shall not count, or wrap the student with "
+                    "find_unused_parameters=True"
+                )
+                raise RuntimeError(msg) from error
+            student = Outputs(logits_of(raw), raw, self._entered()[0].take())
+            return use(self._step(student, taught, inputs))
+
+    def _agree(self, found: bool, device: torch.device) -> bool:
+        """Whether all ranks that share the student found so."""
+        flag = torch.tensor(float(found), device=device)
+        for group in self._groups:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group)
+        return bool(flag)
+
+    def _teach(self, inputs: Inputs, stack: contextlib.ExitStack) -> tuple[Outputs, ...]:
+        """The teachers' outputs; where there is none but the batch has targets, those.
+
+        Args:
+            inputs: the batch.
+            stack: keeps what has to be held until the outputs were used.
+        """
         captures, quiet = iter(self._entered()[1:]), iter(self._quiet)
         outputs = []
-        for teacher in self.teachers:
+        for teacher, head in zip(self.teachers, self.teacher_heads, strict=True):
             if isinstance(teacher, Reader):
                 outputs.append(Outputs(self._stored(teacher, inputs)))
                 continue
+            kwargs = arguments(teacher, inputs, self.unlabelled)
             with torch.no_grad(), next(quiet):
-                raw = teacher(*inputs.args, **arguments(teacher, inputs, self.unlabelled))
-            outputs.append(Outputs(_detached(logits_of(raw)), raw, next(captures).take()))
+                if head is None:
+                    raw = teacher(*inputs.args, **kwargs)
+                    logits = _detached(logits_of(raw))
+                else:
+                    if not head.checked:
+                        head.check(teacher, inputs.args, kwargs, self._agree)
+                    raw, hidden = None, head.hidden(teacher, inputs.args, kwargs)
+                    logits = stack.enter_context(head.whole(hidden.detach()))
+            outputs.append(Outputs(logits, raw, next(captures).take()))
         if not self.teachers and inputs.targets is not None:
             outputs.append(Outputs(placed(inputs.targets, self._padding(inputs))))
         return tuple(outputs)
@@ -484,6 +543,28 @@ class Distiller:
 
 
 Distiller.__module__ = "kdfast"  # where it is for users, and for what they pickle
+
+
+def _checked_head(name: str, head: Any) -> Projection | None:
+    if head is not None and not isinstance(head, Projection):
+        msg = f"{name} must be a kdfast.methods.Projection or None, got {type(head).__name__}"
+        raise TypeError(msg)
+    return head
+
+
+def _heads(given: Any, teachers: Sequence[Teacher]) -> tuple[Projection | None, ...]:
+    heads = (
+        list(given) if isinstance(given, (list, tuple)) else [given] if given is not None else [None] * len(teachers)
+    )
+    heads = [_checked_head("teacher_head", one) for one in heads]
+    if len(heads) != len(teachers):
+        msg = f"teacher_head must be one for each of the {len(teachers)} teachers, or None, got {len(heads)}"
+        raise ValueError(msg)
+    for teacher, head in zip(teachers, heads, strict=True):
+        if head is not None and isinstance(teacher, Reader):
+            msg = "teacher_head: a cached teacher has no output projection, give None"
+            raise ValueError(msg)
+    return tuple(heads)
 
 
 def _several(groups: Any) -> list[Any]:

@@ -1,15 +1,17 @@
-"""Causal language models of ``transformers``: their logits as an LMHead, never whole."""
+"""Models of ``transformers``: their output embedding as a head, so that their logits are never made."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kdfast.methods.layers import unwrapped
+from kdfast.methods.projection import CHECKED_TOKENS, Projection
 from kdfast.spec.head import LMHead
 
 #: Factors of the logits, by the name of their option in a model's configuration; what it means where it is there.
@@ -20,8 +22,75 @@ _FACTORS = {
     "logits_scaling": -1,  # Granite divides
 }
 
-_CHECKED_TOKENS = 32
 _PART_BYTES = 1 << 20
+
+
+class Head(Projection):
+    """The output embedding of a model of transformers, see :func:`head_of`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        config = model.config.get_text_config()
+        scale = 1.0
+        for option, power in _FACTORS.items():
+            factor = getattr(config, option, None)
+            if isinstance(factor, (int, float)):
+                scale *= float(factor) ** power
+        softcap = getattr(config, "final_logit_softcapping", None)
+        super().__init__(_output(model), scale=scale, softcap=softcap, name=type(model).__name__)
+
+    def auxiliary(self, raw: Any) -> Mapping[str, Tensor]:
+        """The router's load-balancing loss, times its coefficient, of a mixture of experts that returns it."""
+        found = getattr(raw, "aux_loss", None)
+        if not isinstance(found, Tensor) or not torch.is_grad_enabled():
+            return {}
+        return {"router": found * self.model.config.get_text_config().router_aux_loss_coef}
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output embedding of a model, for ``Distiller(head=)`` and ``Distiller(teacher_head=)``.
+
+    Scale and softcap are those that its configuration names (Gemma, Cohere, Granite), and are compared with its own
+    logits once, at the first batch. The loss of a mixture of experts' router is kept where the configuration has
+    ``output_router_logits=True``.
+
+    Args:
+        model: of transformers, or a ``PeftModel`` around one; it may be wrapped and compiled.
+
+    Raises:
+        ValueError: a model without an output embedding, or with one that is adapted, quantised or parametrised, which
+            is named.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from kdfast import Distiller
+        >>> from kdfast.methods import KD
+        >>> def model(width):
+        ...     return LlamaForCausalLM(LlamaConfig(
+        ...         vocab_size=50, hidden_size=width, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ...     ))
+        >>> student, teacher = model(8), model(16)
+        >>> heads = {"head": head_of(student), "teacher_head": head_of(teacher)}
+        >>> with Distiller(student, teacher, [KD()], causal=True, **heads) as d:
+        ...     loss, terms = d({"input_ids": torch.randint(0, 50, (2, 7))})
+        ...     loss.backward()
+        >>> sorted(terms)
+        ['kd', 'kd.soft', 'loss']
+    """
+    inner: Any = unwrapped(model)
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return Head(base)
+
+
+def _output(model: Any) -> nn.Module:
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        msg = f"{type(model).__name__} has no output embedding"
+        raise ValueError(msg)
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):  # PEFT trains a copy of it
+        head = head.modules_to_save[head.active_adapter] if head.active_adapter else head.original_module
+    module: nn.Module = head
+    return module
 
 
 class CausalLM:
@@ -39,31 +108,18 @@ class CausalLM:
     """
 
     def __init__(self, model: Any) -> None:
-        head = model.get_output_embeddings()
-        name = type(model).__name__
-        if model.base_model is model or head is None:
-            msg = f"{name} has no body beside an output embedding"
-            raise ValueError(msg)
-        weight = getattr(head, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-            msg = f"{name}: its output embedding is no plain projection with a floating-point weight"
+        if model.base_model is model or model.get_output_embeddings() is None:
+            msg = f"{type(model).__name__} has no body beside an output embedding"
             raise ValueError(msg)
         self.model = model
-        config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale = 1.0
-        for option, power in _FACTORS.items():
-            factor = getattr(config, option, None)
-            if isinstance(factor, (int, float)):
-                self.scale *= float(factor) ** power
+        self.projection = Head(model)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> LMHead:
         """The head of a batch; gradients pass."""
         hidden = self.model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
-        head = self.model.get_output_embeddings()
-        return LMHead(hidden, head.weight, getattr(head, "bias", None), self.softcap, self.scale)
+        return self.projection.head(hidden)
 
     @torch.no_grad()
     def check(self, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -74,32 +130,14 @@ class CausalLM:
         Raises:
             ValueError: they differ by more.
         """
-        n = min(_CHECKED_TOKENS, int(attention_mask[0].sum()))
+        n = min(CHECKED_TOKENS, int(attention_mask[0].sum()))
         ids, mask = input_ids[:1, :n], attention_mask[:1, :n]
+        theirs = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         head = self(ids, mask)
-        ours = head.logits()[0]
-        theirs = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
-        name = type(self.model).__name__
-        if ours.shape != theirs.shape:
-            msg = f"{name} gives logits {tuple(theirs.shape)}, hidden states and output embedding {tuple(ours.shape)}"
-            raise ValueError(msg)
-        eps = torch.finfo(head.hidden.dtype).eps  # the model rounds to it scaled and capped logits, too
-        finite = theirs.isfinite()
-        same_holes = torch.equal(ours.isfinite(), finite)
-        a, b = (torch.where(finite, x.double(), 0.0) for x in (ours, theirs))
-        worst = (a - b).abs().amax(-1)
-        spread = (a - b).square().mean().sqrt()
-        if not (
-            same_holes
-            and bool((worst <= 4 * eps * b.abs().amax(-1)).all())
-            and bool(spread <= eps * b.square().mean().sqrt())
-        ):
-            most, largest = worst.max().item(), b.abs().max().item()
-            msg = (
-                f"{name} makes its logits otherwise than by output embedding, scale {self.scale:g} and softcap "
-                f"{self.softcap}: they differ by up to {most:.3g}, where the largest is {largest:.3g}"
-            )
-            raise ValueError(msg)
+        product = torch.nn.functional.linear(head.hidden, head.weight, head.bias)
+        wrong = self.projection.difference(product, theirs)
+        if wrong:
+            raise ValueError(wrong)
 
 
 def load(directory: Path, *, dtype: str, device: torch.device) -> Any:

@@ -16,6 +16,7 @@ from kdfast.methods.feature import (
     TinyBERT,
 )
 from kdfast.methods.loss import Loss, Term
+from kdfast.methods.projection import Projection
 from kdfast.methods.relation import CC, CRD, PKT, RKD, SP
 from kdfast.methods.response import (
     DIST,
@@ -67,6 +68,7 @@ __all__ = [
     "MiniLM",
     "MiniLMv2",
     "Outputs",
+    "Projection",
     "Step",
     "Term",
     "TinyBERT",

@@ -35,23 +35,38 @@ def encoder_decoder(model: nn.Module | None, inputs: Inputs) -> bool:
 def arguments(model: nn.Module, inputs: Inputs, unlabelled: int | None = None) -> dict[str, Any]:
     """What a model is called with by name: of the batch what its ``forward`` takes, never the labels.
 
-    An encoder-decoder model whose decoder's inputs are not there gets them made of the labels, by its own
-    ``prepare_decoder_input_ids_from_labels``, as it would do itself if the labels were passed to it: it would then
-    compute a loss of its own as well.
+    An encoder-decoder model whose decoder's inputs are not there gets them made of the labels, as it would do itself if
+    the labels were passed to it: it would then compute a loss of its own as well. Its own
+    ``prepare_decoder_input_ids_from_labels`` makes them, or, where it has none, its configuration's
+    ``decoder_start_token_id`` stands before them.
 
     Raises:
-        ValueError: labels may be ``unlabelled``, which is no token that a decoder could see.
+        ValueError: labels may be ``unlabelled``, which is no token that a decoder could see; a model without either.
     """
     given = dict(inputs.kwargs)
-    prepare = getattr(unwrapped(model), "prepare_decoder_input_ids_from_labels", None)
-    made = prepare is not None and inputs.labels is not None and encoder_decoder(model, inputs)
-    if made and not any(name.startswith("decoder_input") for name in given):
+    there = any(name.startswith("decoder_input") for name in given)
+    if inputs.labels is not None and not there and encoder_decoder(model, inputs):
         if unlabelled is not None:
             msg = f"labels may be {unlabelled}, which is no token that a decoder could see: pass decoder_input_ids too"
             raise ValueError(msg)
-        assert prepare is not None
-        given["decoder_input_ids"] = prepare(labels=inputs.labels)
+        given["decoder_input_ids"] = _decoder_inputs(unwrapped(model), inputs.labels)
     return accepted(unwrapped(model), given)
+
+
+def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        made: Tensor = prepare(labels=labels)
+        return made
+    start, pad = (getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    if start is None or pad is None:
+        msg = (
+            f"{type(model).__name__} is called without labels, and its configuration has no decoder_start_token_id or "
+            "no pad_token_id to make the decoder's inputs of them: pass decoder_input_ids too"
+        )
+        raise ValueError(msg)
+    before = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=start)
+    return before.masked_fill(before == IGNORED, pad)
 
 
 def tokens_of_logits(inputs: Inputs, *, two_sided: bool) -> Tensor | None:

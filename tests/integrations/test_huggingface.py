@@ -85,12 +85,12 @@ def test_what_the_head_leaves_out_is_refused(name, dtype, monkeypatch):
     model = model_of(name, dtype)
     monkeypatch.setattr(huggingface, "_FACTORS", {})
     head = CausalLM(model)
-    head.softcap = None
+    head.projection.softcap = None
     if name == "phi":
         embedding = model.get_output_embeddings()
         bare = torch.nn.Linear(32, V, bias=False, dtype=dtype)
         bare.weight = embedding.weight
-        monkeypatch.setattr(model, "get_output_embeddings", lambda: bare)
+        head.projection.module = bare
     with pytest.raises(ValueError, match="makes its logits otherwise"):
         head.check(*inputs(30, 11))
 
@@ -98,7 +98,7 @@ def test_what_the_head_leaves_out_is_refused(name, dtype, monkeypatch):
 def test_a_small_factor_is_refused_in_bf16(monkeypatch):
     model = model_of("llama", torch.bfloat16)
     head = CausalLM(model)
-    head.scale = 1.02
+    head.projection.scale = 1.02
     with pytest.raises(ValueError, match=r"scale 1\.02"):
         head.check(*inputs(30))
 

@@ -99,6 +99,12 @@ class KD(Loss):
         if not teachers or any(logits is None for logits in teachers):
             msg = "KD needs a teacher's logits: give Distiller a teacher, or use CrossEntropy() for labels alone"
             raise ValueError(msg)
+        if step.student.logits is None:
+            msg = (
+                "the student returned no logits: a model that Liger or Unsloth has patched may leave them out; give "
+                "the Distiller its head, or use it as it was"
+            )
+            raise ValueError(msg)
         labels, alpha, weights = labelling(step, 0.5 if self.alpha is None else self.alpha)
         student: Any = step.student.logits
         target: Any = teachers[0] if len(teachers) == 1 else teachers

@@ -1,0 +1,285 @@
+"""Losses inside a model's own forward pass, at its output projection, where a wrapper has the weight whole.
+
+A loss of an :class:`kdfast.LMHead` needs hidden states and the output projection's weight. Outside the forward pass a
+wrapper has no say: DistributedDataParallel does not average what is computed there, and after it FSDP and ZeRO have
+taken the weight apart again. So the wrapper is called as ever, with its inputs; the projection, when its turn comes,
+computes the loss in the place of the logits; and the loss is what the wrapper returns. Hooks of all modules run, those
+around the projection too, which is how each wrapper does its work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.methods.layers import unwrapped
+from kdfast.spec.head import Cap, LMHead
+
+CHECKED_TOKENS = 32
+
+#: What computes on an LMHead: the loss, 0-d, and what else is to come out, detached.
+Use = Callable[[LMHead], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+class Projection:
+    """A model's output projection, at which its logits are described and never made.
+
+    Args:
+        module: ``nn.Linear``, the last that the model computes but for scale and softcap.
+        scale: factor that the model puts on the projection's output.
+        softcap: bound of the logits after it, as :class:`kdfast.LMHead` has it.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: a module that computes anything else than a product with its own floating-point weight and a bias:
+            an adapter, a quantised or parametrised layer; it is named.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, scale: float = 1.0, softcap: float | None = None, name: str = "the model"
+    ) -> None:
+        kind = type(module)
+        weight = None if torch.nn.utils.parametrize.is_parametrized(module) else getattr(module, "weight", None)
+        plain = kind.forward is nn.Linear.forward and isinstance(weight, Tensor) and weight.is_floating_point()
+        if not plain:
+            what = f"{kind.__module__}.{kind.__name__}"
+            msg = (
+                f"{name}: its output projection is a {what}, and not a product with a floating-point weight alone: "
+                "leave it as it was when the model is adapted or quantised, or use the model's own logits"
+            )
+            raise ValueError(msg)
+        self.module = module
+        self.scale = scale
+        self.softcap = softcap
+        self.name = name
+        self.checked = False
+
+    def head(self, hidden: Tensor) -> LMHead:
+        """The logits of hidden states (..., H); inside the module's forward pass, where its weight is whole."""
+        bias: Any = getattr(self.module, "bias", None)
+        weight: Any = self.module.weight
+        return LMHead(hidden, weight, bias, softcap=self.softcap, scale=self.scale)
+
+    def auxiliary(self, raw: Any) -> Mapping[str, Tensor]:
+        """What a model wants added to the loss, by name, of what it returned; nothing but in subclasses."""
+        return {}
+
+    def run(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], use: Use
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Calls a wrapped model, with ``use`` in the place of its logits.
+
+        Returns:
+            The loss, with what :meth:`auxiliary` adds, and what ``use`` returned beside it, as the wrapper gives them.
+
+        Raises:
+            RuntimeError: the model does not come to its output projection.
+        """
+
+        def inside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            found: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+
+            def project(hidden: Tensor) -> Tensor:
+                loss, terms = use(self.head(hidden))
+                found.append((loss, terms))
+                # What hooks of the module see, and FSDP begins its backward pass at: one number in the logits' shape.
+                return loss.expand(*hidden.shape[:-1], 1)
+
+            out: list[Tensor] = []
+            last = self.module.register_forward_hook(lambda module, args, output: out.append(output))
+            try:
+                with replaced(self.module, torch.compiler.disable(project)):
+                    raw = call(*args, **kwargs)
+            finally:
+                last.remove()
+            self._once(found)
+            loss = out[0].flatten()[0] if out[0].numel() else out[0].sum()
+            terms = dict(found[0][1])
+            for name, extra in self.auxiliary(raw).items():
+                loss = loss + extra
+                terms[name] = extra.detach()
+            return {**terms, "loss": loss}
+
+        found = redirect(model, inside, args, kwargs)
+        return found["loss"], {name: term.detach() for name, term in found.items()}
+
+    @contextlib.contextmanager
+    def whole(self, hidden: Tensor) -> Iterator[LMHead]:
+        """The logits of hidden states outside the module's forward pass: a sharded weight is gathered for so long.
+
+        Collective for a model of ``fully_shard`` or ZeRO-3.
+
+        Raises:
+            ValueError: a weight that FullyShardedDataParallel keeps in a flat parameter.
+        """
+        bias: Any = getattr(self.module, "bias", None)
+        weight: Any = self.module.weight
+        with contextlib.ExitStack() as stack:
+            if hasattr(weight, "ds_id"):
+                from deepspeed.zero import GatheredParameters
+
+                stack.enter_context(GatheredParameters([one for one in (weight, bias) if one is not None]))
+            parts = [None if one is None else _whole(one.detach()) for one in (weight, bias)]
+            if parts[0] is None or parts[0].dim() != 2:
+                msg = (
+                    f"{self.name}: its output projection's weight is in a flat parameter of FullyShardedDataParallel: "
+                    "shard it with fully_shard, or give no teacher_head"
+                )
+                raise ValueError(msg)
+            yield LMHead(hidden, parts[0], parts[1], softcap=self.softcap, scale=self.scale)
+
+    def hidden(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Calls a model without its logits, and returns the hidden states (..., H) that they would be made of."""
+        found: list[Tensor] = []
+
+        def project(hidden: Tensor) -> Tensor:
+            found.append(hidden)
+            return hidden[..., :1]
+
+        with replaced(self.module, torch.compiler.disable(project)):
+            model(*args, **kwargs)
+        self._once(found)
+        return found[0]
+
+    def _once(self, found: Sequence[Any]) -> None:
+        if len(found) != 1:
+            msg = (
+                f"{self.name} came {len(found)} times to its output projection in one forward pass, once is needed: "
+                "one that Liger or Unsloth has patched may compute its loss elsewhere; use it as it was, or its "
+                "own logits"
+            )
+            raise RuntimeError(msg)
+
+    @torch.no_grad()
+    def check(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        agree: Callable[[bool, torch.device], bool] | None = None,
+    ) -> None:
+        """Compares scale and softcap with the model's own forward pass, over the first tokens of the first sample.
+
+        In eval mode, through the wrapper, whose ranks all have to come here. What may differ is rounding: 4 eps of the
+        largest logit of a token anywhere, eps in the root mean square.
+
+        Args:
+            model: may be wrapped.
+            args: its arguments.
+            kwargs: its arguments by name.
+            agree: whether all ranks found what this one did, so that all of them raise.
+
+        Raises:
+            ValueError: they differ by more, here or on another rank.
+        """
+        products: list[Tensor] = []
+        finding: list[str] = []
+
+        def project(hidden: Tensor) -> Tensor:
+            few = hidden.reshape(-1, hidden.shape[-1])[:0] if not hidden.numel() else hidden[:1]
+            few = few[:, :CHECKED_TOKENS] if few.dim() > 2 else few
+            head = self.head(few)  # here, where the weight is whole, and by autocast's rules
+            products.append(torch.nn.functional.linear(few, head.weight, head.bias))
+            return products[0]
+
+        def inside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            with replaced(self.module, torch.compiler.disable(project)):
+                raw = call(*args, **kwargs)
+            if products:
+                theirs = raw["logits"] if isinstance(raw, Mapping) else getattr(raw, "logits", raw)
+                with torch.autocast(theirs.device.type, enabled=False):
+                    finding.append(self.difference(products[0], theirs))
+            return {"checked": torch.zeros(())}
+
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            redirect(model, inside, args, kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+        self._once(products)
+        wrong = next((one for one in finding if one), "")
+        device = next(self.module.parameters()).device
+        if agree is not None and not agree(not wrong, device) and not wrong:
+            wrong = f"{self.name} makes its logits otherwise than by its output projection alone, on another rank"
+        if wrong:
+            raise ValueError(wrong)
+        self.checked = True
+
+    def difference(self, product: Tensor, theirs: Tensor) -> str:
+        """What is to be said of a model whose logits are not those of the projection; "" where but rounding differs.
+
+        Args:
+            product: of hidden states and weight, with the bias.
+            theirs: the model's own logits of the same tokens.
+        """
+        ours, name = Cap(self.scale, self.softcap or 0.0).logits(product), self.name
+        if ours.shape != theirs.shape:
+            return f"{name} gives logits {tuple(theirs.shape)}, hidden states and output projection {tuple(ours.shape)}"
+        eps = torch.finfo(product.dtype).eps  # the model rounds to it scaled and capped logits, too
+        finite = theirs.isfinite()
+        same_holes = torch.equal(ours.isfinite(), finite)
+        a, b = (torch.where(finite, x.double(), 0.0) for x in (ours, theirs))
+        worst = (a - b).abs().amax(-1)
+        spread = (a - b).square().mean().sqrt()
+        if (
+            same_holes
+            and bool((worst <= 4 * eps * b.abs().amax(-1)).all())
+            and bool(spread <= eps * b.square().mean().sqrt())
+        ):
+            return ""
+        most, largest = worst.max().item(), b.abs().max().item()
+        factor = ((a * b).sum() / a.square().sum()).item()
+        constant = bool((a * factor - b).abs().max() <= 8 * eps * b.abs().max())
+        how = f"are {factor:g} times as large" if constant else f"differ by up to {most:.3g}"
+        return (
+            f"{name} makes its logits otherwise than by output projection, scale {self.scale:g} and softcap "
+            f"{self.softcap}: they {how}, where the largest is {largest:.3g}"
+        )
+
+
+def _whole(x: Any) -> Tensor:
+    full: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return full
+
+
+@contextlib.contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward pass of one module, for a while; its hooks stay."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def redirect(
+    model: nn.Module,
+    inside: Callable[..., dict[str, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Calls a wrapped model so that what it wraps runs ``inside(call, ...)``, ``call`` being its own forward pass.
+
+    Its wrappers see one call of the model, with its arguments, and the tensors that ``inside`` returns. A compiled
+    model is compiled within ``call``.
+    """
+    inner = unwrapped(model)
+    call = inner.forward
+
+    def forward(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with replaced(inner, call):
+            return inside(call, *args, **kwargs)
+
+    with replaced(inner, torch.compiler.disable(forward, recursive=False)):
+        found: dict[str, Tensor] = model(*args, **kwargs)
+    return found
