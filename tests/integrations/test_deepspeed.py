@@ -1,0 +1,114 @@
+"""Heads and the losses' own parameters under DeepSpeed's engine, where it is installed."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+from machine import DEVICE, INTERPRETING, VARIANTS
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytest.importorskip("transformers", reason="the hf extra is not installed")
+
+import transformers
+
+from kdfast import Distiller
+from kdfast.integrations.huggingface import head_of
+from kdfast.methods import KD, FitNet
+
+pytestmark = [
+    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
+    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to DeepSpeed"),
+]
+
+V, H = 97, 16
+
+
+def model_of(seed, tied):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=H,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+def engine_of(model, stage):
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def by_hand(student, teacher, ids):
+    z, t = student(input_ids=ids).logits[:, :-1], teacher(input_ids=ids).logits[:, :-1].detach()
+    p, q = F.log_softmax(z / 2, -1), F.log_softmax(t / 2, -1)
+    return 0.6 * 4 * (q.exp() * (q - p)).sum(-1).mean() + 0.4 * F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def zero_equals_one(rank, world, stage, tied):
+    """Two steps of the whole batch on one process."""
+    import deepspeed
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    generator = torch.Generator().manual_seed(5)
+    batches = [torch.randint(V, (2 * world, 8), generator=generator) for _ in range(2)]
+    whole, teacher = model_of(0, tied), model_of(1, tied).eval()
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    want = []
+    for ids in batches:
+        optimizer.zero_grad()
+        loss = by_hand(whole, teacher, ids)
+        loss.backward()
+        optimizer.step()
+        want.append(loss.detach())
+    model, theirs = model_of(0, tied), model_of(1, tied)
+    head, teacher_head = head_of(model), head_of(theirs)
+    engine, teacher = engine_of(model, stage), engine_of(theirs, stage)
+    losses = [KD(temperature=2.0, alpha=0.6), FitNet("model.layers.*", "model.layers.*", weight=0.0)]
+    with Distiller(engine, teacher, losses, causal=True, head=head, teacher_head=teacher_head) as d:
+        torch.manual_seed(rank)
+        d.prepare({"input_ids": batches[0][rank::world]})
+        mine = torch.cat([p.detach().flatten() for p in d.parameters()])
+        others = [torch.empty_like(mine) for _ in range(world)]
+        torch.distributed.all_gather(others, mine)
+        assert torch.equal(others[0], others[1])
+        for ids, value in zip(batches, want, strict=True):
+            part = ids[rank::world]
+            loss, _ = d({"input_ids": part, "labels": part})
+            engine.backward(loss)
+            engine.step()
+            total = loss.detach().clone()
+            torch.distributed.all_reduce(total)
+            torch.testing.assert_close(total / world, value, rtol=1e-4, atol=1e-5)
+    with deepspeed.zero.GatheredParameters(list(model.parameters())) if stage == 3 else torch.no_grad():
+        for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero(tmp_path, monkeypatch, stage, tied):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    ranks.run([functools.partial(zero_equals_one, stage=stage, tied=tied)], 2, tmp_path)
