@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -78,8 +79,59 @@ def head_of(model: nn.Module) -> Head:
         ['kd', 'kd.soft', 'loss']
     """
     inner: Any = unwrapped(model)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    return Head(base)
+    if isinstance(inner, WithoutAdapters):
+        with inner.disabled() as base:
+            return Head(base)
+    return Head(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
+
+
+class WithoutAdapters(nn.Module):
+    """The base of a student that trains adapters, as its teacher: the same modules, with the adapters disabled.
+
+    So the teacher takes no memory of its own. Modules that both have are in eval mode for the teacher's pass alone.
+
+    Args:
+        student: a ``PeftModel``, or a wrapper around one (DistributedDataParallel, FSDP, DeepSpeed), through which the
+            teacher then runs.
+
+    Raises:
+        TypeError: a model without adapters to disable.
+
+    Example:
+        >>> from kdfast import Distiller
+        >>> from kdfast.methods import KD
+        >>> Distiller(student, WithoutAdapters(student), [KD()])  # doctest: +SKIP
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        if not hasattr(unwrapped(student), "disable_adapter"):
+            msg = (
+                f"WithoutAdapters takes a PeftModel, got {type(unwrapped(student)).__name__}: it has no disable_adapter"
+            )
+            raise TypeError(msg)
+        self.student = student
+
+    @property
+    def config(self) -> Any:
+        """The base model's."""
+        return self.student_inside.config
+
+    @property
+    def student_inside(self) -> Any:
+        """The PeftModel inside its wrappers."""
+        return unwrapped(self.student)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[Any]:
+        """The base model, with the adapters disabled for so long."""
+        with self.student_inside.disable_adapter():
+            yield self.student_inside.get_base_model()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the student, without its adapters."""
+        with self.disabled():
+            return self.student(*args, **kwargs)
 
 
 def _output(model: Any) -> nn.Module:
@@ -88,7 +140,10 @@ def _output(model: Any) -> nn.Module:
         msg = f"{type(model).__name__} has no output embedding"
         raise ValueError(msg)
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):  # PEFT trains a copy of it
-        head = head.modules_to_save[head.active_adapter] if head.active_adapter else head.original_module
+        active = [] if head.disable_adapters else [a for a in head.active_adapters if a in head.modules_to_save]
+        head = head.modules_to_save[active[0]] if active else head.original_module
+    elif getattr(head, "disable_adapters", False) and hasattr(head, "get_base_layer"):  # an adapter that is out of use
+        head = head.get_base_layer()
     module: nn.Module = head
     return module
 

@@ -122,7 +122,9 @@ class Projection:
             if hasattr(weight, "ds_id"):
                 import deepspeed
 
-                stack.enter_context(deepspeed.zero.GatheredParameters([one for one in (weight, bias) if one is not None]))
+                stack.enter_context(
+                    deepspeed.zero.GatheredParameters([one for one in (weight, bias) if one is not None])
+                )
             parts = [None if one is None else _whole(one.detach()) for one in (weight, bias)]
             if parts[0] is None or parts[0].dim() != 2:
                 msg = (

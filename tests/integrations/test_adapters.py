@@ -1,0 +1,143 @@
+"""Students that train adapters, and their own base as the teacher."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+from machine import INTERPRETING, VARIANTS
+from torch.nn.parallel import DistributedDataParallel
+
+pytest.importorskip("peft", reason="PEFT is not installed")
+pytest.importorskip("transformers", reason="the hf extra is not installed")
+
+import peft
+import transformers
+
+from kdfast import Distiller
+from kdfast.integrations.huggingface import WithoutAdapters, head_of
+from kdfast.methods import KD
+
+pytestmark = [
+    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
+    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to adapters"),
+    pytest.mark.filterwarnings("ignore"),  # of transformers and PEFT
+]
+
+V = 97
+ADAPTED = {
+    "body": {"target_modules": ["q_proj", "v_proj"]},
+    "head apart": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+def base():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        attention_dropout=0.3,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+def adapted(kind):
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base(), peft.LoraConfig(r=4, lora_dropout=0.0, **ADAPTED[kind]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * (0.3 if "lora" in name else 0.05))
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
+
+
+def by_hand(student, teacher, ids):
+    z = student(input_ids=ids).logits[:, :-1]
+    with torch.no_grad():
+        t = teacher(input_ids=ids).logits[:, :-1]
+    p, q = F.log_softmax(z / 2, -1), F.log_softmax(t / 2, -1)
+    return 0.6 * 4 * (q.exp() * (q - p)).sum(-1).mean() + 0.4 * F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_a_student_and_its_own_base(kind, fused):
+    if fused and kind == "head":
+        with pytest.raises(
+            ValueError, match=r"its output projection is a peft.tuners.lora.layer.Linear, and not a product"
+        ):
+            head_of(adapted(kind))
+        return
+    student, teacher, ids = adapted(kind), base().eval(), torch.randint(V, (3, 8))
+    student.train()
+    want = by_hand(student, teacher, ids)
+    want.backward()
+    expected = gradients(student)
+    student.zero_grad()
+    own = WithoutAdapters(student)
+    heads = {"head": head_of(student), "teacher_head": head_of(own)} if fused else {}
+    trainable = {n for n, p in student.named_parameters() if p.requires_grad}
+    with Distiller(student, own, [KD(temperature=2.0, alpha=0.6)], causal=True, **heads) as d:
+        for _ in range(2):
+            student.zero_grad()
+            loss, _ = d({"input_ids": ids, "labels": ids})
+            loss.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    found = gradients(student)
+    assert found.keys() == expected.keys() == trainable
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-8)
+    assert {n for n, p in student.named_parameters() if p.requires_grad} == trainable
+    assert student.training
+    with pytest.raises(TypeError, match="WithoutAdapters takes a PeftModel, got LlamaForCausalLM"):
+        WithoutAdapters(base())
+
+
+def ddp_equals_one(rank, world):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(V, (2 * world, 8), generator=generator)
+    whole, teacher = adapted("head apart"), base().eval()
+    by_hand(whole, teacher, ids).backward()
+    student = adapted("head apart")
+    wrapped = DistributedDataParallel(student)
+    own = WithoutAdapters(wrapped)
+    heads = {"head": head_of(wrapped), "teacher_head": head_of(own)}
+    with Distiller(wrapped, own, [KD(temperature=2.0, alpha=0.6)], causal=True, **heads) as d:
+        part = ids[rank::world]
+        d({"input_ids": part, "labels": part})[0].backward()
+    found, want = gradients(student), gradients(whole)
+    assert found.keys() == want.keys()
+    for name, gradient in want.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_two_processes_equal_one(tmp_path):
+    ranks.run([functools.partial(ddp_equals_one)], 2, tmp_path)
+
+
+def test_copies_have_adapters_of_their_own():
+    student = adapted("body")
+    own = WithoutAdapters(student)
+    twin = copy.deepcopy(own)
+    ids = torch.randint(V, (2, 5))
+    torch.testing.assert_close(twin(input_ids=ids).logits, base().eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(student(input_ids=ids).logits, own(input_ids=ids).logits, atol=1e-2)
