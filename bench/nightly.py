@@ -62,6 +62,9 @@ PARTS = {
     "the cache's job on a Ray cluster": Part(
         "make .venv/.ray && .venv/bin/pytest tests/cache/test_cache_ray.py", 15, TESTS
     ),
+    "heads under DeepSpeed's ZeRO": Part(
+        f"make .venv/.deepspeed && {PYTEST} tests/integrations/test_deepspeed.py", 20, TESTS
+    ),
     "all benchmarks": Part(
         ".venv/bin/kdfast bench --isa avx2 --rounds 3 --json build/bench.json --markdown build/bench.md", 60
     ),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.methods.gate import nothing_of
 from kdfast.methods.layers import unwrapped
 from kdfast.spec.head import Cap, LMHead
 
@@ -44,9 +45,13 @@ class Projection:
     ) -> None:
         kind = type(module)
         weight = None if torch.nn.utils.parametrize.is_parametrized(module) else getattr(module, "weight", None)
-        plain = kind.forward is nn.Linear.forward and isinstance(weight, Tensor) and weight.is_floating_point()
-        if not plain:
+        # A weight of a class of its own, as torchao's, computes its products itself; FSDP's is whole in forward.
+        kinds = (Tensor, nn.Parameter)
+        whole = isinstance(weight, Tensor) and (type(weight.data) in kinds or hasattr(weight, "device_mesh"))
+        if not (kind.forward is nn.Linear.forward and whole and weight.is_floating_point()):  # type: ignore[union-attr]
             what = f"{kind.__module__}.{kind.__name__}"
+            if kind is nn.Linear and isinstance(weight, Tensor):
+                what += f" with a weight of {type(weight.data).__name__}, {weight.dtype}"
             msg = (
                 f"{name}: its output projection is a {what}, and not a product with a floating-point weight alone: "
                 "leave it as it was when the model is adapted or quantised, or use the model's own logits"
@@ -62,6 +67,12 @@ class Projection:
         """The logits of hidden states (..., H); inside the module's forward pass, where its weight is whole."""
         bias: Any = getattr(self.module, "bias", None)
         weight: Any = self.module.weight
+        if hasattr(weight, "device_mesh") or hasattr(hidden, "device_mesh"):
+            msg = (
+                f"{self.name}: its output projection is sharded inside the forward pass too, as by tensor parallelism: "
+                "leave it out of the plan, or give kdfast.distill_loss the model's own logits, which are a DTensor then"
+            )
+            raise ValueError(msg)
         return LMHead(hidden, weight, bias, softcap=self.softcap, scale=self.scale)
 
     def auxiliary(self, raw: Any) -> Mapping[str, Tensor]:
@@ -74,18 +85,19 @@ class Projection:
         """Calls a wrapped model, with ``use`` in the place of its logits.
 
         Returns:
-            The loss, with what :meth:`auxiliary` adds, and what ``use`` returned beside it, as the wrapper gives them.
+            The loss, with what :meth:`auxiliary` adds, and what ``use`` returned beside it.
 
         Raises:
             RuntimeError: the model does not come to its output projection.
         """
+        terms: dict[str, Tensor] = {}
+        losses: list[Tensor] = []  # as it is here: a wrapper may round what it returns
 
-        def inside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-            found: list[tuple[Tensor, Mapping[str, Tensor]]] = []
-
+        def inside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
             def project(hidden: Tensor) -> Tensor:
-                loss, terms = use(self.head(hidden))
-                found.append((loss, terms))
+                loss, found = use(self.head(hidden))
+                losses.append(loss)
+                terms.update(found)
                 # What hooks of the module see, and FSDP begins its backward pass at: one number in the logits' shape.
                 return loss.expand(*hidden.shape[:-1], 1)
 
@@ -96,16 +108,18 @@ class Projection:
                     raw = call(*args, **kwargs)
             finally:
                 last.remove()
-            self._once(found)
-            loss = out[0].flatten()[0] if out[0].numel() else out[0].sum()
-            terms = dict(found[0][1])
+            self._once(losses)
+            loss = losses[0] + nothing_of(out[0])
             for name, extra in self.auxiliary(raw).items():
                 loss = loss + extra
                 terms[name] = extra.detach()
-            return {**terms, "loss": loss}
+            losses[0] = loss
+            return loss
 
-        found = redirect(model, inside, args, kwargs)
-        return found["loss"], {name: term.detach() for name, term in found.items()}
+        returned = redirect(model, inside, args, kwargs)
+        # By way of what a wrapper returns its backward pass begins, before that of the loss itself, which takes part.
+        loss = losses[0] + nothing_of(returned)
+        return loss, {**terms, "loss": loss.detach()}
 
     @contextlib.contextmanager
     def whole(self, hidden: Tensor) -> Iterator[LMHead]:
@@ -125,6 +139,9 @@ class Projection:
                 stack.enter_context(
                     deepspeed.zero.GatheredParameters([one for one in (weight, bias) if one is not None])
                 )
+            if weight.is_meta:
+                msg = f"{self.name}: its output projection's weight is offloaded between passes: give no teacher_head"
+                raise ValueError(msg)
             parts = [None if one is None else _whole(one.detach()) for one in (weight, bias)]
             if parts[0] is None or parts[0].dim() != 2:
                 msg = (
@@ -188,14 +205,14 @@ class Projection:
             products.append(torch.nn.functional.linear(few, head.weight, head.bias))
             return products[0]
 
-        def inside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        def inside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
             with replaced(self.module, torch.compiler.disable(project)):
                 raw = call(*args, **kwargs)
             if products:
                 theirs = raw["logits"] if isinstance(raw, Mapping) else getattr(raw, "logits", raw)
                 with torch.autocast(theirs.device.type, enabled=False):
                     finding.append(self.difference(products[0], theirs))
-            return {"checked": torch.zeros(())}
+            return torch.zeros(())
 
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
@@ -206,8 +223,7 @@ class Projection:
                 module.training = training
         self._once(products)
         wrong = next((one for one in finding if one), "")
-        device = next(self.module.parameters()).device
-        if agree is not None and not agree(not wrong, device) and not wrong:
+        if agree is not None and not agree(not wrong, products[0].device) and not wrong:
             wrong = f"{self.name} makes its logits otherwise than by its output projection alone, on another rank"
         if wrong:
             raise ValueError(wrong)
@@ -252,36 +268,41 @@ def _whole(x: Any) -> Tensor:
 
 @contextlib.contextmanager
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward pass of one module, for a while; its hooks stay."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
+    """Another forward pass of one module, for a while; its hooks stay, those of Accelerate among them."""
+    # Accelerate's, which take inputs and weights to a device, stand in the place of the forward pass and keep it apart.
+    name = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
+    before = vars(module).get(name)
+    setattr(module, name, forward)
     try:
         yield
     finally:
         if before is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = before
+            setattr(module, name, before)
 
 
 def redirect(
     model: nn.Module,
-    inside: Callable[..., dict[str, Tensor]],
+    inside: Callable[..., Tensor],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> dict[str, Tensor]:
+) -> Tensor:
     """Calls a wrapped model so that what it wraps runs ``inside(call, ...)``, ``call`` being its own forward pass.
 
-    Its wrappers see one call of the model, with its arguments, and the tensors that ``inside`` returns. A compiled
-    model is compiled within ``call``.
+    Its wrappers see one call of the model, with its arguments, and the tensor that ``inside`` returns. A compiled model
+    is compiled within ``call``.
     """
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        msg = "a model in DataParallel computes in replicas, which no head can be given to: use DistributedDataParallel"
+        raise ValueError(msg)
     inner = unwrapped(model)
-    call = inner.forward
+    call = vars(inner).get("_old_forward", inner.forward) if hasattr(inner, "_hf_hook") else inner.forward
 
-    def forward(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
         with replaced(inner, call):
             return inside(call, *args, **kwargs)
 
     with replaced(inner, torch.compiler.disable(forward, recursive=False)):
-        found: dict[str, Tensor] = model(*args, **kwargs)
-    return found
+        returned: Tensor = model(*args, **kwargs)
+    return returned

@@ -87,10 +87,20 @@ def test_different_vocabularies(capsys):
 
 
 def test_large_vocabulary():
-    (example,) = blocks(LARGE_VOCABULARY)
+    example, with_heads = blocks(LARGE_VOCABULARY)
     exec(example, scope := {})
     assert scope["weight"].grad.isfinite().all()
     assert scope["hidden"].grad.abs().sum() > 0
+    transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+
+    def model():
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=1000, **shape))
+
+    ids = torch.randint(1000, (2, 7))
+    scope = {"student": model(), "teacher": model(), "ids": ids, "labels": ids, "mask": torch.ones_like(ids)}
+    exec(with_heads, scope)
+    assert scope["student"].lm_head.weight.grad.abs().sum() > 0
 
 
 def test_distiller():

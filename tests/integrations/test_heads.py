@@ -363,6 +363,23 @@ def test_heads_that_are_no_product_are_named():
             ValueError, match=rf"LlamaForCausalLM: its output projection is a .*{type(wrong).__name__}, and"
         ):
             head_of(student)
+
+    class Packed(torch.Tensor):
+        """A weight that computes its products itself, as one that torchao has quantised."""
+
+    student.set_output_embeddings(nn.Linear(H, V))
+    packed = torch.Tensor._make_subclass(Packed, torch.randn(V, H))
+    student.lm_head.weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ValueError, match=r"is a torch.nn.modules.linear.Linear with a weight of Packed, torch.float32"):
+        head_of(student)
+    student = model_of("llama")
+    replicated = nn.DataParallel(student)
+    replicated.device_ids = [0, 1]
+    with (
+        Distiller(replicated, model_of("llama"), [KD()], causal=True, head=head_of(student)) as d,
+        pytest.raises(ValueError, match=r"a model in DataParallel .* use DistributedDataParallel"),
+    ):
+        d(batch_of("llama"))
     with pytest.raises(ValueError, match="LlamaModel has no output embedding"):
         head_of(student.model)
     with pytest.raises(TypeError, match=r"head must be a kdfast.methods.Projection or None, got Linear"):
