@@ -13,25 +13,16 @@ from torch import Tensor, nn
 
 from kdfast.cache.dataset import collate
 from kdfast.cache.reader import Reader
+from kdfast.methods.aligned import aligned, items
 from kdfast.methods.batch import Inputs, Split, split_batch
 from kdfast.methods.gate import gated_outputs, nothing_of
 from kdfast.methods.layers import Capture, parse, unwrapped
-from kdfast.methods.loss import Loss, Term, Value
+from kdfast.methods.loss import Loss, LossLike, as_loss, named
 from kdfast.methods.modes import Quiet
-from kdfast.methods.positions import (
-    arguments,
-    documents,
-    encoder_decoder,
-    is_span,
-    masked,
-    placed,
-    predicting,
-    tokens_of_logits,
-    within_text,
-)
+from kdfast.methods.positions import arguments, encoder_decoder, placed
 from kdfast.methods.projection import Projection
-from kdfast.methods.schedule import Setting, value
-from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
+from kdfast.methods.schedule import value
+from kdfast.methods.step import Outputs, Step, logits_of
 from kdfast.methods.synchronise import GradientAverage, data_parallel_groups, reshard
 from kdfast.spec import reduction
 from kdfast.spec.head import LMHead
@@ -40,7 +31,6 @@ from kdfast.spec.problem import _scalar
 from kdfast.spec.sparse import SparseTargets
 
 Teacher: TypeAlias = nn.Module | Reader
-LossLike: TypeAlias = Loss | Callable[[Step], Value] | tuple[Callable[[Step], Value], Setting]
 
 
 class Distiller:
@@ -155,7 +145,7 @@ class Distiller:
         self._groups: list[Any] = [] if process_group is None else _several(process_group)
         self.number = 0
         self._calls = 0  # since the last optimizer step
-        self._extra = nn.ModuleDict(_named([_as_loss(one) for one in losses]))
+        self._extra = nn.ModuleDict(named([as_loss(one) for one in losses]))
         if not self._extra:
             msg = "losses is empty: give at least one, as kdfast.methods.KD()"
             raise ValueError(msg)
@@ -337,7 +327,7 @@ class Distiller:
         inputs = Inputs(
             labels=labels, weights=weights, mask=mask, index=index, token_mask=token_mask, positions=position_ids
         )
-        return self._objective(self._step(student, tuple(taught), inputs), num_items)
+        return self._objective(self._aligned(student, tuple(taught), inputs), num_items)
 
     # --- Parts --------------------------------------------------------------------------------------------------------
 
@@ -359,9 +349,9 @@ class Distiller:
 
     def _synchronise(self) -> None:
         """Keeps the losses' parameters equal on all ranks, from the first moment at which a wrapper is to be seen."""
-        if not self._groups:
-            self._groups = data_parallel_groups(self.student)
         parameters = [p for p in self._extra.parameters() if p.requires_grad]
+        if not self._groups and (parameters or self.head is not None or not self._prepared):
+            self._groups = data_parallel_groups(self.student)
         if self._average is None and parameters and self._groups and self._prepared:
             self._average = GradientAverage(self._groups, parameters)
 
@@ -384,7 +374,7 @@ class Distiller:
 
                 def at_head(logits: LMHead) -> tuple[Tensor, dict[str, Tensor]]:
                     student = Outputs(logits, None, self._entered()[0].take())
-                    return use(self._step(student, taught, inputs))
+                    return use(self._aligned(student, taught, inputs))
 
                 return self.head.run(self.student, inputs.args, kwargs, at_head)
             try:
@@ -399,7 +389,7 @@ class Distiller:
                 )
                 raise RuntimeError(msg) from error
             student = Outputs(logits_of(raw), raw, self._entered()[0].take())
-            return use(self._step(student, taught, inputs))
+            return use(self._aligned(student, taught, inputs))
 
     def _agree(self, found: bool, device: torch.device) -> bool:
         """Whether all ranks that share the student found so."""
@@ -459,49 +449,15 @@ class Distiller:
         stacked: SparseTargets = placed(collate([{"targets": one} for one in read])["targets"], padding)
         return stacked
 
-    def _step(self, student: Outputs, teachers: tuple[Outputs, ...], inputs: Inputs) -> Step:
-        labels, weights = inputs.labels, inputs.weights
-        student, *others = (_within_text(one, inputs) for one in (student, *teachers))
-        teachers, logits = tuple(others), student.logits
-        places = None if logits is None else logits.shape[:-1]
-        two_sided = encoder_decoder(self.student, inputs)
-        tokens = tokens_of_logits(inputs, two_sided=two_sided)
-        document = None if two_sided else documents(inputs.positions)
-        counts = None
-        if places is not None:
-            counts = predicting(places, tokens, document, causal=self.causal, device=_device(logits))
-        teachers = tuple(_of_one_token(teacher, places) for teacher in teachers)
-        if self.causal:
-            student = _shifted(student)
-            teachers = tuple(_shifted(teacher) for teacher in teachers)
-            counts = None if counts is None else counts[..., :-1]
-            labels = None if labels is None else labels[..., 1:]
-            weights = None if weights is None else weights[..., 1:]
-        unlabelled = None
-        if labels is not None and not labels.is_floating_point():
-            if logits is not None and is_span(student.raw):  # an answer may be cut off with the end of its text
-                labels = labels.masked_fill(labels >= logits.shape[-1], IGNORED)
-            labels = masked(labels, counts)
-            if self.unlabelled is not None:
-                unlabelled = labels == self.unlabelled
-                labels = labels.masked_fill(unlabelled, IGNORED)
-        elif counts is not None:
-            weights = counts.float() if weights is None else torch.where(counts, weights, 0.0)
-        if two_sided and tokens is None and inputs.labels is not None and not inputs.labels.is_floating_point():
-            tokens = inputs.labels != IGNORED
-        return Step(
+    def _aligned(self, student: Outputs, teachers: tuple[Outputs, ...], inputs: Inputs) -> Step:
+        return aligned(
             student,
             teachers,
-            labels,
-            weights,
-            inputs.mask if two_sided else tokens,
-            inputs.index,
-            self.number,
-            tokens if two_sided else None,
-            document,
-            counts,
-            unlabelled,
-            two_sided,
+            inputs,
+            causal=self.causal,
+            two_sided=encoder_decoder(self.student, inputs),
+            unlabelled=self.unlabelled,
+            number=self.number,
         )
 
     def _objective(self, step: Step, num_items: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -531,7 +487,7 @@ class Distiller:
             else:
                 weighted = amount * weight
             if num_items is not None:
-                weighted = weighted * (_counted(step, loss.labelled_only, amount.device) / num_items)
+                weighted = weighted * (items(step, loss.labelled_only, amount.device) / num_items)
             total = weighted if total is None else total + weighted
         assert total is not None  # there is at least one loss
         terms["loss"] = total.detach()
@@ -571,36 +527,6 @@ def _several(groups: Any) -> list[Any]:
     return list(groups) if isinstance(groups, (list, tuple)) else [groups]
 
 
-def _as_loss(given: LossLike) -> Loss:
-    if isinstance(given, Loss):
-        return given
-    if isinstance(given, tuple) and len(given) == 2 and callable(given[0]):
-        function, weight = given
-        if isinstance(function, Loss):
-            msg = f"{type(function).__name__} takes its weight itself: {type(function).__name__}(weight=...)"
-            raise TypeError(msg)
-        return Term(function, weight=weight)
-    if isinstance(given, type):
-        msg = f"a loss must be an object, got the class {given.__name__}: give {given.__name__}()"
-        raise TypeError(msg)
-    if callable(given):
-        return Term(given)
-    msg = f"a loss must be a kdfast.methods.Loss, a callable, or (callable, weight), got {type(given).__name__}"
-    raise TypeError(msg)
-
-
-def _named(losses: Sequence[Loss]) -> dict[str, Loss]:
-    """By name; of equal names, the later ones are numbered from 2. ``loss`` is the objective's."""
-    names: dict[str, Loss] = {}
-    for loss in losses:
-        name, n = loss.name, 1
-        while name in names or name == "loss":
-            n += 1
-            name = f"{loss.name}_{n}"
-        names[name] = loss
-    return names
-
-
 def _student_tensors(student: Outputs) -> list[Tensor]:
     """What a loss's gradient reaches the student by."""
     logits = student.logits
@@ -612,51 +538,3 @@ def _student_tensors(student: Outputs) -> list[Tensor]:
 
 def _detached(logits: Any) -> Any:
     return logits.detach() if isinstance(logits, Tensor) else logits
-
-
-def _within_text(outputs: Outputs, inputs: Inputs) -> Outputs:
-    return replace(outputs, logits=within_text(outputs.logits, outputs.raw, inputs.mask))
-
-
-def _shifted(outputs: Outputs) -> Outputs:
-    """Without the last position, which predicts a token that is not there."""
-    logits = outputs.logits
-    if isinstance(logits, LMHead):
-        logits = LMHead(
-            logits.hidden[..., :-1, :], logits.weight, logits.bias, softcap=logits.softcap, scale=logits.scale
-        )
-    elif logits is not None:
-        logits = logits[:, :-1]
-    return Outputs(logits, outputs.raw, outputs.captured)
-
-
-def _of_one_token(outputs: Outputs, shape: torch.Size | None) -> Outputs:
-    """Stored targets (B, 1, K) of a classifier, whose samples are one token long, as (B, K)."""
-    targets: Any = outputs.logits
-    stored = isinstance(targets, (SparseTargets, PackedTargets))
-    if stored and shape is not None and len(shape) == 1 and targets.shape[:2] == (*shape, 1):
-        return Outputs(targets[:, 0], outputs.raw, outputs.captured)
-    return outputs
-
-
-def _counted(step: Step, labelled_only: bool, device: torch.device) -> Tensor:
-    """Counted tokens or examples: the sum of the weights of those that are not dropped; no synchronisation."""
-    labels, counted = step.labels, None
-    if labels is not None and not labels.is_floating_point():
-        counted = labels != IGNORED
-        if step.unlabelled is not None and not labelled_only:
-            counted = counted | step.unlabelled
-    if counted is not None:
-        return (counted if step.weights is None else counted * step.weights).sum()
-    if step.weights is not None:
-        return step.weights.sum()
-    logits = step.student.logits
-    if logits is None:
-        msg = "num_items needs labels, weights or logits to count the tokens of this batch by"
-        raise ValueError(msg)
-    return torch.tensor(float(logits.shape[:-1].numel()), device=device)
-
-
-def _device(logits: Any) -> torch.device:
-    device: torch.device = (logits.hidden if isinstance(logits, LMHead) else logits).device
-    return device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -74,3 +74,42 @@ class Term(Loss):
 
     def forward(self, step: Step) -> Value:
         return self.function(step)
+
+
+#: What is taken as a loss: one, a function of a step, or that and its weight.
+LossLike: TypeAlias = Loss | Callable[[Step], Value] | tuple[Callable[[Step], Value], Setting]
+
+
+def as_loss(given: LossLike) -> Loss:
+    """A loss of what a user gives as one.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(given, Loss):
+        return given
+    if isinstance(given, tuple) and len(given) == 2 and callable(given[0]):
+        function, weight = given
+        if isinstance(function, Loss):
+            msg = f"{type(function).__name__} takes its weight itself: {type(function).__name__}(weight=...)"
+            raise TypeError(msg)
+        return Term(function, weight=weight)
+    if isinstance(given, type):
+        msg = f"a loss must be an object, got the class {given.__name__}: give {given.__name__}()"
+        raise TypeError(msg)
+    if callable(given):
+        return Term(given)
+    msg = f"a loss must be a kdfast.methods.Loss, a callable, or (callable, weight), got {type(given).__name__}"
+    raise TypeError(msg)
+
+
+def named(losses: Sequence[Loss]) -> dict[str, Loss]:
+    """By name; of equal names, the later ones are numbered from 2. ``loss`` is the objective's."""
+    names: dict[str, Loss] = {}
+    for loss in losses:
+        name, n = loss.name, 1
+        while name in names or name == "loss":
+            n += 1
+            name = f"{loss.name}_{n}"
+        names[name] = loss
+    return names

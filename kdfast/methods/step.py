@@ -98,6 +98,20 @@ class Step:
             raise ValueError(msg)
         return self.teachers[0]
 
+    def student_described(self) -> Any:
+        """The student's logits (..., V), or the LMHead that describes them.
+
+        Raises:
+            ValueError: the student returned none.
+        """
+        if self.student.logits is None:
+            msg = (
+                "the student returned no logits: a model that Liger or Unsloth has patched may leave them out; give "
+                "the Distiller its head, or use it as it was"
+            )
+            raise ValueError(msg)
+        return self.student.logits
+
     def student_logits(self) -> Tensor:
         """The student's logits as a tensor (..., V), for losses that are not computed by the engine.
 

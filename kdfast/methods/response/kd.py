@@ -99,14 +99,8 @@ class KD(Loss):
         if not teachers or any(logits is None for logits in teachers):
             msg = "KD needs a teacher's logits: give Distiller a teacher, or use CrossEntropy() for labels alone"
             raise ValueError(msg)
-        if step.student.logits is None:
-            msg = (
-                "the student returned no logits: a model that Liger or Unsloth has patched may leave them out; give "
-                "the Distiller its head, or use it as it was"
-            )
-            raise ValueError(msg)
         labels, alpha, weights = labelling(step, 0.5 if self.alpha is None else self.alpha)
-        student: Any = step.student.logits
+        student: Any = step.student_described()
         target: Any = teachers[0] if len(teachers) == 1 else teachers
         terms = distill_loss(
             student,
@@ -161,5 +155,5 @@ class CrossEntropy(Loss):
         if step.labels is None:
             msg = 'CrossEntropy needs labels: a batch of (inputs, labels), or a mapping with "labels"'
             raise ValueError(msg)
-        student: Any = step.student.logits
+        student: Any = step.student_described()
         return distill_loss(student, labels=step.labels, weights=step.weights, label_smoothing=self.label_smoothing)
