@@ -21,8 +21,9 @@ from kdfast.methods.loss import Loss, LossLike, as_loss, named
 from kdfast.methods.modes import Quiet
 from kdfast.methods.positions import arguments, encoder_decoder, placed
 from kdfast.methods.projection import Projection
+from kdfast.methods.router import router_loss
 from kdfast.methods.schedule import value
-from kdfast.methods.step import Outputs, Step, logits_of
+from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
 from kdfast.methods.synchronise import GradientAverage, data_parallel_groups, reshard
 from kdfast.spec import reduction
 from kdfast.spec.head import LMHead
@@ -49,7 +50,8 @@ class Distiller:
                 loss, terms = d(batch)
                 loss.backward()
 
-    The objective is sum_k weight_k(step) * loss_k, times counted / num_items where ``num_items`` is given. Losses that
+    The objective is sum_k weight_k(step) * loss_k, times counted / num_items where ``num_items`` is given, and the
+    load-balancing loss of a mixture of experts' router, ``router``, where the student returns one. Losses that
     compare the samples of a batch with each other (relations) depend on what is in it, whatever the scaling.
 
     Args:
@@ -126,6 +128,9 @@ class Distiller:
         if unlabelled is not None and (isinstance(unlabelled, bool) or not isinstance(unlabelled, int)):
             msg = f"unlabelled must be a label, an int, or None, got {type(unlabelled).__name__}"
             raise TypeError(msg)
+        if unlabelled == IGNORED:
+            msg = f"unlabelled must be another label than {IGNORED}, which drops a token from every term"
+            raise ValueError(msg)
         if accumulation_steps < 1:
             msg = f"accumulation_steps must be at least 1, got {accumulation_steps}"
             raise ValueError(msg)
@@ -281,7 +286,10 @@ class Distiller:
         """
         self._entered()
         self._require_prepared()  # before the models run, and change their statistics
-        return self._run(self.split(batch), lambda step: self._objective(step, num_items))
+        num_items = None if num_items is None else _scalar("num_items", num_items, open_low=True)
+        found = self._run(self.split(batch), lambda step: self._objective(step, num_items), num_items)
+        self._count()
+        return found
 
     def loss(
         self,
@@ -327,7 +335,10 @@ class Distiller:
         inputs = Inputs(
             labels=labels, weights=weights, mask=mask, index=index, token_mask=token_mask, positions=position_ids
         )
-        return self._objective(self._aligned(student, tuple(taught), inputs), num_items)
+        num_items = None if num_items is None else _scalar("num_items", num_items, open_low=True)
+        found = self._objective(self._aligned(student, tuple(taught), inputs), num_items)
+        self._count()
+        return found
 
     # --- Parts --------------------------------------------------------------------------------------------------------
 
@@ -362,7 +373,10 @@ class Distiller:
         return torch.zeros((), device=next(self.student.parameters()).device), {}
 
     def _run(
-        self, inputs: Inputs, use: Callable[[Step], tuple[Tensor, dict[str, Tensor]]]
+        self,
+        inputs: Inputs,
+        use: Callable[[Step], tuple[Tensor, dict[str, Tensor]]],
+        num_items: float | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Runs the models, and ``use`` on what they made of the batch: where there is a head, inside the student."""
         with contextlib.ExitStack() as stack:
@@ -372,11 +386,17 @@ class Distiller:
                 if not self.head.checked:
                     self.head.check(self.student, inputs.args, kwargs, self._agree)
 
+                seen: list[Step] = []
+
                 def at_head(logits: LMHead) -> tuple[Tensor, dict[str, Tensor]]:
                     student = Outputs(logits, None, self._entered()[0].take())
-                    return use(self._aligned(student, taught, inputs))
+                    seen.append(self._aligned(student, taught, inputs))
+                    return use(seen[0])
 
-                return self.head.run(self.student, inputs.args, kwargs, at_head)
+                def more(raw: Any) -> dict[str, Tensor]:
+                    return self._router(seen[0], raw, num_items)
+
+                return self.head.run(self.student, inputs.args, kwargs, at_head, more)
             try:
                 raw = self.student(*inputs.args, **kwargs)
             except RuntimeError as error:
@@ -463,8 +483,6 @@ class Distiller:
     def _objective(self, step: Step, num_items: float | Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         self._require_prepared()
         self._synchronise()
-        if num_items is not None:
-            num_items = _scalar("num_items", num_items, open_low=True)
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
@@ -490,12 +508,24 @@ class Distiller:
                 weighted = weighted * (items(step, loss.labelled_only, amount.device) / num_items)
             total = weighted if total is None else total + weighted
         assert total is not None  # there is at least one loss
+        for name, more in self._router(step, step.student.raw, num_items).items():
+            total = total + more
+            terms[name] = more.detach()
         terms["loss"] = total.detach()
+        return total, terms
+
+    def _router(self, step: Step, raw: Any, num_items: float | Tensor | None) -> dict[str, Tensor]:
+        """A mixture of experts' own loss, by its share of the optimizer step's items, as of every other one."""
+        found = None if raw is None else router_loss(self.student, raw)
+        if found is None:
+            return {}
+        return {"router": found if num_items is None else found * (items(step, False, found.device) / num_items)}
+
+    def _count(self) -> None:
         if torch.is_grad_enabled():
             self._calls += 1
             if self._calls == self.accumulation_steps:
                 self.number, self._calls = self.number + 1, 0
-        return total, terms
 
 
 Distiller.__module__ = "kdfast"  # where it is for users, and for what they pickle

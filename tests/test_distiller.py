@@ -231,6 +231,30 @@ def test_a_teacher_that_fails_leaves_modes_as_they_were():
     assert all(m.training for m in student.modules())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_teacher():
+    student, teacher = mlp(), mlp(seed=1).eval()
+    (x, y) = batch()
+    with kdfast.Distiller(student, teacher, [KD()]) as d:
+        want, _ = d((x, y))
+    with kdfast.Distiller(student, torch.jit.trace(teacher, x), [KD()]) as d:
+        torch.testing.assert_close(d((x, y))[0], want)
+
+
+def test_another_hook_that_fails_is_heard():
+    student, teacher = pair()
+    with kdfast.Distiller(student, teacher, [KD()]) as d:
+
+        def fails(module, args):
+            raise ZeroDivisionError
+
+        handle = teacher.register_forward_pre_hook(fails, prepend=True)
+        with pytest.raises(ZeroDivisionError):
+            d(batch())
+        handle.remove()
+        d(batch())
+
+
 def test_prepare_makes_parameters_and_changes_nothing():
     student, teacher = nn.Sequential(nn.Linear(F_IN, H), nn.BatchNorm1d(H), nn.Linear(H, C)), mlp(2 * H)
     state = {k: v.clone() for k, v in student.state_dict().items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +40,12 @@ class Head(Projection):
         softcap = getattr(config, "final_logit_softcapping", None)
         super().__init__(_output(model), scale=scale, softcap=softcap, name=type(model).__name__)
 
-    def auxiliary(self, raw: Any) -> Mapping[str, Tensor]:
-        """The router's load-balancing loss, times its coefficient, of a mixture of experts that returns it."""
-        found = getattr(raw, "aux_loss", None)
-        if not isinstance(found, Tensor) or not torch.is_grad_enabled():
-            return {}
-        return {"router": found * self.model.config.get_text_config().router_aux_loss_coef}
-
 
 def head_of(model: nn.Module) -> Head:
     """The output embedding of a model, for ``Distiller(head=)`` and ``Distiller(teacher_head=)``.
 
     Scale and softcap are those that its configuration names (Gemma, Cohere, Granite), and are compared with its own
-    logits once, at the first batch. The loss of a mixture of experts' router is kept where the configuration has
-    ``output_router_logits=True``.
+    logits once, at the first batch.
 
     Args:
         model: of transformers, or a ``PeftModel`` around one; it may be wrapped and compiled.

@@ -43,6 +43,8 @@ def aligned(
     places = None if logits is None else logits.shape[:-1]
     tokens = tokens_of_logits(inputs, two_sided=two_sided)
     document = None if two_sided else documents(inputs.positions)
+    if tokens is not None and inputs.token_mask is not None:
+        _check_token_mask(tokens, places)
     counts = None
     if places is not None:
         counts = predicting(places, tokens, document, causal=causal, device=_device(logits))
@@ -51,8 +53,9 @@ def aligned(
         student = _shifted(student)
         teachers = tuple(_shifted(teacher) for teacher in teachers)
         counts = None if counts is None else counts[..., :-1]
-        labels = None if labels is None else labels[..., 1:]
-        weights = None if weights is None else weights[..., 1:]
+        whole = logits is not None and labels is not None and labels.dim() == len(logits.shape)  # class probabilities
+        labels = None if labels is None else labels[..., 1:, :] if whole else labels[..., 1:]
+        weights = None if weights is None else _check_weights(weights, places)[..., 1:]
     unmarked = None
     if labels is not None and not labels.is_floating_point():
         if logits is not None and is_span(student.raw):  # an answer may be cut off with the end of its text
@@ -62,7 +65,8 @@ def aligned(
             unmarked = labels == unlabelled
             labels = labels.masked_fill(unmarked, IGNORED)
     elif counts is not None:
-        weights = counts.float() if weights is None else torch.where(counts, weights, 0.0)
+        given = None if weights is None else _check_weights(weights, counts.shape)
+        weights = counts.float() if given is None else torch.where(counts, given, 0.0)
     if two_sided and tokens is None and inputs.labels is not None and not inputs.labels.is_floating_point():
         tokens = inputs.labels != IGNORED
     return Step(
@@ -70,7 +74,7 @@ def aligned(
         teachers,
         labels,
         weights,
-        mask=inputs.mask if two_sided else tokens,
+        mask=inputs.mask if two_sided or (tokens is not None and tokens.dim() != 2) else tokens,
         index=inputs.index,
         number=number,
         target_mask=tokens if two_sided else None,
@@ -99,6 +103,20 @@ def items(step: Step, labelled_only: bool, device: torch.device) -> Tensor:
     return torch.tensor(float(logits.shape[:-1].numel()), device=device)
 
 
+def _check_token_mask(mask: Tensor, places: torch.Size | None) -> None:
+    """A mask that is given for the logits must have their axes; of classifiers' cached samples, (B, 1), it has more."""
+    if places is not None and len(places) == mask.dim() == 2 and mask.shape != places:
+        msg = f"token_mask must have the logits' leading axes {tuple(places)}, got {tuple(mask.shape)}"
+        raise ValueError(msg)
+
+
+def _check_weights(weights: Tensor, places: torch.Size | None) -> Tensor:
+    if places is not None and weights.shape != places:
+        msg = f"weights must have the student's leading axes {tuple(places)}, got {tuple(weights.shape)}"
+        raise ValueError(msg)
+    return weights
+
+
 def _device(logits: Any) -> torch.device:
     device: torch.device = (logits.hidden if isinstance(logits, LMHead) else logits).device
     return device
@@ -115,8 +133,11 @@ def _shifted(outputs: Outputs) -> Outputs:
         logits = LMHead(
             logits.hidden[..., :-1, :], logits.weight, logits.bias, softcap=logits.softcap, scale=logits.scale
         )
+    elif isinstance(logits, Tensor):
+        logits = logits[..., :-1, :]
     elif logits is not None:
-        logits = logits[:, :-1]
+        every = (slice(None),) * (len(logits.shape) - 2)
+        logits = logits[every + (slice(-1),)]  # noqa: RUF005
     return Outputs(logits, outputs.raw, outputs.captured)
 
 

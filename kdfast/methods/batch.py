@@ -44,6 +44,12 @@ class Inputs:
     decoder_mask: Tensor | None = None
     positions: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("mask", "token_mask", "decoder_mask"):  # tokenizers give them as integers
+            mask = getattr(self, name)
+            if mask is not None and mask.dtype != torch.bool:
+                object.__setattr__(self, name, mask.bool())
+
 
 #: A function of a batch.
 Split: TypeAlias = Callable[[Any], Inputs]
@@ -73,7 +79,7 @@ def split_batch(batch: Any) -> Inputs:
             index=batch.get("index"),
             targets=batch.get("targets"),
             keys=batch.get("id"),
-            token_mask=_mask(batch.get("token_mask")),
+            token_mask=batch.get("token_mask"),
             decoder_mask=_mask(batch.get("decoder_attention_mask")),
             positions=batch.get("position_ids"),
         )
@@ -99,11 +105,13 @@ def _labels(batch: Mapping[str, Any]) -> Any:
 
 def _mask(given: Any) -> Tensor | None:
     """One of tokens, (B, S); others, as (B, 1, S, S) of what each query sees, say nothing of padding alone."""
-    return given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
+    return given if isinstance(given, Tensor) and given.dim() == 2 else None
 
 
 def accepted(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments that a model's ``forward`` has, all of them where it takes ``**kwargs``."""
+    if not kwargs:  # a scripted model tells no signature
+        return {}
     parameters = inspect.signature(model.forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict(kwargs)

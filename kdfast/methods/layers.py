@@ -102,14 +102,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Those of torch.compile, DataParallel, DistributedDataParallel, FullyShardedDataParallel, activation checkpointing
     and DeepSpeed's engine.
     """
-    while True:
+    while not isinstance(model, torch.jit.ScriptModule):
         inner = next((m for name in _WRAPPERS if (m := model._modules.get(name)) is not None), None)
         engine = type(model).__name__ == "DeepSpeedEngine"
         if inner is None and (engine or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))):
             inner = model._modules["module"]
         if inner is None:
-            return model
+            break
         model = inner
+    return model
 
 
 def by_path(model: nn.Module) -> dict[str, nn.Module]:

@@ -68,8 +68,9 @@ class _Modes:
             module.training = False
 
     def end(self) -> None:
-        for module, training in zip(self.shared, self.passes.pop(), strict=True):
-            module.training = training
+        if self.passes:  # else another hook failed before this one's pass began
+            for module, training in zip(self.shared, self.passes.pop(), strict=True):
+                module.training = training
 
     def restore(self) -> None:
         for module, training in zip(self.own, self.before, strict=True):

@@ -35,22 +35,32 @@ def encoder_decoder(model: nn.Module | None, inputs: Inputs) -> bool:
 def arguments(model: nn.Module, inputs: Inputs, unlabelled: int | None = None) -> dict[str, Any]:
     """What a model is called with by name: of the batch what its ``forward`` takes, never the labels.
 
-    An encoder-decoder model whose decoder's inputs are not there gets them made of the labels, as it would do itself if
-    the labels were passed to it: it would then compute a loss of its own as well. Its own
-    ``prepare_decoder_input_ids_from_labels`` makes them, or, where it has none, its configuration's
+    An encoder-decoder model that predicts tokens, and whose decoder's inputs are not there, gets them made of the
+    labels (B, S), as it would do itself if the labels were passed to it: it would then compute a loss of its own as
+    well. Its own ``prepare_decoder_input_ids_from_labels`` makes them, or, where it has none, its configuration's
     ``decoder_start_token_id`` stands before them.
 
     Raises:
         ValueError: labels may be ``unlabelled``, which is no token that a decoder could see; a model without either.
     """
     given = dict(inputs.kwargs)
+    labels = inputs.labels
     there = any(name.startswith("decoder_input") for name in given)
-    if inputs.labels is not None and not there and encoder_decoder(model, inputs):
+    if labels is None or labels.dim() != 2 or labels.is_floating_point() or not _predicts_tokens(unwrapped(model)):
+        return accepted(unwrapped(model), given)
+    if not there and encoder_decoder(model, inputs):
         if unlabelled is not None:
             msg = f"labels may be {unlabelled}, which is no token that a decoder could see: pass decoder_input_ids too"
             raise ValueError(msg)
-        given["decoder_input_ids"] = _decoder_inputs(unwrapped(model), inputs.labels)
+        given["decoder_input_ids"] = _decoder_inputs(unwrapped(model), labels)
     return accepted(unwrapped(model), given)
+
+
+def _predicts_tokens(model: Any) -> bool:
+    """Whether labels are tokens: neither classes nor the ends of a span."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return True
+    return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
 
 
 def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
@@ -103,14 +113,14 @@ def predicting(
     Returns:
         ``places`` bool, with ``causal`` False at the last position; None where all count.
     """
-    # What has other axes is of something else: the tokens of a text that is classified as a whole.
+    # A mask that has other axes is of something else: the tokens of a text that is classified as a whole.
     counts = tokens.to(device) if tokens is not None and tokens.shape == places else None
     if not causal or len(places) != 2:
         return counts
     if counts is None:
         counts = torch.ones(places, dtype=torch.bool, device=device)
     after = counts[:, :-1] & counts[:, 1:]
-    if document is not None and document.shape == places:
+    if document is not None and document.shape[1] == places[1] and len(document) in (1, places[0]):
         after = after & (document[:, 1:] == document[:, :-1]).to(device)
     return torch.nn.functional.pad(after, (0, 1), value=False)
 
@@ -137,8 +147,8 @@ def placed(targets: Any, tokens: Tensor | None) -> Any:
     """Stored targets, whose row i is of a sample's token i, at the positions that the tokens have in the batch.
 
     Args:
-        targets: (B, S', K) with the rows of each sample first, as :func:`kdfast.cache.collate` makes them, or already
-            where the tokens are: without entries exactly at padding.
+        targets: (B, S', K). Those of another length than the batch, and those that have entries in the first rows of
+            each sample alone, are as :func:`kdfast.cache.collate` makes them; others are where they belong.
         tokens: (B, S) bool; None: no padding.
     """
     if tokens is None or tokens.dim() != 2 or len(targets.shape) != 3 or len(tokens) != targets.shape[0]:
@@ -146,9 +156,11 @@ def placed(targets: Any, tokens: Tensor | None) -> Any:
     tokens = tokens.to(_device(targets))
     rows = (tokens.cumsum(1) - 1).clamp(0, max(targets.shape[1] - 1, 0))
     if tokens.shape == targets.shape[:2]:
-        there = torch.ones_like(tokens) if targets.k_eff is None else targets.k_eff > 0
-        as_it_is = torch.arange(tokens.shape[1], device=tokens.device).expand_as(rows)
-        rows = torch.where((there == tokens).all(1, keepdim=True), as_it_is, rows)
+        if targets.k_eff is None:  # every position has entries: a model's, run on this batch
+            return targets
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        first = ((targets.k_eff > 0) == (place < tokens.sum(1, keepdim=True))).all(1, keepdim=True)
+        rows = torch.where(first, rows, place)
     return targets[torch.arange(len(tokens), device=tokens.device)[:, None], rows]
 
 

@@ -10,6 +10,7 @@ around the projection too, which is how each wrapper does its work.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from kdfast.methods.gate import nothing_of
 from kdfast.methods.layers import unwrapped
+from kdfast.methods.step import logits_of
 from kdfast.spec.head import Cap, LMHead
 
 CHECKED_TOKENS = 32
+_RUNNING: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose forward pass is redirected now
 
 #: What computes on an LMHead: the loss, 0-d, and what else is to come out, detached.
 Use = Callable[[LMHead], tuple[Tensor, Mapping[str, Tensor]]]
@@ -75,32 +78,44 @@ class Projection:
             raise ValueError(msg)
         return LMHead(hidden, weight, bias, softcap=self.softcap, scale=self.scale)
 
-    def auxiliary(self, raw: Any) -> Mapping[str, Tensor]:
-        """What a model wants added to the loss, by name, of what it returned; nothing but in subclasses."""
-        return {}
-
     def run(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], use: Use
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        use: Use,
+        more: Callable[[Any], Mapping[str, Tensor]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Calls a wrapped model, with ``use`` in the place of its logits.
 
+        Args:
+            model: may be wrapped.
+            args: its arguments.
+            kwargs: its arguments by name.
+            use: of the head, inside the model's forward pass.
+            more: of what the model returned, losses by name to be added.
+
         Returns:
-            The loss, with what :meth:`auxiliary` adds, and what ``use`` returned beside it.
+            The loss, and what ``use`` returned beside it.
 
         Raises:
-            RuntimeError: the model does not come to its output projection.
+            RuntimeError: the model does not come to its output projection, or is in its forward pass already.
         """
         terms: dict[str, Tensor] = {}
         losses: list[Tensor] = []  # as it is here: a wrapper may round what it returns
 
         def inside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
             def project(hidden: Tensor) -> Tensor:
+                if begun:
+                    raise RuntimeError(_again(self.name))
+                begun.append(True)
                 loss, found = use(self.head(hidden))
                 losses.append(loss)
                 terms.update(found)
                 # What hooks of the module see, and FSDP begins its backward pass at: one number in the logits' shape.
-                return loss.expand(*hidden.shape[:-1], 1)
+                return loss.expand(*hidden.shape[:-1], 1).clone()
 
+            begun: list[bool] = []
             out: list[Tensor] = []
             last = self.module.register_forward_hook(lambda module, args, output: out.append(output))
             try:
@@ -110,7 +125,7 @@ class Projection:
                 last.remove()
             self._once(losses)
             loss = losses[0] + nothing_of(out[0])
-            for name, extra in self.auxiliary(raw).items():
+            for name, extra in (more(raw) if more is not None else {}).items():
                 loss = loss + extra
                 terms[name] = extra.detach()
             losses[0] = loss
@@ -157,7 +172,7 @@ class Projection:
 
         def project(hidden: Tensor) -> Tensor:
             found.append(hidden)
-            return hidden[..., :1]
+            return hidden[..., :1].clone()  # which a model may change in place
 
         with replaced(self.module, torch.compiler.disable(project)):
             model(*args, **kwargs)
@@ -199,17 +214,22 @@ class Projection:
         finding: list[str] = []
 
         def project(hidden: Tensor) -> Tensor:
-            few = hidden.reshape(-1, hidden.shape[-1])[:0] if not hidden.numel() else hidden[:1]
-            few = few[:, :CHECKED_TOKENS] if few.dim() > 2 else few
+            few = hidden[:1, :CHECKED_TOKENS] if hidden.dim() > 2 else hidden[:1]
             head = self.head(few)  # here, where the weight is whole, and by autocast's rules
             products.append(torch.nn.functional.linear(few, head.weight, head.bias))
-            return products[0]
+            return products[0].clone()  # which the model may scale in place
 
         def inside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
             with replaced(self.module, torch.compiler.disable(project)):
-                raw = call(*args, **kwargs)
-            if products:
-                theirs = raw["logits"] if isinstance(raw, Mapping) else getattr(raw, "logits", raw)
+                try:
+                    raw = call(*args, **kwargs)
+                except RuntimeError as error:
+                    if not products:
+                        raise
+                    msg = f"{self.name} does not take the logits of its first tokens in the place of all: {error}"
+                    raise RuntimeError(msg) from error
+            theirs = logits_of(raw)
+            if products and isinstance(theirs, Tensor):
                 with torch.autocast(theirs.device.type, enabled=False):
                     finding.append(self.difference(products[0], theirs))
             return torch.zeros(())
@@ -227,7 +247,7 @@ class Projection:
             wrong = f"{self.name} makes its logits otherwise than by its output projection alone, on another rank"
         if wrong:
             raise ValueError(wrong)
-        self.checked = True
+        self.checked = bool(products[0].numel())
 
     def difference(self, product: Tensor, theirs: Tensor) -> str:
         """What is to be said of a model whose logits are not those of the projection; "" where but rounding differs.
@@ -237,6 +257,8 @@ class Projection:
             theirs: the model's own logits of the same tokens.
         """
         ours, name = Cap(self.scale, self.softcap or 0.0).logits(product), self.name
+        if not ours.numel():
+            return ""
         if ours.shape != theirs.shape:
             return f"{name} gives logits {tuple(theirs.shape)}, hidden states and output projection {tuple(ours.shape)}"
         eps = torch.finfo(product.dtype).eps  # the model rounds to it scaled and capped logits, too
@@ -259,6 +281,10 @@ class Projection:
             f"{name} makes its logits otherwise than by output projection, scale {self.scale:g} and softcap "
             f"{self.softcap}: they {how}, where the largest is {largest:.3g}"
         )
+
+
+def _again(name: str) -> str:
+    return f"{name} is in its forward pass, where its head computes the losses: no loss may run it again"
 
 
 def _whole(x: Any) -> Tensor:
@@ -297,12 +323,18 @@ def redirect(
         msg = "a model in DataParallel computes in replicas, which no head can be given to: use DistributedDataParallel"
         raise ValueError(msg)
     inner = unwrapped(model)
+    if inner in _RUNNING:
+        raise RuntimeError(_again(type(inner).__name__))
     call = vars(inner).get("_old_forward", inner.forward) if hasattr(inner, "_hf_hook") else inner.forward
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         with replaced(inner, call):
             return inside(call, *args, **kwargs)
 
-    with replaced(inner, torch.compiler.disable(forward, recursive=False)):
-        returned: Tensor = model(*args, **kwargs)
+    _RUNNING.add(inner)
+    try:
+        with replaced(inner, torch.compiler.disable(forward, recursive=False)):
+            returned: Tensor = model(*args, **kwargs)
+    finally:
+        _RUNNING.discard(inner)
     return returned

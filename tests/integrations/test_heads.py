@@ -24,6 +24,7 @@ import transformers
 from kdfast import Distiller
 from kdfast.integrations.huggingface import head_of
 from kdfast.methods import KD, CrossEntropy, FitNet, Projection
+from kdfast.methods.router import router_loss
 
 pytestmark = [
     pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
@@ -245,10 +246,7 @@ def test_values_and_gradients(name, taught):
         with torch.no_grad():
             again, terms = d(batch)
         want = by_hand(student, teacher.eval(), batch, causal(name)).detach()
-        if name == "mixtral":  # which an evaluation has no use for
-            assert "router" not in terms
-        else:
-            torch.testing.assert_close(again.double(), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(again.double(), want, rtol=1e-5, atol=1e-6)
     assert not any(p.grad is not None for p in teacher.parameters())
     assert "forward" not in vars(student)
     assert "forward" not in vars(student.get_output_embeddings())
@@ -286,6 +284,7 @@ def test_autocast(fused):
 def test_compiled(kind):
     torch._dynamo.reset()
     student, teacher, batch = model_of("gemma2"), model_of("gemma2", seed=1).eval(), batch_of("gemma2")
+    del student.model.layers[1:]  # what takes longest here is the compiler
     want = by_hand(student, teacher, batch, True)
     want.backward()
     expected = copy.deepcopy(gradients(student))
@@ -303,7 +302,7 @@ def test_compiled(kind):
             loss.backward()
     torch.testing.assert_close(loss.detach().double(), want.detach(), rtol=1e-5, atol=1e-6)
     close(gradients(student), expected, kind)
-    assert graphs.op_count > 50  # of the body, which is compiled
+    assert graphs.op_count > 25  # of the body, which is compiled
     torch._dynamo.reset()
 
 
@@ -431,6 +430,77 @@ def test_any_model_s_last_layer():
         pytest.raises(ValueError, match=r"the model makes its logits otherwise .* they are 0.5 times as large"),
     ):
         d((x, y))
+
+
+@pytest.mark.parametrize("kind", ["scaled", "padded columns", "a tuple", "flattened"])
+def test_what_a_model_does_in_place(kind):
+    class Model(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.body, self.last = nn.Embedding(V, H), nn.Linear(H, V)
+
+        def forward(self, input_ids):
+            hidden = self.body(input_ids)
+            z = self.last(hidden.flatten(0, 1)).view(*input_ids.shape, V) if kind == "flattened" else self.last(hidden)
+            if kind == "scaled":
+                z *= 0.25
+            elif kind == "padded columns":
+                z[..., 90:] = -1e4
+            return (z, hidden) if kind == "a tuple" else z
+
+    student, teacher, ids = Model(0), Model(1), torch.randint(V, (3, 5))
+    with Distiller(student, teacher, [KD()]) as d:
+        want, _ = d({"input_ids": ids})
+    for who in ("student", "teacher"):
+        scale = 0.25 if kind == "scaled" else 1.0
+        model = student if who == "student" else teacher
+        heads = {("head" if who == "student" else "teacher_head"): Projection(model.last, scale=scale)}
+        with Distiller(student, teacher, [KD()], **heads) as d:
+            if kind == "padded columns":
+                with pytest.raises(ValueError, match="makes its logits otherwise than by output projection"):
+                    d({"input_ids": ids})
+            elif kind == "flattened":
+                with pytest.raises(RuntimeError, match="the model does not take the logits of its first tokens in the"):
+                    d({"input_ids": ids})
+            else:
+                d({"input_ids": ids[:, :0]})  # of which nothing can be compared
+                torch.testing.assert_close(d({"input_ids": ids})[0], want)
+        if kind == "scaled":
+            wrong = {name: Projection(model.last) for name in heads}
+            with (
+                Distiller(student, teacher, [KD()], **wrong) as d,
+                pytest.raises(ValueError, match=r"0\.25 times as large"),
+            ):
+                d({"input_ids": ids})
+
+
+def test_a_loss_that_runs_the_student_again():
+    student, teacher, batch = model_of("llama"), model_of("llama", seed=1), batch_of("llama")
+
+    def again(step):
+        return student(batch["input_ids"]).logits.mean()
+
+    with Distiller(student, teacher, [KD(), (again, 0.1)], causal=True, head=head_of(student)) as d:
+        with pytest.raises(RuntimeError, match="is in its forward pass, where its head computes the losses: no loss"):
+            d(batch)
+        assert d.number == 0
+    assert "forward" not in vars(student)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_router_s_loss_has_its_share(fused):
+    student, teacher, batch = model_of("mixtral"), model_of("mixtral", seed=1), batch_of("mixtral", rows=4)
+    batch = {k: v[:1].expand(4, -1) for k, v in batch.items()}  # rows alike, so that the parts are as the whole
+    heads = {"head": head_of(student)} if fused else {}
+    with Distiller(student, teacher, [KD()], causal=True, **heads) as d:
+        whole, terms = d(batch)
+        assert terms["router"] > 0
+        items = ((batch["labels"][:, 1:] != -100) & batch["attention_mask"][:, :-1].bool()).sum()
+        parts = [d({k: v[i : i + 1] for k, v in batch.items()}, num_items=items)[0] for i in range(4)]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="Linear returns aux_loss, and its configuration has no coefficient of it"):
+        router_loss(nn.Linear(1, 1), {"aux_loss": torch.ones(())})
 
 
 # --- Wrappers ---------------------------------------------------------------------------------------------------------

@@ -312,6 +312,18 @@ def test_a_cache_beside_padding(tmp_path, packed):
         torch.testing.assert_close(d(batch | {"targets": targets})[0], want, rtol=2e-5, atol=1e-6)
 
 
+def test_a_model_s_own_targets_stay():
+    """Those that were made of a left-padded batch have entries at padding, too."""
+    student, teacher = Tokens(1), Tokens(2)
+    ids, mask = torch.randint(1, V, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    with torch.no_grad():
+        targets = kdfast.soft_targets(teacher(ids)["logits"], k=V)
+    with Distiller(student, None, [KD(temperature=1.0)]) as d:
+        got, _ = d({"input_ids": ids, "attention_mask": mask, "targets": targets})
+    want = kdfast.distill_loss(student(ids)["logits"], teacher(ids)["logits"].detach(), weights=mask.float())
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_targets_that_are_in_place_stay():
     """Those that a collator has put where the tokens are are told by where they have entries."""
     mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]).bool()
@@ -412,6 +424,24 @@ def test_layers_of_each_side_have_its_mask(side):
         Distiller(student, teacher, [FitNet("*.block.1", "*.block.1")]).__enter__()
 
 
+def test_labels_that_are_no_tokens_make_no_decoder_inputs():
+    shape = {"d_model": H, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 2, "pad_token_id": 1}
+    config = transformers.BartConfig(vocab_size=V, num_labels=3, dropout=0.0, **shape, **heads)
+    ids = torch.cat((torch.randint(3, V, (2, 5)), torch.full((2, 1), 2)), 1)
+    labels = torch.tensor([0, 2])
+    model = transformers.BartForSequenceClassification(config)
+    with Distiller(model, None, [CrossEntropy()]) as d:
+        got, _ = d({"input_ids": ids, "labels": labels})
+    torch.testing.assert_close(got, F.cross_entropy(model(input_ids=ids).logits, labels))
+    model = transformers.BartForQuestionAnswering(config)
+    with Distiller(model, None, [CrossEntropy()]) as d:
+        got, _ = d({"input_ids": ids, "start_positions": labels, "end_positions": labels + 1})
+    out = model(input_ids=ids)
+    want = (F.cross_entropy(out.start_logits, labels) + F.cross_entropy(out.end_logits, labels + 1)) / 2
+    torch.testing.assert_close(got, want)
+
+
 def test_a_report_of_an_encoder_decoder_model():
     batch = translation()
     inputs = Inputs(kwargs=batch, labels=batch["labels"], mask=batch["attention_mask"].bool())
@@ -443,6 +473,60 @@ def test_a_text_that_is_classified_has_no_mask_of_its_logits():
         got, _ = d(batch)
     z, t = student(**batch).logits, teacher(**batch).logits
     torch.testing.assert_close(got, kdfast.distill_loss(z, t.detach(), temperature=4.0))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "classes", "maps"])
+def test_a_token_mask_of_any_axes(kind):
+    shape = {"tokens": (3, 6), "classes": (3,), "maps": (3, 4, 5)}[kind]
+    z, t, y = torch.randn(*shape, 7), torch.randn(*shape, 7), torch.randint(7, shape)
+    student, teacher = nn.Linear(7, 7), nn.Linear(7, 7)
+    mask = torch.rand(shape) < 0.6
+    mask.flatten()[0] = True
+    with Distiller(student, teacher, [KD()]) as d:
+        want = kdfast.distill_loss(student(z), teacher(z), y, temperature=4.0, alpha=0.9, weights=mask.float())
+        for given in (mask, mask.long(), mask.float()):
+            torch.testing.assert_close(d({"input": z, "labels": y, "token_mask": given})[0], want)
+            torch.testing.assert_close(d.loss(student(z), teacher(z), y, token_mask=given)[0], want)
+        if kind == "tokens":
+            torch.testing.assert_close(d.loss(student(z), teacher(z), y, mask=mask.long())[0], want)
+            inputs = Inputs(args=(z,), labels=y, mask=mask.float())
+            torch.testing.assert_close(d(inputs)[0], want)
+            with pytest.raises(
+                ValueError, match=r"token_mask must have the logits' leading axes \(3, 6\), got \(3, 5\)"
+            ):
+                d({"input": z, "labels": y, "token_mask": mask[:, 1:]})
+            with pytest.raises(ValueError, match=r"weights must have the student's leading axes \(3, 6\), got \(6,\)"):
+                d({"input": z, "attention_mask": mask, "weights": torch.ones(6)})
+    del t
+
+
+def test_positions_that_are_the_same_for_all_rows():
+    student, teacher = Tokens(1), Tokens(2)
+    batch = {"input_ids": torch.randint(1, V, (3, 6)), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    with Distiller(student, teacher, [KD()], causal=True) as d:
+        want, _ = d(batch | {"position_ids": batch["position_ids"].expand(3, 6)})
+        torch.testing.assert_close(d(batch)[0], want)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_one_sequence_without_a_batch(sparse):
+    student, teacher, ids = Tokens(1), Tokens(2), torch.randint(1, V, (6,))
+    with torch.no_grad():
+        taught = teacher(ids)["logits"]
+    targets = kdfast.soft_targets(taught, k=V) if sparse else taught
+    want = kdfast.distill_loss(student(ids)["logits"][:-1], taught[:-1], ids[1:], temperature=1.0, alpha=0.9)
+    with Distiller(student, None if sparse else teacher, [KD(temperature=1.0)], causal=True) as d:
+        got, _ = d({"input_ids": ids, "labels": ids} | ({"targets": targets} if sparse else {}))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_probabilities_of_the_next_token():
+    student, teacher, ids = Tokens(1), Tokens(2), torch.randint(1, V, (3, 6))
+    y = torch.rand(3, 6, V).softmax(-1)
+    with Distiller(student, teacher, [KD(alpha=0.5)], causal=True) as d:
+        got, _ = d({"input_ids": ids, "labels": y})
+    z, t = student(ids)["logits"][:, :-1], teacher(ids)["logits"][:, :-1].detach()
+    torch.testing.assert_close(got, kdfast.distill_loss(z, t, y[:, 1:], temperature=4.0, alpha=0.5))
 
 
 # --- No hard label ----------------------------------------------------------------------------------------------------
@@ -492,6 +576,8 @@ def test_losses_of_labels_drop_what_has_none():
     assert whole.isfinite()
     with pytest.raises(TypeError, match="unlabelled must be a label, an int, or None, got float"):
         Distiller(student, teacher, losses, unlabelled=-1.0)
+    with pytest.raises(ValueError, match="unlabelled must be another label than -100, which drops a token"):
+        Distiller(student, teacher, losses, unlabelled=-100)
 
 
 def test_items_of_class_probabilities():
@@ -536,6 +622,22 @@ def test_start_and_end_of_an_answer():
             mask = padded([torch.ones(len(row), dtype=torch.int64) for row in rows], **{**layout, "fill": 0})
             got, _ = d({"input_ids": padded(rows, **layout), "attention_mask": mask, **answers})
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [DIST, SP, RKD, PKT, CC])
+def test_other_losses_of_spans(loss):
+    config = transformers.BertConfig(
+        vocab_size=V, hidden_size=H, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    student, teacher = (transformers.BertForQuestionAnswering(config).eval() for _ in range(2))
+    rows, found = texts(), []
+    with Distiller(student, teacher, [loss()]) as d:
+        for layout in ({}, {"more": 4, "fill": 3}):
+            mask = padded([torch.ones(len(row), dtype=torch.int64) for row in rows], **{**layout, "fill": 0})
+            found.append(gradients_of(d, student, {"input_ids": padded(rows, **layout), "attention_mask": mask}))
+    for a, b in zip((found[0][0], found[0][2]), (found[1][0], found[1][2]), strict=True):
+        assert bool(a.isfinite().all())
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-7 + 1e-4 * a.abs().max().item())
 
 
 # --- Channels last ----------------------------------------------------------------------------------------------------
@@ -590,7 +692,7 @@ def test_strides_change_nothing():
 
 def test_sequences_that_a_relation_cannot_place():
     student, teacher = Tokens(1), Tokens(2)
-    batch = {"input_ids": torch.randint(1, V, (3, 8)), "token_mask": torch.ones(3, 7)}
+    batch = {"input_ids": torch.randint(1, V, (3, 8)), "attention_mask": torch.ones(3, 7)}
     with (
         Distiller(student, teacher, [SP("embed", "embed")]) as d,
         pytest.raises(ValueError, match=r"SP: the mask is \(3, 7\), and the student's layer \(3, 8, 16\)"),

@@ -128,7 +128,7 @@ def test_wrong_learned_temperatures_are_refused(options, error):
 
 
 def losses():
-    schedule = Cosine(0.0, 1.0, steps=10)
+    schedule = Cosine(0.5, 1.0, steps=10)  # from the first step on, so that theta has moved by the third
     return [KD(temperature=LearnedTemperature(schedule), alpha=Linear(1.0, 0.5, steps=8), weight=WarmUp(2.0, steps=4))]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,10 @@ class Relation(Loss):
             of_source = parse(self.student_layers[0]).of_source
             mask = step.target_mask if step.encoder_decoder and not of_source else step.mask
         else:
-            student, teacher, mask = step.student_logits(), step.teacher_logits(), step.counts
+            # A column that is absent, as of padding in a model of spans, is alike for all samples.
+            logits = (step.student_logits(), step.teacher_logits())
+            student, teacher = (x.masked_fill(x == -math.inf, 0.0) for x in logits)
+            mask = step.counts
         if student.dim() < 1 or teacher.dim() < 1 or student.shape[0] != teacher.shape[0]:
             msg = (
                 f"{type(self).__name__}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be "

@@ -173,9 +173,11 @@ def _terms(
     z, t = (tokens.arithmetic(problem, x).reshape(-1, problem.vocab_size) for x in given)
     tau = tokens.temperature(problem, z)
     p, q = torch.softmax(reference._over(z, tau), -1), torch.softmax(reference._over(t, tau), -1)
-    even = torch.full_like(p[:1], 1 / problem.vocab_size)
-    rows = (by.squeeze(-1) * _distance(p, q, even, 1)).sum() * tau.square()
-    columns = _distance(p, q, by, 0).mean() * tau.square()
+    present = (z != -reference.INF) | (t != -reference.INF)  # columns that only pad are not among those compared
+    even = present / present.sum(1, keepdim=True).clamp(min=1)
+    rows = (by.squeeze(-1) * _distance(p, q, even.to(p.dtype), 1)).sum() * tau.square()
+    anywhere = present.any(0)
+    columns = torch.where(anywhere, _distance(p, q, by, 0), 0.0).sum() / anywhere.sum().clamp(min=1) * tau.square()
 
     def soft(weights: Tensor) -> Tensor:  # of the whole batch, and so of each token by its share
         total = tokens.weighed(beta, rows) + tokens.weighed(gamma, columns)
