@@ -26,7 +26,7 @@ from kdfast.benchmark.machine import Machine
 PYTHON = ".venv/bin/python"
 PYTEST = "OMP_WAIT_POLICY=passive .venv/bin/pytest -n 2"
 #: What pytest ends with.
-TESTS = r"\d+ passed.* in [\d.]+s"
+TESTS = r"\d+ (?:failed|passed).* in [\d.]+s"
 CTEST = r"\d+% tests passed.*"
 GPUS = f'KDFAST_TEST_TARGETS="{" ".join(TARGETS)}"'
 

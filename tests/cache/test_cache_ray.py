@@ -26,8 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray and what it imports
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # which the cluster's processes inherit
+        patch.chdir(tmp_path_factory.mktemp("driver"))  # Ray lets them import from here, and the sources are not built
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", HERE, prepend=os.pathsep)
         ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

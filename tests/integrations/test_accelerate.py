@@ -8,13 +8,13 @@ import os
 import pytest
 import ranks
 import torch
-import torch.nn.functional as F
 from machine import DEVICE, INTERPRETING, VARIANTS
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
-import transformers
+
+from tiny_llama import V, by_hand, model_of
 
 from kdfast import Distiller
 from kdfast.integrations.huggingface import head_of
@@ -25,30 +25,6 @@ pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
     pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to Accelerate"),
 ]
-
-V = 97
-
-
-def model_of(seed):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    return model
-
-
-def by_hand(student, teacher, ids):
-    z, t = student(input_ids=ids).logits[:, :-1], teacher(input_ids=ids).logits[:, :-1].detach()
-    p, q = F.log_softmax(z / 2, -1), F.log_softmax(t / 2, -1)
-    return 0.6 * 4 * (q.exp() * (q - p)).sum(-1).mean() + 0.4 * F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def accelerated_equals_one(rank, world, kind, precision):

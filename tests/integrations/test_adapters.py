@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import ranks
 import torch
-import torch.nn.functional as F
 from machine import INTERPRETING, VARIANTS
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,7 +14,7 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 import peft
-import transformers
+from tiny_llama import V, by_hand, model_of
 
 from kdfast import Distiller
 from kdfast.integrations.huggingface import WithoutAdapters, head_of
@@ -28,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of transformers and PEFT
 ]
 
-V = 97
 ADAPTED = {
     "body": {"target_modules": ["q_proj", "v_proj"]},
     "head apart": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
@@ -37,20 +34,7 @@ ADAPTED = {
 
 
 def base():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        attention_dropout=0.3,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    return model
+    return model_of(0, attention_dropout=0.3)  # so that a mode that is wrong is seen
 
 
 def adapted(kind):
@@ -64,14 +48,6 @@ def adapted(kind):
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     return model
-
-
-def by_hand(student, teacher, ids):
-    z = student(input_ids=ids).logits[:, :-1]
-    with torch.no_grad():
-        t = teacher(input_ids=ids).logits[:, :-1]
-    p, q = F.log_softmax(z / 2, -1), F.log_softmax(t / 2, -1)
-    return 0.6 * 4 * (q.exp() * (q - p)).sum(-1).mean() + 0.4 * F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def gradients(model):
@@ -131,7 +107,7 @@ def ddp_equals_one(rank, world):
 
 
 def test_two_processes_equal_one(tmp_path):
-    ranks.run([functools.partial(ddp_equals_one)], 2, tmp_path)
+    ranks.run([ddp_equals_one], 2, tmp_path)
 
 
 def test_copies_have_adapters_of_their_own():
@@ -139,5 +115,10 @@ def test_copies_have_adapters_of_their_own():
     own = WithoutAdapters(student)
     twin = copy.deepcopy(own)
     ids = torch.randint(V, (2, 5))
-    torch.testing.assert_close(twin(input_ids=ids).logits, base().eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        twin(input_ids=ids).logits,
+        base().eval()(input_ids=ids).logits,
+        rtol=1e-4,
+        atol=1e-4,
+    )
     assert not torch.allclose(student(input_ids=ids).logits, own(input_ids=ids).logits, atol=1e-2)

@@ -8,13 +8,13 @@ import os
 import pytest
 import ranks
 import torch
-import torch.nn.functional as F
 from machine import DEVICE, INTERPRETING, VARIANTS
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
-import transformers
+
+from tiny_llama import V, by_hand, model_of
 
 from kdfast import Distiller
 from kdfast.integrations.huggingface import head_of
@@ -25,25 +25,6 @@ pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
     pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to DeepSpeed"),
 ]
-
-V, H = 97, 16
-
-
-def model_of(seed, tied):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=H,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    return model
 
 
 def engine_of(model, stage):
@@ -60,12 +41,6 @@ def engine_of(model, stage):
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
-def by_hand(student, teacher, ids):
-    z, t = student(input_ids=ids).logits[:, :-1], teacher(input_ids=ids).logits[:, :-1].detach()
-    p, q = F.log_softmax(z / 2, -1), F.log_softmax(t / 2, -1)
-    return 0.6 * 4 * (q.exp() * (q - p)).sum(-1).mean() + 0.4 * F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten())
-
-
 def zero_equals_one(rank, world, stage, tied):
     """Two steps of the whole batch on one process."""
     import deepspeed
@@ -73,7 +48,7 @@ def zero_equals_one(rank, world, stage, tied):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     generator = torch.Generator().manual_seed(5)
     batches = [torch.randint(V, (2 * world, 8), generator=generator) for _ in range(2)]
-    whole, teacher = model_of(0, tied), model_of(1, tied).eval()
+    whole, teacher = model_of(0, tie_word_embeddings=tied), model_of(1, tie_word_embeddings=tied).eval()
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
     want = []
     for ids in batches:
@@ -82,7 +57,7 @@ def zero_equals_one(rank, world, stage, tied):
         loss.backward()
         optimizer.step()
         want.append(loss.detach())
-    model, theirs = model_of(0, tied), model_of(1, tied)
+    model, theirs = model_of(0, tie_word_embeddings=tied), model_of(1, tie_word_embeddings=tied)
     head, teacher_head = head_of(model), head_of(theirs)
     engine, teacher = engine_of(model, stage), engine_of(theirs, stage)
     losses = [KD(temperature=2.0, alpha=0.6), FitNet("model.layers.*", "model.layers.*", weight=0.0)]
