@@ -349,7 +349,13 @@ class Distiller:
         return self._captures
 
     @property
-    def _prepared(self) -> bool:
+    def entered(self) -> bool:
+        """Whether this is inside the context."""
+        return self._captures is not None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the losses have all their parameters."""
         return all(loss.prepared for loss in self.losses.values())
 
     def _require_prepared(self) -> None:
@@ -361,9 +367,9 @@ class Distiller:
     def _synchronise(self) -> None:
         """Keeps the losses' parameters equal on all ranks, from the first moment at which a wrapper is to be seen."""
         parameters = [p for p in self._extra.parameters() if p.requires_grad]
-        if not self._groups and (parameters or self.head is not None or not self._prepared):
+        if not self._groups and (parameters or self.head is not None or not self.prepared):
             self._groups = data_parallel_groups(self.student)
-        if self._average is None and parameters and self._groups and self._prepared:
+        if self._average is None and parameters and self._groups and self.prepared:
             self._average = GradientAverage(self._groups, parameters)
 
     def _made(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:

@@ -143,6 +143,37 @@ def within_text(logits: Any, raw: Any, tokens: Tensor | None) -> Any:
     return logits.masked_fill(~tokens.to(logits.device)[:, None, :], -math.inf)
 
 
+def count_items(inputs: Inputs, *, causal: bool, two_sided: bool, unlabelled: int | None = None) -> Tensor:
+    """How much of a batch counts, 0-d, before a model has seen it: what ``num_items`` is a sum of.
+
+    Positions, or their weights, with a label that is not -100; without labels those that are tokens'; examples where
+    there is nothing of tokens.
+
+    Args:
+        inputs: the batch.
+        causal: logits at position i are compared with the label at i + 1.
+        two_sided: of an encoder-decoder model.
+        unlabelled: see :class:`kdfast.Distiller`.
+    """
+    labels, tokens = inputs.labels, tokens_of_logits(inputs, two_sided=two_sided)
+    whole = labels is not None and labels.is_floating_point()
+    named = inputs.kwargs.get("decoder_input_ids" if two_sided else "input_ids")
+    of = labels if labels is not None else next((x for x in (tokens, inputs.weights, named) if x is not None), None)
+    if of is None:
+        given = (*inputs.args, *inputs.kwargs.values())
+        of = next(x for x in given if isinstance(x, Tensor))[:, ...].flatten(1)[:, 0]
+    places = of.shape[:-1] if whole else of.shape
+    document = None if two_sided else documents(inputs.positions)
+    counts = predicting(places, tokens, document, causal=causal, device=of.device)
+    kept = torch.ones(places, dtype=torch.bool, device=of.device)
+    if labels is not None and not whole:
+        kept = labels != IGNORED
+    amount = kept if inputs.weights is None else kept * inputs.weights
+    if causal and len(places) == 2:
+        amount = torch.nn.functional.pad(amount[:, 1:], (0, 1))
+    return (amount if counts is None else torch.where(counts, amount, 0)).sum()
+
+
 def placed(targets: Any, tokens: Tensor | None) -> Any:
     """Stored targets, whose row i is of a sample's token i, at the positions that the tokens have in the batch.
 
