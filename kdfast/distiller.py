@@ -19,7 +19,7 @@ from kdfast.methods.gate import gated_outputs, nothing_of
 from kdfast.methods.layers import Capture, parse, unwrapped
 from kdfast.methods.loss import Loss, LossLike, as_loss, named
 from kdfast.methods.modes import Quiet
-from kdfast.methods.positions import arguments, encoder_decoder, placed
+from kdfast.methods.positions import arguments, count_items, encoder_decoder, placed
 from kdfast.methods.projection import Projection
 from kdfast.methods.router import router_loss
 from kdfast.methods.schedule import value
@@ -339,6 +339,22 @@ class Distiller:
         found = self._objective(self._aligned(student, tuple(taught), inputs), num_items)
         self._count()
         return found
+
+    def count_items(self, batch: Any) -> Tensor:
+        """How much of a batch counts, before a model has seen it: ``num_items`` is the sum over a step's batches.
+
+        Positions, or their weights, with a label that is not -100; without labels those that are tokens'; examples
+        where there are no tokens. Which positions count is said in :mod:`kdfast.methods.positions`.
+
+        Args:
+            batch: as for a call.
+
+        Returns:
+            0-d, where the batch is.
+        """
+        inputs = self.split(batch)
+        two_sided = encoder_decoder(self.student, inputs)
+        return count_items(inputs, causal=self.causal, two_sided=two_sided, unlabelled=self.unlabelled)
 
     # --- Parts --------------------------------------------------------------------------------------------------------
 

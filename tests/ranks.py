@@ -50,6 +50,9 @@ def worker(rank, world, store, files, checks, interpreting):
         import interpreter
 
         interpreter.mend()
+    # As torchrun has it, for libraries that look at it; the group is there already when they do.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=datetime.timedelta(minutes=5)

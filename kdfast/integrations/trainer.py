@@ -1,147 +1,251 @@
-"""Distillation inside ``transformers.Trainer`` and what derives from it: ``DistillTrainer``, ``DistillTrainerMixin``."""
+"""Distillation inside ``transformers.Trainer`` and what derives from it."""
 
 from __future__ import annotations
 
+import glob
 import os
-from collections import defaultdict
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from kdfast.cache.dataset import collate
+from kdfast.cache.reader import Reader
 from kdfast.distiller import Distiller, Teacher
-from kdfast.integrations.huggingface import head_of
+from kdfast.integrations.collator import OWN, Collator
+from kdfast.integrations.huggingface import WithoutAdapters, head_of
+from kdfast.integrations.means import Means
+from kdfast.integrations.own_optimizer import OwnOptimizer
 from kdfast.methods import KD
-from kdfast.methods.batch import FIELDS, split_batch
+from kdfast.methods.batch import FIELDS, Inputs, split_batch
 from kdfast.methods.layers import unwrapped
 from kdfast.methods.loss import LossLike
-from kdfast.methods.positions import count_items, encoder_decoder
+from kdfast.methods.positions import arguments, encoder_decoder
 from kdfast.methods.projection import Projection
+from kdfast.methods.step import IGNORED
 
-#: Of a checkpoint's folder, with the rank.
+#: The first version whose trainer counts a step's items before its forward passes and leaves the division to the loss.
+OLDEST = (4, 50)
+#: In a checkpoint's folder, one a rank.
 STATE = "distiller-{rank}.pt"
-#: Fields of a sample that no collator of a trainer knows.
-_OWN = ("targets", "id", "index", "weights", "token_mask")
-#: What terms are called in the logs of TRL's trainers.
-_CALLED = {"accuracy": "mean_token_accuracy", "student_entropy": "entropy"}
+
+#: One teacher or several, or a function that makes it of the trainer's student.
+Given: TypeAlias = Teacher | Sequence[Teacher] | Callable[[nn.Module], Teacher]
 
 
 class DistillTrainerMixin:
     """A trainer whose objective is a Distiller's: ``class MyTrainer(DistillTrainerMixin, SFTTrainer): pass``.
 
-    Everything else is the trainer's own: data, collators, wrappers, callbacks, checkpoints. What this changes:
+    For ``transformers.Trainer``, ``Seq2SeqTrainer``, TRL's ``SFTTrainer`` and what derives from them. Data, collators,
+    wrappers, callbacks and checkpoints stay the trainer's own. What is another:
 
-    * ``compute_loss`` is the objective of ``losses``, computed inside the wrapped forward pass where there is a head.
-    * The denominator is the number of positions that count (:mod:`kdfast.methods.positions`) in all micro-batches of
-      all ranks, for every model.
-    * The losses' own parameters have an optimizer of the trainer's kind and learning rate, and are clipped, stepped,
-      zeroed, saved and resumed with the student's.
-    * Columns for the losses stay in the data set, and are collated beside the others.
-    * Terms are logged as means since the last log, in training and, after ``eval_``, in evaluation.
+    * The loss is the objective of ``losses``, computed inside the wrapped forward pass where there is a head. Neither
+      ``labels`` nor ``num_items_in_batch`` are passed to the student, which computes no loss itself.
+    * It is the sum over all positions that count (:mod:`kdfast.methods.positions`) of an optimizer step, in all its
+      micro-batches and on all ranks, over their number: whatever the model, ``gradient_accumulation_steps``,
+      ``average_tokens_across_devices`` and the lengths of the samples.
+    * The losses' own parameters have an optimizer of their own (:meth:`create_own_optimizer`), and are saved and
+      resumed with each checkpoint; a resumed run is the uninterrupted one, bit for bit.
+    * The columns ``targets`` (:class:`kdfast.cache.Dataset`), ``id`` (with a :class:`kdfast.cache.Reader` as the
+      teacher), ``weights``, ``token_mask`` and ``index`` stay in the data set.
+    * Each term of the losses is logged, as ``kd.soft``: its mean since the last log over all that counts on all ranks,
+      with ``entropy`` (nats), ``mean_token_accuracy`` and ``num_tokens``; ``eval_kd.soft`` and so on in evaluation,
+      where ``eval_loss`` is the mean over all that counts, too, and each sample counts once.
 
     Args:
         args: of the trainer.
-        teacher: as for :class:`kdfast.Distiller`; None with a data set of :class:`kdfast.cache.Dataset`.
-        losses: as for :class:`kdfast.Distiller`; None: KD at temperature 1, half of it on the labels, with metrics.
-        head: whether the student's logits are never made; a :class:`kdfast.methods.Projection`; None: where the model
-            has an output embedding.
-        teacher_head: likewise of a teacher that is a model.
-        causal: logits at position i are compared with the label at i + 1; None: by the model's class.
+        teacher: as for :class:`kdfast.Distiller`, or a function of the student that the trainer has made, such as
+            :class:`kdfast.integrations.huggingface.WithoutAdapters`; None where the samples have ``targets``. A model
+            is moved to the trainer's device, but for one that is dispatched, quantised or sharded already.
+        losses: as for :class:`kdfast.Distiller`; None: ``KD(temperature=1.0, alpha=0.5, return_metrics=True)``.
+        head: the student's output projection, so that its logits are never made; True: that of the model; False: the
+            model's own logits; None: True where the model has an output embedding.
+        teacher_head: likewise of the teachers.
+        causal: logits at position i are compared with the label at i + 1; None: where the model is a causal language
+            model of transformers.
         unlabelled: as for :class:`kdfast.Distiller`.
         kwargs: of the trainer.
 
+    Attributes:
+        distiller: the :class:`kdfast.Distiller`.
+
     Raises:
-        ValueError: as :class:`kdfast.Distiller` and :func:`kdfast.integrations.huggingface.head_of`; label smoothing by
-            the trainer, or parallelism over the sequence.
+        ValueError: as :class:`kdfast.Distiller` and :func:`kdfast.integrations.huggingface.head_of`; options of the
+            trainer that say what the loss is (``compute_loss_func``, ``label_smoothing_factor``, ``loss_type``);
+            tensor, context or sequence parallelism; ``model_init``; fp16 of DeepSpeed beside losses with parameters.
+        ImportError: a transformers older than 4.50.
+
+    Example:
+        >>> from kdfast.integrations.trainer import DistillTrainer
+        >>> trainer = DistillTrainer(student, args, teacher=teacher, train_dataset=data)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     model: Any
     args: Any
     accelerator: Any
     data_collator: Any
+    _signature_columns: Any
 
     def __init__(
         self,
         *args: Any,
-        teacher: Teacher | Sequence[Teacher] | None = None,
+        teacher: Given | None = None,
         losses: Sequence[LossLike] | None = None,
         head: bool | Projection | None = None,
-        teacher_head: bool | Projection | None = None,
+        teacher_head: bool | Projection | Sequence[Projection | None] | None = None,
         causal: bool | None = None,
         unlabelled: int | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_version()
         super().__init__(*args, **kwargs)
         self._refuse()
-        if isinstance(teacher, nn.Module) and not hasattr(teacher, "hf_device_map"):
-            teacher.to(self.args.device)
+        if callable(teacher) and not isinstance(teacher, nn.Module):
+            teacher = teacher(self.model)
+        several = isinstance(teacher, (list, tuple))
+        teachers: list[Any] = list(teacher) if several else [] if teacher is None else [teacher]  # type: ignore[arg-type]
+        for one in teachers:
+            if isinstance(one, nn.Module) and not _placed(one):
+                one.to(self.args.device)
+        given_heads = teacher_head if isinstance(teacher_head, (list, tuple)) else [teacher_head] * len(teachers)
         self.distiller = Distiller(
             self.model,
-            teacher,
+            teachers,
             [KD(temperature=1.0, alpha=0.5, return_metrics=True)] if losses is None else losses,
-            causal=_shifts(self.model) if causal is None else causal,
+            causal=_is_causal(self.model) if causal is None else causal,
             unlabelled=unlabelled,
-            head=_head(self.model, head),
-            teacher_head=_head(teacher, teacher_head) if isinstance(teacher, nn.Module) else None,
+            head=_head("head", self.model, head),
+            teacher_head=[_head("teacher_head", *pair) for pair in zip(teachers, given_heads, strict=True)] or None,
             accumulation_steps=self.args.gradient_accumulation_steps,
         )
         self.data_collator = Collator(self.data_collator)
-        # The objective has its denominator: neither the accumulation's steps nor the ranks divide it again.
+        # The objective has its denominator: the trainer divides by neither the accumulation's steps nor the ranks.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._sums: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._num_tokens = 0.0
-        self._own: Any = None  # the optimizer of the losses' parameters
+        self._means = {"train": Means(), "eval": Means()}
+        self._num_tokens = torch.zeros((), dtype=torch.int64)
+        self._own = OwnOptimizer(self)
         self._resumed: dict[str, Any] | None = None
-        self.add_callback(_Steps(self))  # type: ignore[attr-defined]
+        self.add_callback(self._own)  # type: ignore[attr-defined]
+
+    def create_own_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of the losses' own parameters: of the kind that ``args.optim`` names. To be overridden.
+
+        Args:
+            parameters: of projectors, learned temperatures and so on.
+        """
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)  # type: ignore[attr-defined]
+        made: torch.optim.Optimizer = kind(parameters, **{"weight_decay": self.args.weight_decay, **options})
+        return made
 
     # --- What the trainer calls ---------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; afterwards the models are without hooks again."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._leave()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of a step, and the positions that count in them on all ranks, over the ranks."""
         samples, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         device = self.args.device
-        total = torch.zeros((), device=device)
+        found = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         for batch in samples:
-            total = total + self._count(batch).to(device)
-        if self.args.world_size > 1:
-            total = self.accelerator.gather(total[None]).sum()
-        self._num_tokens += float(total)
-        return samples, total.clamp(min=1) / self.accelerator.num_processes
+            found[0] += self.distiller.count_items(batch).to(found)
+            found[1] += _input_tokens(batch)
+        counted, tokens = self._total(found)
+        self._num_tokens += tokens.to("cpu", torch.int64)
+        # A gradient is averaged over the ranks afterwards.
+        return samples, counted.to(device, torch.float32).clamp(min=1) / self.args.world_size
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective; in evaluation the mean of the batch."""
-        d = self._entered(model)
+        """The objective: of a step's share in training, the mean of the batch in evaluation.
+
+        ``return_outputs`` gives what the student returns, too, of another forward pass where there is a head.
+        """
         inputs = {name: _moved(value, self.args.device) for name, value in inputs.items()}
-        inputs.setdefault("use_cache", False)
-        if not d.prepared:
-            self._make(inputs)
+        if hasattr(getattr(self.model, "config", None), "use_cache"):
+            inputs["use_cache"] = False  # keys and values that nobody asks for again
         training = torch.is_grad_enabled()
-        loss, terms = d(inputs, num_items=num_items_in_batch if training else None)
-        self._keep("train" if training else "eval", terms, self._count(inputs))
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+        with self.accelerator.autocast():  # of the teacher, which the accelerator has not wrapped
+            d = self._entered(model)
+            self._make_ready(inputs)
+            seen: list[Any] = []
+            hook = model.register_forward_hook(lambda module, args, out: seen.append(out))
+            try:
+                loss, terms = d(inputs, num_items=num_items_in_batch if training else None)
+            finally:
+                hook.remove()
+            self._means["train" if training else "eval"].add(terms, d.count_items(inputs).to(loss.device))
+            if not return_outputs:
+                return loss
+            if d.head is None:
+                return loss, seen[0]
+            split = split_batch(inputs)
+            with torch.no_grad():
+                return loss, model(*split.args, **arguments(model, split, d.unlabelled))
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **generation: Any,
+    ) -> tuple[Tensor, Any, Any]:
+        """The objective of one batch, with labels or without; logits, or generated tokens, where they are asked for."""
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            generate = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
+            wanted = not (prediction_loss_only or generate)
+            found = self.compute_loss(model, self._without_repeats(inputs), return_outputs=wanted)
+            loss, outputs = found if wanted else (found, None)
+        if prediction_loss_only:
+            return loss, None, None
+        if generate:
+            theirs = {name: value for name, value in inputs.items() if name not in OWN}
+            _, predicted, labels = super().prediction_step(  # type: ignore[misc]
+                model, theirs, prediction_loss_only, ignore_keys=ignore_keys, **generation
+            )
+            return loss, predicted, labels
+        if ignore_keys is None:
+            ignore_keys = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", [])
+        names = self.label_names  # type: ignore[attr-defined]
+        labels = tuple(inputs.get(name) for name in names)
+        logits = (
+            tuple(value for name, value in outputs.items() if name not in (*ignore_keys, "loss"))
+            if isinstance(outputs, Mapping)
+            else outputs
+        )
+        return loss, _one_or_all(logits), None if any(one is None for one in labels) else _one_or_all(labels)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's, with the terms' means among the metrics."""
+        training, means = self.distiller.entered, self._means["eval"]
+        means.clear()
+        try:
+            output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if not training:
+                self._leave()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": mean for name, mean in means.take(self._total).items()})
+        output.metrics[f"{prefix}_num_tokens"] = int(self._num_tokens)
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs, and the means of the terms since the last time."""
-        evaluation = any(name.startswith("eval_") for name in logs)
-        sums = self._sums["eval" if evaluation else "train"]
-        if sums:
-            counted = torch.stack(sums.pop("")).sum()
-            names = sorted(sums)
-            found = torch.stack([counted, *(torch.stack(sums[name]).sum() for name in names)])
-            if self.args.world_size > 1:
-                found = self.accelerator.gather(found[None]).sum(0)
-            means = (found[1:] / found[0].clamp(min=1e-9)).tolist()
-            prefix = "eval_" if evaluation else ""
-            logs |= {prefix + name: mean for name, mean in zip(names, means, strict=True)}
-            if not evaluation:
-                logs["num_tokens"] = self._num_tokens
-            sums.clear()
+        """Logs, in training with the means of the terms since the last time."""
+        if "loss" in logs:
+            terms = self._means["train"].take(self._total)
+            logs |= {name: mean for name, mean in terms.items() if name != "loss"}
+            logs["num_tokens"] = int(self._num_tokens)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -149,153 +253,190 @@ class DistillTrainerMixin:
         columns = self._signature_columns
         self._signature_columns = [*columns, *(name for name in FIELDS if name not in columns)]
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        if self.distiller.prepared:
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+        if not self.args.save_only_model:
             step = self.state.global_step  # type: ignore[attr-defined]
             folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{step}")  # type: ignore[attr-defined]
-            own = None if self._own is None else self._own.state_dict()
-            state = {"distiller": self.distiller.state_dict(), "optimizer": own, "num_tokens": self._num_tokens}
+            os.makedirs(folder, exist_ok=True)
+            state = {
+                "distiller": self.distiller.state_dict(),
+                "optimizer": self._own.state_dict(),
+                "num_tokens": self._num_tokens,
+            }
             torch.save(state, os.path.join(folder, STATE.format(rank=self.args.process_index)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        file = None if checkpoint is None else os.path.join(checkpoint, STATE.format(rank=self.args.process_index))
-        if file is not None and os.path.exists(file):
-            self._resumed = torch.load(file, map_location="cpu", weights_only=True)
+        if checkpoint is None:
+            return
+        file = os.path.join(checkpoint, STATE.format(rank=self.args.process_index))
+        if not os.path.exists(file):
+            others = sorted(glob.glob(os.path.join(glob.escape(checkpoint), STATE.format(rank="*"))))
+            what = f"rank {self.args.process_index} takes that of {others[0]}" if others else "they begin anew"
+            msg = f"{file} is not there, with the losses' state (parameters, schedules' step) of this rank: {what}"
+            warnings.warn(msg, stacklevel=2)
+            if not others:
+                return
+            file = others[0]
+        self._resumed = torch.load(file, map_location="cpu", weights_only=True)
 
     # --- Parts --------------------------------------------------------------------------------------------------------
 
     def _refuse(self) -> None:
-        if self.args.label_smoothing_factor:
-            msg = "label_smoothing_factor has no say here: give KD(label_smoothing=...) or CrossEntropy(label_smoothing=...)"
+        options = {
+            "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
+            "label_smoothing_factor": bool(self.args.label_smoothing_factor),
+            "loss_type": getattr(self.args, "loss_type", "nll") != "nll",
+        }
+        for name, given in options.items():
+            if given:
+                msg = f"{name} has no say here, the losses are a Distiller's: losses=[KD(label_smoothing=...), ...]"
+                raise ValueError(msg)
+        if getattr(self, "model_init", None) is not None:
+            msg = "model_init makes another student than the one that head and losses are of: give model"
             raise ValueError(msg)
         parallel = getattr(self.accelerator, "parallelism_config", None)
-        for kind in ("cp", "sp"):
+        for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
             if parallel is not None and getattr(parallel, f"{kind}_enabled", False):
-                msg = f"{kind}_size > 1: parts of a sequence on several ranks are not served; shard the model or the batch"
+                msg = f"{name} parallelism ({kind}_size > 1) is not served: shard the parameters, by FSDP or ZeRO"
                 raise ValueError(msg)
 
     def _entered(self, model: nn.Module) -> Distiller:
+        """The Distiller, inside its context, of the model as it is wrapped now: in evaluation it may not be."""
         d = self.distiller
         if d.student is not model:
-            if d.entered:
-                d.__exit__(None, None, None)
+            self._leave()
+            for teacher in d.teachers:
+                if isinstance(teacher, WithoutAdapters) and unwrapped(teacher.student) is unwrapped(model):
+                    teacher.student = model
             d.student = model
         if not d.entered:
             d.__enter__()
         return d
 
-    def _make(self, inputs: Mapping[str, Any]) -> None:
+    def _leave(self) -> None:
+        if self.distiller.entered:
+            self.distiller.__exit__(None, None, None)
+
+    def _make_ready(self, inputs: Mapping[str, Any]) -> None:
         """The losses' parameters, of the first batch, and their optimizer; what was resumed goes in."""
-        d = self.distiller
-        with torch.random.fork_rng():  # a run that is resumed makes them too, and must go on with the same numbers
-            torch.manual_seed(self.args.seed)
-            d.prepare(inputs)
-        parameters = [p for p in d.parameters() if p.requires_grad]
-        if parameters:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)  # type: ignore[attr-defined]
-            self._own = self.accelerator.prepare_optimizer(kind(parameters, **options))
+        d, own = self.distiller, self._own
+        if not d.prepared:
+            device = self.args.device
+            # A run that is resumed makes them too, and must go on with the same numbers.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(self.args.seed)
+                d.prepare(inputs)
+        if own.optimizer is None:
+            parameters = [p for p in d.parameters() if p.requires_grad]
+            if parameters and self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16":  # type: ignore[attr-defined]
+                msg = "DeepSpeed scales fp16 gradients by a factor that the losses' own parameters never see: use bf16"
+                raise ValueError(msg)
+            own.optimizer = self.create_own_optimizer(parameters) if parameters else None
         if self._resumed is not None:
             d.load_state_dict(self._resumed["distiller"])
-            if self._own is not None:
-                self._own.load_state_dict(self._resumed["optimizer"])
+            own.load_state_dict(self._resumed["optimizer"])
             self._num_tokens, self._resumed = self._resumed["num_tokens"], None
 
-    def _count(self, batch: Any) -> Tensor:
-        inputs = split_batch(batch)
-        two_sided = encoder_decoder(self.model, inputs)
-        return count_items(
-            inputs, causal=self.distiller.causal, two_sided=two_sided, unlabelled=self.distiller.unlabelled
+    def _total(self, value: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.args.world_size == 1:
+            return value
+        total: Tensor = self.accelerator.reduce(value.to(self.args.device), reduction="sum")
+        return total
+
+    def _without_repeats(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch of evaluation in which no sample counts that stands there again to fill the ranks' last batches."""
+        state = self.accelerator.gradient_state
+        split = split_batch(inputs)
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        tensors = [x for x in (split.labels, *split.kwargs.values(), *split.args) if isinstance(x, Tensor)]
+        rows = len(tensors[0])
+        kept = torch.arange(rows, device=tensors[0].device) + rows * self.args.process_index < state.remainder
+        labels = split.labels
+        if labels is not None and not labels.is_floating_point():
+            by = kept.view(-1, *[1] * (labels.dim() - 1))
+            names = [name for name in ("labels", "start_positions", "end_positions") if inputs.get(name) is not None]
+            return {**inputs, **{name: _filled(inputs[name], by, labels) for name in names}}
+        tokens = split.decoder_mask if encoder_decoder(self.model, split) else split.mask
+        if tokens is not None and labels is None:
+            return {**inputs, "token_mask": (tokens if split.token_mask is None else split.token_mask) & kept[:, None]}
+        weights = (
+            kept.float() if split.weights is None else split.weights * kept.view(-1, *[1] * (split.weights.dim() - 1))
         )
-
-    def _keep(self, mode: str, terms: Mapping[str, Tensor], count: Tensor) -> None:
-        sums = self._sums[mode]
-        weight = count.float().to(self.args.device)
-        sums[""].append(weight)
-        for name, term in terms.items():
-            if name != "loss":
-                name = _CALLED.get(name.rpartition(".")[2], name)  # noqa: PLW2901
-                sums[name].append(term.float().to(weight.device) * weight)
+        return {**inputs, "weights": weights}
 
 
-class DistillTrainer(DistillTrainerMixin, transformers.Trainer):
+class DistillTrainer(DistillTrainerMixin, transformers.Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` with a teacher, see :class:`DistillTrainerMixin`."""
 
 
-class Collator:
-    """A trainer's collator, beside which the columns for the losses are collated.
-
-    Targets of a cache are stacked with the rows of each sample first; the Distiller puts them where the batch's tokens
-    are, whichever side is padded.
-
-    Args:
-        collator: of the trainer.
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        self.collator = collator
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.collator, name)
-
-    def __call__(self, features: list[Any]) -> Any:
-        own = {name: [f[name] for f in features] for name in _OWN if isinstance(features[0], Mapping) and name in features[0]}
-        rest = [{k: v for k, v in f.items() if k not in own} for f in features] if own else features
-        batch = self.collator(rest)
-        for name, values in own.items():
-            if name == "targets":
-                batch[name] = collate([{"targets": one} for one in values])["targets"]
-            elif name == "id":
-                batch[name] = values
-            else:
-                batch[name] = torch.as_tensor(values)
-        return batch
+def _check_version() -> None:
+    version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
+    if version < OLDEST:
+        needed = ".".join(str(x) for x in OLDEST)
+        msg = f"DistillTrainer needs transformers {needed} or newer, this is {transformers.__version__}"
+        raise ImportError(msg)
 
 
-class _Steps(transformers.TrainerCallback):
-    """Steps of the losses' own parameters, beside the trainer's."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        own = self.trainer._own
-        if own is not None and args.max_grad_norm:
-            parameters = [p for group in own.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        own = self.trainer._own
-        if own is not None:
-            for group in own.param_groups:
-                group["lr"] = self.trainer._get_learning_rate()
-            own.step()
-            own.zero_grad()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.distiller.entered:
-            self.trainer.distiller.__exit__(None, None, None)
-
-
-def _shifts(model: nn.Module) -> bool:
+def _is_causal(model: nn.Module) -> bool:
     """Whether a model's logits at position i are of token i + 1: a causal language model's are."""
     inner: Any = unwrapped(model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    causal = {*transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-    images = {*transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    two_sided = bool(getattr(inner.config, "is_encoder_decoder", False))
-    return not two_sided and any(kind.__name__ in causal | images for kind in type(inner).__mro__)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return False
+    auto = transformers.models.auto.modeling_auto
+    names = {
+        *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+    }
+    kinds = [kind.__name__ for kind in type(inner).__mro__]
+    return any(kind in names or kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
 
 
-def _head(model: Any, given: bool | Projection | None) -> Projection | None:
+def _head(option: str, model: Any, given: bool | Projection | None) -> Projection | None:
     if isinstance(given, Projection):
         return given
+    if given is False or isinstance(model, Reader):
+        return None
     inner: Any = unwrapped(model)
     there = hasattr(inner, "get_output_embeddings") and inner.get_output_embeddings() is not None
-    if given or (given is None and there):
+    if given is None and not there and not isinstance(inner, WithoutAdapters):
+        return None
+    try:
         return head_of(model)
-    return None
+    except ValueError as error:
+        msg = f"{error} ({option}=False takes the model's own logits)"
+        raise ValueError(msg) from error
+
+
+def _placed(teacher: nn.Module) -> bool:
+    """Whether a teacher's modules are where they are to be: dispatched, quantised or sharded, or the student's own."""
+    inner: Any = unwrapped(teacher)
+    if hasattr(inner, "hf_device_map") or getattr(inner, "quantization_method", None) is not None:
+        return True
+    if isinstance(inner, WithoutAdapters):
+        return True
+    return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in teacher.parameters())
+
+
+def _input_tokens(batch: Any) -> int | Tensor:
+    """How many tokens a batch's input has without padding; 0 where it has none."""
+    inputs: Inputs = split_batch(batch)
+    if inputs.mask is not None:
+        return inputs.mask.sum()
+    ids = inputs.kwargs.get("input_ids")
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+def _filled(value: Tensor, kept: Tensor, labels: Tensor) -> Tensor:
+    return value.masked_fill(~(kept if value.dim() == labels.dim() else kept.flatten()), IGNORED)
+
+
+def _one_or_all(values: Any) -> Any:
+    return values[0] if isinstance(values, (tuple, list)) and len(values) == 1 else values
 
 
 def _moved(value: Any, device: torch.device) -> Any:

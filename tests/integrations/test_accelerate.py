@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import pytest
 import ranks
@@ -30,9 +29,6 @@ pytestmark = [
 def accelerated_equals_one(rank, world, kind, precision):
     import accelerate
 
-    # What torchrun says; the group is there already, and nothing listens at the address.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     generator = torch.Generator().manual_seed(5)
     batches = [torch.randint(V, (2 * world, 8), generator=generator) for _ in range(2)]
     whole, teacher = model_of(0), model_of(1).eval()

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import pytest
 import ranks
 import torch
-import torch.nn.functional as F
 from machine import DEVICE, INTERPRETING, VARIANTS
-from torch import nn
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
-import transformers
+import accelerate
 from tiny_llama import V, model_of
+from trainers import CLIP, LR, Ordered, arguments, causal, close, collate, rows, steps_by_hand
 
 import kdfast
 from kdfast import cache
 from kdfast.integrations.trainer import DistillTrainer
-from kdfast.methods import KD, CrossEntropy, FitNet
+from kdfast.methods import KD, FitNet, LearnedTemperature, Linear
 
 pytestmark = [
     pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
@@ -29,86 +27,6 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to a trainer"),
     pytest.mark.filterwarnings("ignore"),  # of transformers
 ]
-
-LR, CLIP = 0.05, 1.0
-
-
-def rows(n=8, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 9, (n,), generator=generator).tolist()
-    ids = [torch.randint(3, V, (length,), generator=generator).tolist() for length in lengths]
-    return [{"input_ids": one, "labels": [-100, *one[1:]], "attention_mask": [1] * len(one)} for one in ids]
-
-
-def collate(features):
-    longest = max(len(f["input_ids"]) for f in features)
-    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-    return {k: torch.tensor([f[k] + [v] * (longest - len(f[k])) for f in features]) for k, v in fill.items()}
-
-
-def arguments(folder, **options):
-    given = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": LR,
-        "max_grad_norm": CLIP,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "num_train_epochs": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "data_seed": 1,
-        "seed": 1,
-        **options,
-    }
-    return transformers.TrainingArguments(**given)
-
-
-class InOrder:
-    """The trainer's data in the order of the list."""
-
-    def _get_train_sampler(self, *args):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
-class Ordered(InOrder, DistillTrainer):
-    pass
-
-
-def objective(student, teacher, batch, items, extra=None):
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    z, t = student(**inputs).logits[:, :-1], teacher(**inputs).logits[:, :-1].detach()
-    y = batch["labels"][:, 1:]
-    kept = y != -100
-    p, q = F.log_softmax(z, -1), F.log_softmax(t, -1)
-    each = 0.5 * (q.exp() * (q - p)).sum(-1) + 0.5 * F.cross_entropy(z.transpose(1, 2), y, reduction="none", ignore_index=-100)
-    return (each * kept).sum() / items
-
-
-def steps_by_hand(student, teacher, data, per_step):
-    """Each step over so many rows, however they are cut into micro-batches and ranks."""
-    teacher.eval()
-    optimizer = torch.optim.SGD(student.parameters(), lr=LR)
-    losses = []
-    for first in range(0, len(data), per_step):
-        part = data[first : first + per_step]
-        items = sum((torch.tensor(r["labels"][1:]) != -100).sum() for r in part)
-        optimizer.zero_grad()
-        loss = objective(student, teacher, collate(part), items)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def close(student, other):
-    for (name, a), b in zip(student.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("head", [None, False])
@@ -134,7 +52,9 @@ def test_parameters_of_the_losses(tmp_path):
     data, teacher = rows(), model_of(1).eval()
     student, whole = model_of(0), model_of(0)
     losses = [KD(temperature=1.0, alpha=0.5), FitNet("model.layers.*", "model.layers.*", weight=0.3)]
-    trainer = Ordered(student, arguments(tmp_path), train_dataset=data, data_collator=collate, teacher=teacher, losses=losses)
+    trainer = Ordered(
+        student, arguments(tmp_path), train_dataset=data, data_collator=collate, teacher=teacher, losses=losses
+    )
     trainer.train()
     again = [KD(temperature=1.0, alpha=0.5), FitNet("model.layers.*", "model.layers.*", weight=0.3)]
     with kdfast.Distiller(whole, teacher, again, causal=True) as d:
@@ -200,21 +120,130 @@ def test_a_cache_s_columns(tmp_path, side):
     whole, student = model_of(0), model_of(0)
     steps_by_hand(whole, teacher, data, 4)
     Ordered(student, arguments(tmp_path), train_dataset=stored, data_collator=on_a_side).train()
-    for (name, a), b in zip(student.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(a.detach(), b.detach(), rtol=2e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    close(student, whole, rtol=2e-3, atol=1e-4)  # stored in 16 bits
 
 
-def ranks_equal_one(rank, world, folder, average):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"bf16": True},
+        {"gradient_accumulation_steps": 3},  # the epoch's last step has fewer
+        {"average_tokens_across_devices": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("head", [None, False])
+def test_ways_of_the_trainer(tmp_path, monkeypatch, options, head):
+    # Which some versions of TrainingArguments set, for all that comes after.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if "bf16" in options else "no")
+    data, teacher, student, whole = rows(), model_of(1), model_of(0), model_of(0)
+    steps_by_hand(whole, teacher, data, 2 * options.get("gradient_accumulation_steps", 2))
+    given = arguments(tmp_path, **options)
+    Ordered(student, given, train_dataset=data, data_collator=collate, teacher=teacher, head=head).train()
+    close(student, whole, **({"rtol": 2e-2, "atol": 2e-2} if "bf16" in options else {}))
+
+
+def test_gradients_that_a_scaler_has_scaled(tmp_path):
+    """As those of fp16: the losses' own are unscaled before they are clipped, by the scale of the student's."""
+
+    def run(scaler):
+        data, student, projector = rows(), model_of(0), FitNet("model.layers.*", "model.layers.*", weight=0.3)
+        losses = [KD(temperature=1.0, alpha=0.5), projector]
+        given = arguments(tmp_path, gradient_accumulation_steps=1)
+        trainer = Ordered(student, given, train_dataset=data, data_collator=collate, teacher=model_of(1), losses=losses)
+        trainer.accelerator.scaler = scaler
+        if scaler is not None:  # what Accelerate does before it clips in fp16, which it refuses on a CPU
+            trainer.accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.optimizer.optimizer)
+        trainer.train()
+        return [*student.parameters(), *projector.parameters()]
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    for a, b in zip(run(scaler), run(None), strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-4, atol=1e-6)
+    assert scaler.get_scale() == 256.0
+
+
+def test_a_schedule_s_step_and_a_temperature_are_resumed(tmp_path):
+    """Of losses whose parameters need no batch; a rank that has no state of its own says so."""
+
+    def trainer(folder, **options):
+        losses = [KD(temperature=LearnedTemperature(2.0), alpha=Linear(0.9, 0.1, steps=4))]
+        given = arguments(folder, optim="adamw_torch", save_strategy="steps", save_steps=2, **options)
+        return Ordered(
+            model_of(0), given, train_dataset=rows(16), data_collator=collate, teacher=model_of(1), losses=losses
+        )
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    trainer(tmp_path / "parts", max_steps=2).train()
+    checkpoint = tmp_path / "parts" / "checkpoint-2"
+    resumed = trainer(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    (a,), (b,) = resumed.distiller.parameters(), whole.distiller.parameters()
+    assert torch.equal(a, b)
+    assert a.item() != pytest.approx(2.0)
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    (checkpoint / "distiller-0.pt").unlink()
+    with pytest.warns(UserWarning, match=r"distiller-0.pt is not there.*they begin anew"):
+        trainer(tmp_path / "parts").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_reader_and_weights_of_tokens(tmp_path):
+    """Columns of the data set that neither model nor collator know."""
+    data, teacher = rows(), model_of(1).eval()
+    with torch.no_grad(), cache.Writer(tmp_path / "c", vocab_size=V) as writer:
+        for i, row in enumerate(data):
+            ids = torch.tensor(row["input_ids"])
+            writer.write(f"s{i}", kdfast.soft_targets(teacher(input_ids=ids[None]).logits[0], k=V), ids)
+    generator = torch.Generator().manual_seed(2)
+    for i, row in enumerate(data):
+        row |= {"id": f"s{i}", "weights": torch.rand(len(row["input_ids"]), generator=generator).tolist()}
+
+    def weighted(student, teacher, batch):
+        total = items = 0
+        for ids, w in batch:
+            x = torch.tensor([ids])
+            part = {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x}
+            one, _ = causal(student, teacher, part, torch.tensor([w[1:]]))
+            total, items = total + one, items + sum(w[1:])
+        return total, items
+
+    whole, student = model_of(0), model_of(0)
+    steps_by_hand(whole, teacher, data, 4, weighted, lambda part: [(r["input_ids"], r["weights"]) for r in part])
+    args = {"train_dataset": data, "data_collator": collate, "teacher": cache.Reader(tmp_path / "c")}
+    Ordered(student, arguments(tmp_path), **args).train()
+    close(student, whole, rtol=2e-3, atol=1e-4)
+    data[3]["weights"].append(1.0)
+    with pytest.raises(ValueError, match=r"weights has \d+ values of a sample with \d+ tokens"):
+        Ordered(student, arguments(tmp_path), **args).train()
+
+
+def ranks_equal_one(rank, world, folder, average, sharded=False):
     data, teacher = rows(), model_of(1).eval()
     whole, student = model_of(0), model_of(0)
     steps_by_hand(whole, teacher, data, 8)
     given = arguments(folder, average_tokens_across_devices=average)
-    Ordered(student, given, train_dataset=data, data_collator=collate, teacher=teacher).train()
-    close(student, whole)
+    trainer = Ordered(student, given, train_dataset=data, data_collator=collate, teacher=teacher)
+    if sharded:  # which Accelerate leaves out on a CPU, though its preparation is the same
+        trainer.accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+        trainer.accelerator.state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )
+        trainer.is_fsdp_enabled = True
+    trainer.train()
+    if sharded:
+        assert all(hasattr(p, "device_mesh") for p in student.parameters())
+        for (name, a), b in zip(student.named_parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(a.full_tensor(), b, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    else:
+        close(student, whole)
 
 
 def test_two_processes_equal_one(tmp_path):
-    checks = [functools.partial(ranks_equal_one, folder=str(tmp_path), average=average) for average in (True, False)]
-    ranks.run(checks, 2, tmp_path)
+    cases = [{"average": True}, {"average": False}, {"average": True, "sharded": True}]
+    ranks.run([functools.partial(ranks_equal_one, folder=str(tmp_path), **case) for case in cases], 2, tmp_path)

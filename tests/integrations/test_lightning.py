@@ -1,0 +1,152 @@
+"""DistillMixin inside Lightning's Trainer, against the same steps by hand."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import ranks
+import torch
+from machine import DEVICE, INTERPRETING, VARIANTS
+
+pytest.importorskip("lightning", reason="Lightning is not installed")
+pytest.importorskip("transformers", reason="the hf extra is not installed")
+
+import lightning
+from tiny_llama import model_of
+from torch import nn
+from trainers import CLIP, LR, causal, close, collate, rows, steps_by_hand
+
+from kdfast.integrations.huggingface import head_of
+from kdfast.integrations.lightning import DistillMixin
+from kdfast.methods import KD, FitNet
+
+pytestmark = [
+    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
+    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to Lightning"),
+    pytest.mark.filterwarnings("ignore"),  # of Lightning
+]
+
+
+class Lit(DistillMixin, lightning.LightningModule):
+    def __init__(self, student, teacher, losses=None, **options):
+        super().__init__()
+        self.student = student
+        self.distil(student, teacher, losses, causal=True, **options)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.student.parameters(), *self.distiller.parameters()], lr=LR)
+
+
+def trainer_of(folder, **options):
+    given = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "accumulate_grad_batches": 2,
+        "gradient_clip_val": CLIP,
+        "log_every_n_steps": 1,
+        "default_root_dir": str(folder),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        **options,
+    }
+    return lightning.Trainer(**given)
+
+
+def loader(data, size=2):
+    return torch.utils.data.DataLoader(data, size, collate_fn=collate)
+
+
+class Kept(lightning.Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if "train/loss" in trainer.callback_metrics and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
+
+
+@pytest.mark.parametrize("headed", [True, False])
+def test_steps_are_those_by_hand(tmp_path, headed):
+    data, teacher, student, whole = rows(), model_of(1), model_of(0), model_of(0)
+    want = steps_by_hand(whole, teacher, data, 4)
+    module = Lit(student, teacher.train(), **({"head": head_of(student)} if headed else {}))
+    kept = Kept()
+    trainer = trainer_of(tmp_path, callbacks=[kept])
+    trainer.fit(module, loader(data))
+    close(student, whole)
+    assert kept.losses == pytest.approx(want, rel=1e-4)
+    assert {"train/kd.soft", "train/entropy", "train/mean_token_accuracy"} <= trainer.callback_metrics.keys()
+    assert not any("teacher" in name for name in module.state_dict())
+    assert not module.distiller.entered
+    assert teacher.training  # as it was
+    trainer.validate(module, loader(data, 3), verbose=False)
+    with torch.no_grad():
+        total, items = causal(student.eval(), teacher.eval(), collate(data))
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx((total / items).item(), rel=1e-4)
+
+
+def test_parameters_of_the_losses_are_resumed(tmp_path):
+    data, teacher = rows(), model_of(1)
+
+    def module(seed):
+        torch.manual_seed(seed)
+        losses = [KD(temperature=1.0, alpha=0.5), FitNet("model.layers.*", "model.layers.*", weight=0.3)]
+        return Lit(model_of(0), teacher, losses, example=collate(data[:2]))
+
+    torch.manual_seed(1)
+    whole = module(1)
+    trainer_of(tmp_path, max_epochs=2).fit(whole, loader(data))
+    first = module(1)
+    one = trainer_of(tmp_path, max_epochs=1)
+    one.fit(first, loader(data))
+    one.save_checkpoint(tmp_path / "c.ckpt")
+    second = module(2)
+    trainer_of(tmp_path, max_epochs=2).fit(second, loader(data), ckpt_path=tmp_path / "c.ckpt", weights_only=False)
+    close(second, whole)
+    own = list(first.distiller.parameters())
+    for a, b, c in zip(second.distiller.parameters(), whole.distiller.parameters(), own, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+    assert second.distiller.number == 4
+
+
+def ranks_equal_one(rank, world, folder):
+    data, teacher, student, whole = rows(), model_of(1), model_of(0), model_of(0)
+    steps_by_hand(whole, teacher, data, 8)
+    module = Lit(student, teacher, head=head_of(student))
+    # The ranks of this group: Lightning would start its own.
+    trainer = trainer_of(folder, strategy="ddp", devices=world, use_distributed_sampler=False)
+    trainer.fit(module, loader(data[rank::world]))
+    close(student, whole)
+
+
+def test_two_processes_equal_one(tmp_path):
+    ranks.run([functools.partial(ranks_equal_one, folder=str(tmp_path))], 2, tmp_path)
+
+
+def test_what_is_not_served_says_so(tmp_path):
+    data, student = rows(), model_of(0)
+    with pytest.raises(ValueError, match=r"parameters of fitnet follow .* give distil\(example=\) one"):
+        Lit(student, model_of(1), [FitNet("model.layers.*", "model.layers.*")])
+    module = Lit(student, model_of(1))
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="with automatic_optimization=False"):
+        trainer_of(tmp_path, gradient_clip_val=None, accumulate_grad_batches=1).fit(module, loader(data))
+
+
+def test_a_batch_without_labelled_tokens(tmp_path):
+    """Adds nothing to its step, and its terms, which mean nothing, to no mean."""
+    data, teacher, student, whole = rows(), model_of(1), model_of(0), model_of(0)
+    for row in data[:2]:
+        row["labels"] = [-100] * len(row["labels"])
+    steps_by_hand(whole, teacher, data, 4)
+    module = Lit(student, teacher)
+    trainer = trainer_of(tmp_path)
+    trainer.fit(module, loader(data))
+    close(student, whole)
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+    assert isinstance(module.student, nn.Module)
