@@ -10,6 +10,7 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest
 # Processes that share the tests. Torch computes with several threads in each, which sleep where they would spin.
 WORKERS ?= 2
+SHARE ?= 3
 # The oldest Triton that pyproject.toml lets in, with the newest NumPy: the pins of triton-oldest, and nowhere else.
 OLDEST_TRITON = triton==3.6.0
 OLDEST_NUMPY = numpy>=2.4
@@ -24,12 +25,13 @@ OLDEST_TESTS = one_kept or one_entry or split or sample or pps or odd_rows or en
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
 
-# The Triton kernels go through the same tests in a process of their own: its interpreter is chosen before it is imported.
+# The Triton kernels go through the same tests in a process of their own: its interpreter is chosen before it is imported. It
+# is slow, so that it runs one in SHARE of each test's cases, others with every seed; all of them with SHARE=1.
 test: $(VENV)/.test build/peers
 	$(PYTEST) -n $(WORKERS) tests $(PYTEST_ARGS)
 	PYTHONPATH=build/peers $(PYTEST) tests/docs/test_peers.py
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(INTERPRETED)
+	TRITON_INTERPRET=1 KDFAST_TEST_SHARE=$(SHARE) $(PYTEST) -n $(WORKERS) $(PYTEST_ARGS) $(INTERPRETED)
 endif
 
 # Every kernel compiled, k = 1 and odd rows among them, and a part of the interpreter's tests, by the oldest Triton. Its

@@ -41,7 +41,7 @@ class Part:
 
 
 PARTS = {
-    "tests, as in CI": Part("make test", 40, TESTS),
+    "tests, with every case of the interpreter": Part("make test SHARE=1", 60, TESTS),
     "AddressSanitizer, UndefinedBehaviorSanitizer": Part("make sanitize", 20, CTEST),
     "ThreadSanitizer": Part(
         "cmake --preset tsan && cmake --build --preset tsan && ctest --preset tsan --output-on-failure", 30, CTEST

@@ -29,6 +29,20 @@ def pytest_report_header():
     return f"seed: KDFAST_TEST_SEED={SEED}"
 
 
+def pytest_collection_modifyitems(config, items):
+    """With ``KDFAST_TEST_SHARE=n``, of the cases of each test one in n and at least one, others with every seed."""
+    share = int(os.environ.get("KDFAST_TEST_SHARE") or 1)
+    # Processes that share the tests must agree, and have no seed in common if none was given.
+    drawn_by = os.environ.get("KDFAST_TEST_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or SEED
+    places = {item.nodeid: zlib.crc32(f"{drawn_by} {item.nodeid}".encode()) for item in items}
+    first = {}
+    for name in sorted(places, key=places.__getitem__):
+        first.setdefault(name.partition("[")[0], name)
+    kept = {name for name, place in places.items() if place % share == 0} | {*first.values()}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
+
+
 @pytest.fixture(autouse=True)
 def seeded(request, monkeypatch):
     """Seeds torch from the run's seed and the test's name, so that one test alone repeats what it did in the run."""

@@ -177,4 +177,5 @@ class DistillMixin:
 
     def _log(self, stage: str) -> None:
         means = self._means[stage].take(self._total)
-        self.log_dict({f"{stage}/{name}": mean for name, mean in means.items()})  # type: ignore[attr-defined]
+        for name, mean in means.items():
+            self.log(f"{stage}/{name}", mean, prog_bar=name == "loss")  # type: ignore[attr-defined]
