@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import kdfast
 from kdfast import Divergence, distill_loss
-from kdfast.methods import CC, PKT, RKD, SP, dist_loss, standardised_loss
+from kdfast.methods import CC, KD, PKT, RKD, SP, CrossEntropy, LogitStandardisation, dist_loss, standardised_loss
 from kdfast.methods.feature import AttentionTransfer
 from kdfast.methods.step import Outputs, Step
 
@@ -137,6 +137,29 @@ def test_torchdistill_attention_transfer():
         agree(theirs, factor * AttentionTransfer("m", "m", mode=mode)(step), student)
 
 
+def test_a_config_of_torchdistill(logits):
+    """Its criterion as the page has it, and the losses that stand for it."""
+    student, teacher, labels = logits
+    labels = labels.clamp(min=0)
+    module("torchdistill.losses.mid_level")  # which registers what a config names
+    kwargs = {**TD, "temperature": 4.0, "alpha": 0.1}
+    terms = {
+        "kd": {"criterion": {"key": "KDLoss", "kwargs": kwargs}, "weight": 1.0},
+        "std": {"criterion": {"key": "LogitStdKDLoss", "kwargs": {**kwargs, "beta": 9.0}}, "weight": 0.5},
+    }
+    criterion = module("torchdistill.losses.high_level").WeightedSumLoss(sub_terms=terms)
+    outs = io(student, teacher)
+    theirs = criterion({"student": outs[0], "teacher": outs[1]}, {}, labels)
+    losses = [
+        KD(temperature=4.0, alpha=0.9),
+        LogitStandardisation(temperature=4.0, weight=4.5),
+        CrossEntropy(weight=0.05),
+    ]
+    step = Step(Outputs(student), (Outputs(teacher),), labels)
+    values = [found[0] if isinstance(found := loss(step), tuple) else found for loss in losses]
+    agree(theirs, sum(loss.weight * value for loss, value in zip(losses, values, strict=True)), student)
+
+
 needs_trl = pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
 
 
@@ -201,6 +224,16 @@ def test_modelopt(logits, temperature):
     agree(theirs, ours, student)
     theirs = losses.LogitsDistillationLoss(temperature, reduction="none")(student, teacher)
     torch.testing.assert_close(theirs, distill_loss(student, teacher, temperature=temperature, reduction="none"))
+
+
+def test_modelopt_balanced(logits):
+    """What ``compute_kd_loss(student_loss=...)`` returns of a converted model."""
+    student, teacher, labels = logits
+    labels = labels.clamp(min=0)
+    loss = module("modelopt.torch.distill.losses").LogitsDistillationLoss(temperature=2.0, reduction="batchmean")
+    balancer = module("modelopt.torch.distill.loss_balancers").StaticLossBalancer(0.8)
+    terms = {"student_loss": F.cross_entropy(student, labels), "LogitsDistillationLoss_0": loss(student, teacher)}
+    agree(balancer(terms), distill_loss(student, teacher, labels, temperature=2.0, alpha=0.8), student)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 8.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -196,3 +197,32 @@ def test_evaluation(tmp_path, tokenizer):
         total, items = total + one, items + count
     assert found["eval_kd.soft"] > 0
     assert 0.5 * found["eval_kd.soft"] + 0.5 * found["eval_kd.hard"] == pytest.approx((total / items).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_steps_of_trl_s_gkd_trainer(tmp_path, tokenizer, beta):
+    """On given answers (lmbda 0), as docs/migration.md has it."""
+    gkd = importlib.import_module("trl.experimental.gkd")  # which warns that it may change
+    in_order = type("GKD", (InOrder, gkd.GKDTrainer), {})
+    data = [{"messages": row["messages"][:2]} for row in samples("assistant")]
+    theirs, ours = model_of(0), model_of(0)
+    config = {"max_length": 24, "bf16": False}
+    in_order(
+        model=theirs,
+        teacher_model=model_of(1),
+        args=gkd.GKDConfig(**options(tmp_path, lmbda=0.0, beta=beta, **config)),
+        train_dataset=datasets.Dataset.from_list(data),
+        processing_class=tokenizer,
+    ).train()
+    divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, kdfast.Divergence("jsd", beta=beta))
+    MyTrainer(
+        model=ours,
+        teacher=model_of(1),
+        losses=[KD(divergence=divergence, temperature=1.0, alpha=1.0)],
+        args=trl.SFTConfig(**options(tmp_path, **config)),
+        train_dataset=datasets.Dataset.from_list(
+            [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in data]
+        ),
+        processing_class=tokenizer,
+    ).train()
+    close(ours, theirs)
