@@ -214,7 +214,8 @@ def test_the_steps_of_trl_s_gkd_trainer(tmp_path, tokenizer, beta):
         train_dataset=datasets.Dataset.from_list(data),
         processing_class=tokenizer,
     ).train()
-    divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, kdfast.Divergence("jsd", beta=beta))
+    ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    divergence = ends.get(beta) or kdfast.Divergence("jsd", beta=beta)
     MyTrainer(
         model=ours,
         teacher=model_of(1),
