@@ -582,7 +582,7 @@ def _several(groups: Any) -> list[Any]:
 def _student_tensors(student: Outputs) -> list[Tensor]:
     """What a loss's gradient reaches the student by."""
     logits = student.logits
-    tensors = [logits.hidden, logits.weight, logits.bias] if isinstance(logits, LMHead) else [logits]
+    tensors = logits.tensors() if isinstance(logits, LMHead) else [logits]
     return [
         x for x in [*tensors, *(x for layers in student.captured.values() for x in layers)] if isinstance(x, Tensor)
     ]

@@ -85,6 +85,10 @@ def distill_loss(
     if options.pop("vocab", "strict") != "strict":
         msg = "vocab='truncate' is not served by kdfast.distributed: cut both vocabularies before they are sharded"
         raise ValueError(msg)
+    participants = [student, *teacher] if isinstance(teacher, (list, tuple)) else [student, teacher]
+    if vocab_group is not None and any(isinstance(x, LMHead) and x.low_rank is not None for x in participants):
+        msg = "LMHead: low_rank is not served where ranks share the vocabulary: add the product to the weight"
+        raise ValueError(msg)
     if options.get("class_dim", -1) != -1:
         msg = "class_dim is not served by kdfast.distributed: make the classes the last axis, x.movedim(class_dim, -1)"
         raise ValueError(msg)
@@ -293,7 +297,7 @@ class _Rows:
         hidden = self.local(f"{name}: LMHead.hidden", x.hidden, self.per_token())
         weight = self.local(f"{name}: LMHead.weight", x.weight, of_weight, gradient)
         bias = None if x.bias is None else self.local(f"{name}: LMHead.bias", x.bias, of_weight, gradient)
-        return LMHead(hidden, weight, bias, softcap=x.softcap, scale=x.scale)
+        return dataclasses.replace(x, hidden=hidden, weight=weight, bias=bias)
 
 
 def _count_tokens(problem: Problem, group: dist.ProcessGroup) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from operator import itemgetter
 from typing import Literal, TypeAlias
 
 import torch
@@ -92,7 +92,9 @@ def soft_targets(
     """
     _check_logits("logits_or_head", logits_or_head)
     parts_of = (
-        [logits_or_head] if isinstance(logits_or_head, Tensor) else [logits_or_head.hidden, logits_or_head.weight]
+        [logits_or_head]
+        if isinstance(logits_or_head, Tensor)
+        else [x for x in logits_or_head.tensors() if x is not None]
     )
     if any(_is_dtensor(x) for x in parts_of):
         msg = "logits_or_head must be a plain tensor, got a DTensor: pass x.to_local() where whole rows are held"
@@ -191,13 +193,15 @@ def _chunks(x: Logits, *, widened: bool) -> Iterator[tuple[int, Tensor]]:
     """
     rows = x if isinstance(x, Tensor) else x.hidden
     rows = rows.reshape(-1, rows.shape[-1])
+    if isinstance(x, LMHead):
+        x = x.map_tokens(lambda of_tokens: of_tokens.reshape(-1, of_tokens.shape[-1]))
     row_bytes = x.shape[-1] * (8 if widened else rows.element_size())
     if isinstance(x, LMHead) and not x.cap.plain:
         row_bytes += x.shape[-1] * (2 * max(4, rows.element_size()) + 1)  # what the cap makes of the product
     step = max(1, CHUNK_BYTES.get(rows.device.type, CHUNK_BYTES["cpu"]) // row_bytes)
     for first in range(0, max(1, len(rows)), step):
-        part = rows[first : first + step]
-        yield first, part if isinstance(x, Tensor) else replace(x, hidden=part).logits()
+        tokens = slice(first, first + step)
+        yield first, rows[tokens] if isinstance(x, Tensor) else x.map_tokens(itemgetter(tokens)).logits()
 
 
 def _targets(parts: list[Selected], leading: torch.Size, v: int, request: Request) -> SparseTargets:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.integrations.lora import LoRA
 from kdfast.methods.layers import unwrapped
 from kdfast.methods.projection import CHECKED_TOKENS, Projection
 from kdfast.spec.head import LMHead
@@ -38,7 +39,10 @@ class Head(Projection):
             if isinstance(factor, (int, float)):
                 scale *= float(factor) ** power
         softcap = getattr(config, "final_logit_softcapping", None)
-        super().__init__(_output(model), scale=scale, softcap=softcap, name=type(model).__name__)
+        name, module = type(model).__name__, _output(model)
+        lora = LoRA(module, name) if LoRA.adapts(module) else None
+        linear = None if lora is None else lora.layer.get_base_layer()
+        super().__init__(module, scale=scale, softcap=softcap, name=name, linear=linear, low_rank=lora)
 
 
 def head_of(model: nn.Module) -> Head:
@@ -134,7 +138,7 @@ def _output(model: Any) -> nn.Module:
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):  # PEFT trains a copy of it
         active = [] if head.disable_adapters else [a for a in head.active_adapters if a in head.modules_to_save]
         head = head.modules_to_save[active[0]] if active else head.original_module
-    elif getattr(head, "disable_adapters", False) and hasattr(head, "get_base_layer"):  # an adapter that is out of use
+    elif hasattr(head, "get_base_layer") and (head.disable_adapters or head.merged):  # an adapter that is out of use
         head = head.get_base_layer()
     module: nn.Module = head
     return module

@@ -130,9 +130,7 @@ def _shifted(outputs: Outputs) -> Outputs:
     """Without the last position, which predicts a token that is not there."""
     logits = outputs.logits
     if isinstance(logits, LMHead):
-        logits = LMHead(
-            logits.hidden[..., :-1, :], logits.weight, logits.bias, softcap=logits.softcap, scale=logits.scale
-        )
+        logits = logits.map_tokens(lambda x: x[..., :-1, :])
     elif isinstance(logits, Tensor):
         logits = logits[..., :-1, :]
     elif logits is not None:

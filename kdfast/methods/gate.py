@@ -46,14 +46,7 @@ def gated_outputs(outputs: Outputs, factor: float | Tensor) -> Outputs:
         return outputs
     logits = outputs.logits
     if isinstance(logits, LMHead):
-        bias = None if logits.bias is None else gated(logits.bias, factor)
-        logits = LMHead(
-            gated(logits.hidden, factor),
-            gated(logits.weight, factor),
-            bias,
-            softcap=logits.softcap,
-            scale=logits.scale,
-        )
+        logits = logits.map(lambda x: gated(x, factor))
     elif isinstance(logits, Tensor):
         logits = gated(logits, factor)
     captured = {name: [gated(x, factor) for x in layers] for name, layers in outputs.captured.items()}

@@ -10,6 +10,7 @@ around the projection too, which is how each wrapper does its work.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,10 +34,12 @@ class Projection:
     """A model's output projection, at which its logits are described and never made.
 
     Args:
-        module: ``nn.Linear``, the last that the model computes but for scale and softcap.
+        module: the last that the model computes but for scale and softcap: ``nn.Linear``, or what calls one.
         scale: factor that the model puts on the projection's output.
         softcap: bound of the logits after it, as :class:`kdfast.LMHead` has it.
         name: of the model, for messages.
+        linear: the ``nn.Linear`` whose weight and bias they are; None: ``module`` itself.
+        low_rank: of hidden states (..., H) the two factors that ``module`` adds, as :class:`kdfast.LMHead` has them.
 
     Raises:
         ValueError: a module that computes anything else than a product with its own floating-point weight and a bias:
@@ -44,10 +47,18 @@ class Projection:
     """
 
     def __init__(
-        self, module: nn.Module, *, scale: float = 1.0, softcap: float | None = None, name: str = "the model"
+        self,
+        module: nn.Module,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        name: str = "the model",
+        linear: nn.Module | None = None,
+        low_rank: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None = None,
     ) -> None:
-        kind = type(module)
-        weight = None if torch.nn.utils.parametrize.is_parametrized(module) else getattr(module, "weight", None)
+        linear = module if linear is None else linear
+        kind = type(linear)
+        weight = None if torch.nn.utils.parametrize.is_parametrized(linear) else getattr(linear, "weight", None)
         # A weight of a class of its own, as torchao's, computes its products itself; FSDP's is whole in forward.
         kinds = (Tensor, nn.Parameter)
         whole = isinstance(weight, Tensor) and (type(weight.data) in kinds or hasattr(weight, "device_mesh"))
@@ -61,6 +72,8 @@ class Projection:
             )
             raise ValueError(msg)
         self.module = module
+        self.linear = linear
+        self.low_rank = low_rank
         self.scale = scale
         self.softcap = softcap
         self.name = name
@@ -68,15 +81,23 @@ class Projection:
 
     def head(self, hidden: Tensor) -> LMHead:
         """The logits of hidden states (..., H); inside the module's forward pass, where its weight is whole."""
-        bias: Any = getattr(self.module, "bias", None)
-        weight: Any = self.module.weight
-        if hasattr(weight, "device_mesh") or hasattr(hidden, "device_mesh"):
+        bias: Any = getattr(self.linear, "bias", None)
+        weight: Any = self.linear.weight
+        low_rank = self._added(hidden)
+        if any(hasattr(x, "device_mesh") for x in (weight, hidden, *(low_rank or ()))):
             msg = (
                 f"{self.name}: its output projection is sharded inside the forward pass too, as by tensor parallelism: "
                 "leave it out of the plan, or give kdfast.distill_loss the model's own logits, which are a DTensor then"
             )
             raise ValueError(msg)
-        return LMHead(hidden, weight, bias, softcap=self.softcap, scale=self.scale)
+        return LMHead(hidden, weight, bias, softcap=self.softcap, scale=self.scale, low_rank=low_rank)
+
+    def _added(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        added = None if self.low_rank is None else self.low_rank(hidden)
+        if added is not None and added[1].shape[0] != self.linear.out_features:
+            msg = f"{self.name}: an adapter of its output projection is partitioned, as by ZeRO-3: leave that one out"
+            raise ValueError(msg)
+        return added
 
     def run(
         self,
@@ -145,8 +166,8 @@ class Projection:
         Raises:
             ValueError: a weight that FullyShardedDataParallel keeps in a flat parameter.
         """
-        bias: Any = getattr(self.module, "bias", None)
-        weight: Any = self.module.weight
+        bias: Any = getattr(self.linear, "bias", None)
+        weight: Any = self.linear.weight
         with contextlib.ExitStack() as stack:
             if hasattr(weight, "ds_id"):
                 import deepspeed
@@ -164,7 +185,11 @@ class Projection:
                     "shard it with fully_shard, or give no teacher_head"
                 )
                 raise ValueError(msg)
-            yield LMHead(hidden, parts[0], parts[1], softcap=self.softcap, scale=self.scale)
+            if self.low_rank is not None and (hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")):
+                msg = f"{self.name}: its output projection is adapted and sharded: give no teacher_head"
+                raise ValueError(msg)
+            low_rank = self._added(hidden)
+            yield LMHead(hidden, parts[0], parts[1], softcap=self.softcap, scale=self.scale, low_rank=low_rank)
 
     def hidden(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Calls a model without its logits, and returns the hidden states (..., H) that they would be made of."""
@@ -216,7 +241,7 @@ class Projection:
         def project(hidden: Tensor) -> Tensor:
             few = hidden[:1, :CHECKED_TOKENS] if hidden.dim() > 2 else hidden[:1]
             head = self.head(few)  # here, where the weight is whole, and by autocast's rules
-            products.append(torch.nn.functional.linear(few, head.weight, head.bias))
+            products.append(dataclasses.replace(head, softcap=None, scale=1.0).logits())
             return products[0].clone()  # which the model may scale in place
 
         def inside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -46,6 +46,8 @@ class Cap(NamedTuple):
 class LMHead:
     """Logits that are described, not stored: ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
 
+    With ``low_rank`` (a, b) the product is ``hidden @ weight.T + a @ b.T``, as of a projection that LoRA adapts.
+
     The product and its bias are rounded to the dtype of ``hidden``; what follows is fp32, or fp64 for fp64. A column of
     -inf, such as a bias makes of one that only pads, stays one.
 
@@ -55,6 +57,8 @@ class LMHead:
         bias: (V,) or None.
         softcap: bound of the logits, > 0 and finite (Gemma); None leaves them as they are.
         scale: factor of the logits, finite, applied before ``softcap`` (Granite, Cohere).
+        low_rank: (..., R) and (V, R), same dtype as ``hidden``, whose product is added; None. Not over ranks that
+            share the vocabulary.
 
     Raises:
         TypeError: ``hidden``, ``weight`` or ``bias`` that is no tensor, ``softcap`` or ``scale`` that is no number.
@@ -66,6 +70,7 @@ class LMHead:
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
@@ -91,8 +96,23 @@ class LMHead:
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             msg = f"LMHead: bias must be ({self.weight.shape[0]},), got {tuple(self.bias.shape)}"
             raise ValueError(msg)
+        if self.low_rank is not None:
+            self._check_low_rank(self.low_rank)
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             msg = f"LMHead: softcap must be > 0 and finite, or None, got {self.softcap!r}"
+            raise ValueError(msg)
+
+    def _check_low_rank(self, given: object) -> None:
+        if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) for x in given)):
+            msg = f"LMHead: low_rank must be two tensors or None, got {type(given).__name__}"
+            raise TypeError(msg)
+        a, b = given
+        leading, columns = self.hidden.shape[:-1], self.weight.shape[0]
+        if a.dim() < 1 or b.dim() != 2 or a.shape[:-1] != leading or b.shape != (columns, a.shape[-1]):
+            msg = (
+                f"LMHead: low_rank must be {(*leading, 'R')} and {(columns, 'R')}, got {tuple(a.shape)} and "
+                f"{tuple(b.shape)}"
+            )
             raise ValueError(msg)
 
     @property
@@ -108,17 +128,31 @@ class LMHead:
     def map(self, fn: Callable[[Tensor], Tensor]) -> LMHead:
         """The head with ``fn`` applied to each of its tensors."""
         bias = None if self.bias is None else fn(self.bias)
-        return replace(self, hidden=fn(self.hidden), weight=fn(self.weight), bias=bias)
+        low_rank = None if self.low_rank is None else (fn(self.low_rank[0]), fn(self.low_rank[1]))
+        return replace(self, hidden=fn(self.hidden), weight=fn(self.weight), bias=bias, low_rank=low_rank)
+
+    def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> LMHead:
+        """The head with ``fn`` applied to each of its tensors that has a row for each token, (..., n)."""
+        low_rank = None if self.low_rank is None else (fn(self.low_rank[0]), self.low_rank[1])
+        return replace(self, hidden=fn(self.hidden), low_rank=low_rank)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Hidden states, weight, bias and the two of ``low_rank``."""
+        return self.hidden, self.weight, self.bias, *(self.low_rank or (None, None))
 
     def _parts(self) -> dict[str, Tensor | None]:
-        return {f"LMHead.{k}": getattr(self, k) for k in ("hidden", "weight", "bias")}
+        names = ("hidden", "weight", "bias", "low_rank[0]", "low_rank[1]")
+        return {f"LMHead.{name}": x for name, x in zip(names, self.tensors(), strict=True)}
 
     def logits(self) -> Tensor:
         """The logits, (..., V): this makes the tensor that the head exists to avoid.
 
         In the dtype of ``hidden``; with a scale or a softcap in fp32, where that is 16 bits wide.
         """
-        return self.cap.logits(torch.nn.functional.linear(self.hidden, self.weight, self.bias))
+        product = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+        if self.low_rank is not None:
+            product = product + torch.nn.functional.linear(*self.low_rank)
+        return self.cap.logits(product)
 
 
 LMHead.__module__ = "kdfast"  # where it is for users, and for what they pickle

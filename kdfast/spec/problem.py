@@ -150,24 +150,21 @@ def _check_head(name: str, head: LMHead) -> None:
     if not head.hidden.is_floating_point():
         msg = f"{name}: LMHead.hidden must be floating point, got {head.hidden.dtype}"
         raise TypeError(msg)
-    for part, x in (("hidden", head.hidden), ("weight", head.weight), ("bias", head.bias)):
+    for part, x in head._parts().items():
         if x is None:
             continue
         if type(x) is not Tensor and hasattr(x, "full_tensor"):
             msg = (
-                f"{name}: LMHead.{part} is a DTensor, and not all tensors of the call are: call the loss inside the "
+                f"{name}: {part} is a DTensor, and not all tensors of the call are: call the loss inside the "
                 "forward of the module that FSDP wraps, where its parameters are whole; or make hidden a DTensor too, "
                 "replicated over the ranks that share the vocabulary"
             )
             raise TypeError(msg)
         if x.device != head.hidden.device:
-            msg = f"{name}: LMHead.{part} is on {x.device}, hidden on {head.hidden.device}"
+            msg = f"{name}: {part} is on {x.device}, hidden on {head.hidden.device}"
             raise ValueError(msg)
         if x.dtype != head.hidden.dtype and not torch.is_autocast_enabled(head.hidden.device.type):
-            msg = (
-                f"{name}: LMHead.{part} is {x.dtype}, hidden {head.hidden.dtype}: convert one of them, or use "
-                "torch.autocast"
-            )
+            msg = f"{name}: {part} is {x.dtype}, hidden {head.hidden.dtype}: convert one of them, or use torch.autocast"
             raise TypeError(msg)
 
 
@@ -509,7 +506,4 @@ def build_problem(
 
 
 def _detached(t: Logits) -> Logits:
-    if isinstance(t, Tensor):
-        return t.detach()
-    bias = None if t.bias is None else t.bias.detach()
-    return LMHead(t.hidden.detach(), t.weight.detach(), bias, softcap=t.softcap, scale=t.scale)
+    return t.detach() if isinstance(t, Tensor) else t.map(Tensor.detach)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import ranks
@@ -57,12 +58,6 @@ def gradients(model):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", ADAPTED)
 def test_a_student_and_its_own_base(kind, fused):
-    if fused and kind == "head":
-        with pytest.raises(
-            ValueError, match=r"its output projection is a peft.tuners.lora.layer.Linear, and not a product"
-        ):
-            head_of(adapted(kind))
-        return
     student, teacher, ids = adapted(kind), base().eval(), torch.randint(V, (3, 8))
     student.train()
     want = by_hand(student, teacher, ids)
@@ -88,12 +83,63 @@ def test_a_student_and_its_own_base(kind, fused):
         WithoutAdapters(base())
 
 
-def ddp_equals_one(rank, world):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_dropout": 0.1}, r"has dropout 0\.1"),
+        ({"use_dora": True}, "has a variant of LoRA"),
+    ],
+)
+def test_heads_that_are_adapted_otherwise_are_refused(options, message):
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], **options)
+    with pytest.raises(ValueError, match=message):
+        head_of(peft.get_peft_model(base(), config))
+    ia3 = peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    with pytest.raises(ValueError, match=r"its output projection is a peft.tuners.ia3.layer.Linear, and not a product"):
+        head_of(peft.get_peft_model(base(), ia3))
+
+
+def test_several_adapters_of_a_head_one_merged_and_a_teacher_s():
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    teacher, ids = peft.get_peft_model(base(), config), torch.randint(V, (3, 8))
+    teacher.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    teacher.base_model.set_adapter(["default", "second"])
+    student = model_of(3)
+    want = by_hand(student, teacher.eval(), ids)
+    batch = {"input_ids": ids, "labels": ids}
+    for _ in range(2):
+        heads = {"head": head_of(student), "teacher_head": head_of(teacher)}
+        with Distiller(student, teacher, [KD(temperature=2.0, alpha=0.6)], causal=True, **heads) as d:
+            torch.testing.assert_close(d(batch)[0], want, rtol=1e-4, atol=1e-6)
+        teacher.merge_adapter()
+
+
+def test_a_head_s_adapter_in_16_bit():
+    """PEFT keeps adapters of a bf16 model in fp32."""
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    student, ids = peft.get_peft_model(base().bfloat16(), config), torch.randint(V, (3, 8))
+    student.eval()
+    want = by_hand(student, model_of(1).bfloat16(), ids)
+    want.backward()
+    expected = gradients(student)
+    student.zero_grad()
+    losses = [KD(temperature=2.0, alpha=0.6)]
+    with Distiller(student, model_of(1).bfloat16(), losses, causal=True, head=head_of(student)) as d:
+        loss, _ = d({"input_ids": ids, "labels": ids})
+        loss.backward()
+    torch.testing.assert_close(loss, want.float(), rtol=2e-2, atol=2e-2)
+    found = gradients(student)
+    assert {name for name in found if "lora" in name} == found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=5e-2, atol=5e-2 * gradient.abs().max().item())
+
+
+def ddp_equals_one(rank, world, kind):
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(V, (2 * world, 8), generator=generator)
-    whole, teacher = adapted("head apart"), base().eval()
+    whole, teacher = adapted(kind), base().eval()
     by_hand(whole, teacher, ids).backward()
-    student = adapted("head apart")
+    student = adapted(kind)
     wrapped = DistributedDataParallel(student)
     own = WithoutAdapters(wrapped)
     heads = {"head": head_of(wrapped), "teacher_head": head_of(own)}
@@ -107,7 +153,7 @@ def ddp_equals_one(rank, world):
 
 
 def test_two_processes_equal_one(tmp_path):
-    ranks.run([ddp_equals_one], 2, tmp_path)
+    ranks.run([functools.partial(ddp_equals_one, kind=kind) for kind in ("head apart", "head")], 2, tmp_path)
 
 
 def test_copies_have_adapters_of_their_own():

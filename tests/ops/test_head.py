@@ -11,6 +11,7 @@ from formulas import CASES, pairs_of, untie
 from machine import DEVICE, INTERPRETING, KERNEL, VARIANTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kdfast
 from kdfast import LMHead, distill_loss
 from kdfast.ops.dense.inputs import Inputs
 from kdfast.ops.head import operators as head
@@ -45,6 +46,11 @@ def agree(tensors, make, *, rtol=2e-5, **options):
     got = gradients(tensors, make, KERNEL, memory_budget=BUDGET, **options)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=rtol * b.abs().max().item() + 1e-9)
+
+
+def low_rank(dtype=torch.float32, rank=3):
+    """What LoRA adds to a product, of about its size."""
+    return [torch.randn(N, rank).to(dtype), torch.randn(V, rank).to(dtype)]
 
 
 def labels(*, ignored=True):
@@ -102,6 +108,77 @@ def test_scale_and_softcap(scale, softcap, bias):
 
     for reduction in ("mean", "none"):
         agree(mine, make, temperature=2.0, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("who", ["student", "both"])
+def test_a_low_rank_product_is_added(who, bias, reduction):
+    mine, theirs, y = parts(bias=bias), [*parts(bias=False), *low_rank()], labels()
+    n = len(mine)
+
+    def make(leaves, dtype):
+        th, tw, ta, tb = (cast(x, dtype) for x in theirs)
+        teacher = LMHead(th, tw, softcap=5.0, low_rank=(ta, tb) if who == "both" else None)
+        return LMHead(*leaves[:n], scale=0.5, softcap=9.0, low_rank=tuple(leaves[n:])), teacher, y
+
+    agree([*mine, *low_rank()], make, reduction=reduction, temperature=2.0, z_loss=1e-3)
+
+
+@pytest.mark.parametrize("frozen", [(0, 1), (2, 3), (1, 3), (0, 1, 2)])
+def test_a_frozen_part_of_a_low_rank_product(frozen):
+    tensors, teacher = [*parts(bias=False), *low_rank()], torch.randn(N, V)
+    learned = [x for k, x in enumerate(tensors) if k not in frozen]
+
+    def make(leaves, dtype):
+        leaves = iter(leaves)
+        h, w, a, b = (cast(x, dtype) if k in frozen else next(leaves) for k, x in enumerate(tensors))
+        return LMHead(h, w, low_rank=(a, b)), cast(teacher, dtype), None
+
+    agree(learned, make)
+
+
+@pytest.mark.parametrize("leave", [True, False], ids=["known to the host", "not known"])
+def test_a_low_rank_product_of_dropped_tokens(monkeypatch, leave):
+    monkeypatch.setattr(head, "_knows_counts", lambda counted: leave)
+    tensors, teacher, y = [*parts(bias=False), *low_rank()], torch.randn(N, V), labels(ignored=False)
+    dropped = torch.arange(N) % 3 == 0
+    results = []
+    for fill in (0.0, math.nan):
+        h, w, a, b = (x.clone() for x in tensors)
+        h[dropped], a[dropped] = fill, fill
+        leaves = [x.requires_grad_() for x in (h, w, a, b)]
+        student = LMHead(leaves[0], leaves[1], low_rank=(leaves[2], leaves[3]))
+        loss = distill_loss(student, teacher, y.masked_fill(dropped, -100), backend=KERNEL, memory_budget=BUDGET)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_low_rank_product_in_16_bit_and_under_autocast():
+    whole, y = [*parts(), *low_rank()], labels()
+    teacher = torch.randn(N, V)
+
+    def make(leaves, dtype):
+        h, w, b, x, up = leaves
+        return LMHead(h, w, b, low_rank=(x, up)), cast(teacher, dtype), y
+
+    want = gradients([x.bfloat16() for x in whole], make, "reference", torch.float64)
+    got = gradients([x.bfloat16() for x in whole], make, KERNEL, memory_budget=BUDGET)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast_ = gradients(whole, make, KERNEL, memory_budget=BUDGET)
+    for a, b in zip(cast_, got, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-2, atol=2e-2 * b.abs().max().item())
+
+
+def test_soft_targets_of_a_low_rank_product():
+    h, w, a, b = *parts(bias=False), *low_rank()
+    by_head = kdfast.soft_targets(LMHead(h, w, low_rank=(a, b)), k=5)
+    whole = kdfast.soft_targets(h @ w.T + a @ b.T, k=5)
+    assert torch.equal(by_head.ids, whole.ids)
+    torch.testing.assert_close(by_head.logprobs, whole.logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ensemble", ["prob", "logit"])
@@ -211,11 +288,11 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter's own tensors are as large")
-@pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False]])
+@pytest.mark.parametrize("wanted", [[True] * 5, [True, False, False, False, False]])
 def test_the_logits_never_exist(wanted):
-    (h, w, b), (th, tw, tb) = parts(), parts()
+    (h, w, b), (th, tw, tb), (low, up) = parts(), parts(), low_rank()
     inputs = Inputs([th], None, labels(), None, torch.tensor(2.0), ["forward_kl"], [1.0], [0.0], False, V, 0.0, KERNEL)
-    heads = ([w, tw], [b, tb], [0.0, 0.0], [1.0, 1.0], BUDGET)
+    heads = ([w, tw], [b, tb], [low, None], [up, None], [0.0, 0.0], [1.0, 1.0], BUDGET)
     c = torch.ones(N)
     watch = Largest()
     inputs = inputs._replace(labels=inputs.labels.clamp(min=0))
@@ -382,20 +459,22 @@ def test_reported_terms():
 # --- Compilers and operators ------------------------------------------------------------------------------------------
 
 
-def arguments(*, with_gradient):
+def arguments(*, with_gradient, low=False):
     (h, w, b), (th, tw, _) = parts(), parts()
     inputs = Inputs(
         [th], None, labels(ignored=False), None, torch.tensor(2.0), ["forward_kl"], [1.0], [0.0], False, V, 0.0, KERNEL
     )
-    heads = ([w, tw], [b, None], [0.0, 3.0], [1.0, 0.5], BUDGET)
-    c = torch.rand(N)
-    return (h, *inputs.arguments, *heads, True, True, *((c, c, c, [True, True, False]) if with_gradient else ()))
+    low, up = low_rank() if low else (None, None)
+    heads = ([w, tw], [b, None], [low, None], [up, None], [0.0, 3.0], [1.0, 0.5], BUDGET)
+    c, wanted = torch.rand(N), [True, True, False, low is not None, low is not None]
+    return (h, *inputs.arguments, *heads, True, True, *((c, c, c, wanted) if with_gradient else ()))
 
 
+@pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("op", ["head_forward", "head_fused"])
-def test_opcheck(op):
+def test_opcheck(op, low):
     function = getattr(torch.ops.kdfast, op).default
-    torch.library.opcheck(function, arguments(with_gradient=op == "head_fused"))
+    torch.library.opcheck(function, arguments(with_gradient=op == "head_fused", low=low))
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the compiled CPU graph is the same for both backends")
@@ -442,6 +521,20 @@ def test_wrong_heads(who):
         pair = (other, good) if who == "student" else (good, other)
         with pytest.raises((TypeError, ValueError), match=rf"{who}.*LMHead.*{word}"):
             distill_loss(*pair)
+
+
+def test_wrong_low_rank_products():
+    h, w, a, b = *parts(bias=False), *low_rank()
+    for given, message in (
+        ((a, b.T), "low_rank must be"),
+        ((a[1:], b), "low_rank must be"),
+        ((a, b[:, 1:]), "low_rank must be"),
+        (a, "low_rank must be two tensors"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            LMHead(h, w, low_rank=given)
+    with pytest.raises(TypeError, match=r"student: LMHead.low_rank\[1\] is torch.bfloat16"):
+        distill_loss(LMHead(h, w, low_rank=(a, b.bfloat16())), LMHead(h, w))
 
 
 @pytest.mark.parametrize(

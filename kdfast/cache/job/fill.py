@@ -83,8 +83,8 @@ class Capture:
                 for i, (n, sample) in enumerate(zip(lengths, samples, strict=True))
             ]
         if isinstance(logits, LMHead):  # the projection of padding is left out
-            real = torch.cat([logits.hidden[i, :n] for i, n in enumerate(lengths)])
-            targets = self._targets(_with_hidden(logits, real)).to("cpu")
+            real = logits.map_tokens(lambda x: torch.cat([x[i, :n] for i, n in enumerate(lengths)]))
+            targets = self._targets(real).to("cpu")
             firsts = torch.tensor([0, *lengths]).cumsum(0).tolist()
             return [targets[first : first + n] for first, n in zip(firsts, lengths, strict=False)]
         targets = self._targets(logits).to("cpu")
@@ -269,8 +269,4 @@ def _store(call: Callable[..., object], *arguments: object, **options: object) -
 
 
 def _rows(logits: Logits, row: int, n: int) -> Logits:
-    return logits[row, :n] if isinstance(logits, Tensor) else _with_hidden(logits, logits.hidden[row, :n])
-
-
-def _with_hidden(head: LMHead, hidden: Tensor) -> LMHead:
-    return LMHead(hidden, head.weight, head.bias, head.softcap, head.scale)
+    return logits[row, :n] if isinstance(logits, Tensor) else logits.map_tokens(lambda x: x[row, :n])

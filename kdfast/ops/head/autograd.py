@@ -15,6 +15,7 @@ from torch import Tensor
 from kdfast.ops.dense import autograd as dense_autograd
 from kdfast.ops.dense.autograd import PerToken, Spec, only_once
 from kdfast.ops.head import operators as head
+from kdfast.ops.head.operators import N_PARTS
 from kdfast.spec.head import LMHead
 from kdfast.spec.problem import Logits, Problem
 from kdfast.spec.reduction import DistillTerms, assemble, coefficients, reduced_terms, token_weights, weighted
@@ -53,36 +54,37 @@ class Tensors(NamedTuple):
     inputs: tuple[Tensor, ...]
     weights: tuple[Tensor | None, ...]
     biases: tuple[Tensor | None, ...]
+    lows: tuple[Tensor | None, ...]  # of a low-rank product that is added: a row a token
+    ups: tuple[Tensor | None, ...]  # and a row a column
 
     def flat(self) -> tuple[Tensor | None, ...]:
         """All of them, as a Function takes them."""
-        return *self.inputs, *self.weights, *self.biases
+        return tuple(x for part in self for x in part)
 
     @classmethod
     def of(cls, flat: tuple[Any, ...]) -> Tensors:
         """From what ``flat`` returned."""
-        n = len(flat) // 3
-        return cls(flat[:n], flat[n : 2 * n], flat[2 * n :])
+        n = len(flat) // N_PARTS
+        return cls(*(flat[k * n : (k + 1) * n] for k in range(N_PARTS)))
 
 
 def _arguments(tensors: Tensors, spec: HeadSpec, temperature: Tensor, per_token: PerToken) -> tuple[Any, ...]:
     """What both operators take before what is wanted."""
     student, *teachers = tensors.inputs
     inputs = spec.dense.inputs(tuple(teachers), per_token, temperature.detach())
-    heads = (list(tensors.weights), list(tensors.biases), list(spec.softcaps), list(spec.scales), spec.memory_budget)
-    return student, *inputs.arguments, *heads
+    of_each = (*tensors[1:], spec.softcaps, spec.scales)
+    return student, *inputs.arguments, *(list(part) for part in of_each), spec.memory_budget
 
 
 def _to_student(tensors: Tensors, needs: tuple[bool, ...]) -> list[bool]:
-    """Of the student's tensor, weight and bias, those that need a gradient; ``needs`` is that of the flat tensors."""
-    n = len(tensors.inputs)
-    return [needs[0], needs[n], needs[2 * n]]
+    """Of the student's parts those that need a gradient; ``needs`` is that of the flat tensors."""
+    return list(needs[:: len(tensors.inputs)])
 
 
 def _flat_gradients(tensors: Tensors, wanted: list[bool], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """One gradient per flat tensor: those of the student where wanted, None for the teachers."""
     n = len(tensors.inputs)
-    out: list[Tensor | None] = [None] * (3 * n)
+    out: list[Tensor | None] = [None] * (N_PARTS * n)
     for k, (yes, grad) in enumerate(zip(wanted, grads, strict=True)):
         out[k * n] = grad if yes else None
     return tuple(out)
@@ -107,8 +109,8 @@ class _Fused(torch.autograd.Function):
         arguments = _arguments(tensors, spec, temperature, per_token)
         z, by_tau, observes = spec.dense.wants
         out = spec.operators.fused(*arguments, z, by_tau, *coefficients, wanted, observes)
-        *tokens, dtau, d_student, d_weight, d_bias, observed = out
-        ctx.save_for_backward(*coefficients, *tokens, dtau, d_student, d_weight, d_bias, *tensors.flat())
+        tokens, dtau, gradients, observed = out[:3], out[3], out[4:-1], out[-1]
+        ctx.save_for_backward(*coefficients, *tokens, dtau, *gradients, *tensors.flat())
         ctx.spec, ctx.wanted = spec, wanted
         ctx.dtype = temperature.dtype
         ctx.mark_non_differentiable(*tokens, observed)
@@ -119,7 +121,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         coefficients, tokens, (dtau, *grads), flat = (
-            ctx.saved_tensors[a:b] for a, b in ((0, 3), (3, 6), (6, 10), (10, None))
+            ctx.saved_tensors[a:b] for a, b in ((0, 3), (3, 6), (6, 7 + N_PARTS), (7 + N_PARTS, None))
         )
         sources = [upstream, *(x for x in flat if x is not None)]
         scaled = tuple(only_once((upstream * g).to(g.dtype), *sources) for g in grads)
@@ -173,7 +175,7 @@ class _Tokens(torch.autograd.Function):
         if any(wanted):
             arguments = _arguments(tensors, spec, temperature, per_token)
             with torch.no_grad():
-                grads = spec.operators.fused(*arguments, False, False, *coefficients, wanted)[4:7]
+                grads = spec.operators.fused(*arguments, False, False, *coefficients, wanted)[4 : 4 + N_PARTS]
             to_tensors = _flat_gradients(tensors, wanted, tuple(only_once(g, *sources) for g in grads))
         to_temperature = None
         if ctx.needs_input_grad[1] and spec.dense.wants.dtau and coefficients[0] is not None:
@@ -201,35 +203,38 @@ def declines(problem: Problem) -> str | None:
     return None
 
 
-def _parts(x: Logits) -> tuple[Tensor, Tensor | None, Tensor | None, float, float]:
-    """Tensor, weight, bias, softcap and scale of a participant; under autocast a head computes as a linear layer."""
+def _parts(x: Logits) -> tuple[Any, ...]:
+    """Tensor, weight, bias, the low-rank two, softcap and scale of a participant.
+
+    Under autocast a head computes as a linear layer.
+    """
     if isinstance(x, Tensor):
-        return x, None, None, 0.0, 1.0
-    tensors = (x.hidden, x.weight, x.bias)
+        return x, *[None] * (N_PARTS - 1), 0.0, 1.0
+    tensors = x.tensors()
     device = x.hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        tensors = tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[assignment]
+        tensors = tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
     return *tensors, x.cap.softcap, x.cap.scale
 
 
 def distill_loss(problem: Problem, backend: str, over_ranks: Operators | None = None) -> DistillTerms:
     """The loss in chunks of tokens, through the kernels of a backend."""
     parts = [_parts(x) for x in (problem.student, *problem.teachers)]
-    inputs, weights, biases, softcaps, scales = zip(*parts, strict=True)
-    tensors = Tensors(inputs, weights, biases)
+    *of_each, softcaps, scales = zip(*parts, strict=True)
+    tensors = Tensors(*of_each)
     spec = HeadSpec(dense_autograd.spec_of(problem, backend), softcaps, scales, problem.memory_budget or 0, over_ranks)
     per_token = PerToken.of(problem)
     w = token_weights(problem)
-    mine = [x for x in (inputs[0], weights[0], biases[0]) if x is not None]
+    mine = [part[0] for part in tensors if part[0] is not None]
     in_forward = (
         torch.is_grad_enabled()
         and any(x.requires_grad for x in mine)
-        and inputs[0].dtype != torch.float16
+        and tensors.inputs[0].dtype != torch.float16
         and problem.reduction != "none"
     )
     columns = None if over_ranks is None or problem.kept is None else problem.kept.vocab_size
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with torch.autocast(tensors.inputs[0].device.type, enabled=False):
         if in_forward:
             c = coefficients(problem, w)
             loss, *out = _Fused.apply(spec, problem.temperature, *c, *per_token, *tensors.flat())  # type: ignore[no-untyped-call]

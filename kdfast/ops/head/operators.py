@@ -34,8 +34,12 @@ CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 PRODUCTS_ADD_IN_FP32 = hasattr(torch.ops.aten.addmm, "dtype_out") and torch.version.hip is None
 
 # What makes logits of `student` and `teachers`, by participant, the student first: without a weight, a participant's
-# tensor holds its logits, with one its hidden states. A softcap of 0 is none.
-_HEADS = "Tensor?[] head_weights, Tensor?[] head_biases, float[] softcaps, float[] scales, int memory_budget"
+# tensor holds its logits, with one its hidden states. `lows` (..., R) and `ups` (V, R) are of a low-rank product that
+# is added. A softcap of 0 is none.
+_HEADS = (
+    "Tensor?[] head_weights, Tensor?[] head_biases, Tensor?[] lows, Tensor?[] ups, float[] softcaps, float[] scales, "
+    "int memory_budget"
+)
 
 _library = torch.library.Library("kdfast", "FRAGMENT")
 _library.define(
@@ -45,7 +49,7 @@ _library.define(
 _library.define(
     f"head_fused(Tensor student, {INPUTS}, {_HEADS}, bool wants_z, bool wants_dtau, {COEFFICIENTS}, bool[] wanted, "
     f"{OBSERVES}) -> (Tensor soft, Tensor hard, Tensor z2, Tensor dtau, Tensor d_student, Tensor d_weight, "
-    "Tensor d_bias, Tensor observed)"
+    "Tensor d_bias, Tensor d_low, Tensor d_up, Tensor observed)"
 )
 
 
@@ -57,6 +61,8 @@ class Heads(NamedTuple):
 
     weights: list[Tensor | None]
     biases: list[Tensor | None]
+    lows: list[Tensor | None]
+    ups: list[Tensor | None]
     softcaps: list[float]
     scales: list[float]
     memory_budget: int
@@ -68,6 +74,7 @@ class Heads(NamedTuple):
 
 
 N_HEADS = len(Heads._fields)
+N_PARTS = 5  # of a participant: its tensor, weight, bias, low and up
 
 
 def chunk_rows(tokens: int, bytes_per_token: int, budget: int) -> int:
@@ -99,6 +106,7 @@ class Chunks:
         caps = tuple(Cap(*cap) for cap in zip(heads.scales, heads.softcaps, strict=True))
         self.heads, self.inputs, self.leading = heads, inputs._replace(caps=caps), student.shape[:-1]
         self.participants = [x.detach() for x in (student, *inputs.teachers)]
+        self.lows = [None if x is None else x.detach() for x in heads.lows]
         counted = None if inputs.counted is None else inputs.counted.reshape(-1)
         self.index: Tensor | None = None  # of the tokens that stay, where some leave
         self.count = student.numel() // max(1, student.shape[-1])
@@ -141,11 +149,18 @@ class Chunks:
 
     def given(self, k: int, tokens: slice) -> Tensor:
         """Participant k's tensor for these tokens, (n, columns or H): a view where memory allows one."""
-        x = self.participants[k]
+        return self._given(self.participants[k], tokens, of_head=self.heads.weights[k] is not None)
+
+    def low(self, k: int, tokens: slice) -> Tensor | None:
+        """The (n, R) of participant k's low-rank product, likewise."""
+        x = self.lows[k]
+        return None if x is None else self._given(x, tokens, of_head=True)
+
+    def _given(self, x: Tensor, tokens: slice, *, of_head: bool) -> Tensor:
         if self.index is not None:
             return x[torch.unravel_index(self.index[tokens], self.leading)]
         x = token_rows(x, tokens)
-        if self.counted is not None and self.heads.weights[k] is not None:
+        if self.counted is not None and of_head:
             # a NaN in a token that does not count would reach the weight's gradient as 0 * NaN
             x = x.masked_fill(~self.counted[tokens, None], 0.0)
         return x
@@ -157,8 +172,13 @@ class Chunks:
             return contiguous_rows(x)
         out, columns = self.buffers[k][: x.shape[0]], weight.detach().t()
         if bias is not None:
-            return torch.addmm(bias.detach(), x, columns, out=out)
-        return torch.mm(x, columns, out=out)
+            torch.addmm(bias.detach(), x, columns, out=out)
+        else:
+            torch.mm(x, columns, out=out)
+        low, up = self.low(k, tokens), self.heads.ups[k]
+        if low is not None and up is not None:
+            out.addmm_(low, up.detach().t())
+        return out
 
     def inputs_of(self, tokens: slice) -> Inputs:
         """The dense kernel's arguments for these tokens."""
@@ -222,18 +242,21 @@ def _head_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 class Gradients:
-    """The gradients of the student's tensor, weight and bias, as chunks add to them; None where not wanted."""
+    """The gradients of the student's parts, as chunks add to them; None where not wanted."""
 
     def __init__(self, chunks: Chunks, wanted: list[bool]) -> None:
-        x, self.weight, bias = chunks.participants[0], chunks.heads.weights[0], chunks.heads.biases[0]
+        heads, x, low = chunks.heads, chunks.participants[0], chunks.lows[0]
+        self.weight, self.up = heads.weights[0], heads.ups[0]
         self.chunks = chunks
-        size = (chunks.count, x.shape[-1])
-        self.d_student = torch.empty(size, dtype=x.dtype, device=x.device) if wanted[0] else None
-        self.d_weight, self.d_bias = (
-            torch.zeros(w.shape, dtype=torch.float32, device=x.device) if w is not None and yes else None
-            for w, yes in zip((self.weight, bias), wanted[1:], strict=True)
+        self.d_student, self.d_low = (
+            x.new_empty(chunks.count, of_tokens.shape[-1]) if of_tokens is not None and yes else None
+            for of_tokens, yes in ((x, wanted[0]), (low, wanted[3]))
         )
-        self.product: Tensor | None = None  # of one chunk, before it is added in fp32
+        self.d_weight, self.d_bias, self.d_up = (
+            torch.zeros(w.shape, dtype=torch.float32, device=x.device) if w is not None and yes else None
+            for w, yes in ((self.weight, wanted[1]), (heads.biases[0], wanted[2]), (self.up, wanted[4]))
+        )
+        self.products: dict[torch.Size, Tensor] = {}  # of one chunk, before they are added in fp32
 
     def of_logits(self, z: Tensor, tokens: slice) -> Tensor:
         """Where the kernel leaves the gradient of what it reads: in its place, where that is ours."""
@@ -252,6 +275,13 @@ class Gradients:
             self._add_product(self.d_weight, g.t(), self.chunks.given(0, tokens))
         if self.d_bias is not None:
             self.d_bias += g.sum(0, dtype=torch.float32)
+        low = self.chunks.low(0, tokens)
+        if low is None or self.up is None:
+            return
+        if self.d_low is not None:
+            torch.mm(g, self.up.detach(), out=self.d_low[tokens])
+        if self.d_up is not None:
+            self._add_product(self.d_up, g.t(), low)
 
     def _add_product(self, total: Tensor, g: Tensor, hidden: Tensor) -> None:
         if hidden.dtype == torch.float32:
@@ -259,19 +289,23 @@ class Gradients:
         elif hidden.is_cuda and PRODUCTS_ADD_IN_FP32:
             torch.addmm(total, g, hidden, out_dtype=torch.float32, out=total)
         else:
-            if self.product is None:
-                self.product = torch.empty(total.shape, dtype=hidden.dtype, device=hidden.device)
-            total += torch.mm(g, hidden, out=self.product)
+            if total.shape not in self.products:
+                self.products[total.shape] = torch.empty(total.shape, dtype=hidden.dtype, device=hidden.device)
+            total += torch.mm(g, hidden, out=self.products[total.shape])
 
-    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the dtype of the student's tensor; without elements where not wanted."""
-        nothing = self.chunks.participants[0].new_empty(0)
-        self.product = None
-        d_student = nothing if self.d_student is None else self.chunks.spread(self.d_student)
-        if self.weight is None:
-            return d_student, nothing, nothing
-        others = (nothing if d is None else d.to(nothing.dtype) for d in (self.d_weight, self.d_bias))
-        return d_student, *others  # type: ignore[return-value]  # two
+    def finished(self) -> tuple[Tensor, ...]:
+        """In the order of N_PARTS and the dtype of the student's tensor; without elements where not wanted."""
+        student = self.chunks.participants[0]
+        self.products.clear()
+
+        def of_tokens(d: Tensor | None) -> Tensor:
+            return student.new_empty(0) if d is None else self.chunks.spread(d)
+
+        def of_columns(d: Tensor | None) -> Tensor:
+            return student.new_empty(0) if d is None else d.to(student.dtype)
+
+        d_low, d_up = of_tokens(self.d_low), of_columns(self.d_up)
+        return of_tokens(self.d_student), of_columns(self.d_weight), of_columns(self.d_bias), d_low, d_up
 
 
 for _device in ("CPU", "CUDA"):
@@ -286,7 +320,7 @@ def _fake_forward(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _fake_fused(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     heads, (wants, (*_, wanted)) = Heads(*args[N_INPUTS : N_INPUTS + N_HEADS]), wants_of(args[N_INPUTS + N_HEADS :], 4)
-    there = (student, heads.weights[0], heads.biases[0])
+    there = (student, heads.weights[0], heads.biases[0], heads.lows[0], heads.ups[0])
     grads = [student.new_empty(0 if x is None or not yes else x.shape) for x, yes in zip(there, wanted, strict=True)]
     *terms, observed = dense.token_outputs(student, Inputs(*args[:N_INPUTS]), wants).values()
     return *terms, *grads, observed

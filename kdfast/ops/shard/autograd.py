@@ -194,6 +194,6 @@ class _SummedGradients(Gradients):
         self.d_student[tokens] = part
         self.on_its_way = None
 
-    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
+    def finished(self) -> tuple[Tensor, ...]:
         self._arrive()
         return super().finished()
