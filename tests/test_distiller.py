@@ -223,6 +223,20 @@ def test_what_student_and_teacher_share_is_quiet_for_the_teacher_alone():
     assert all(m.training for one in (student, teacher, second) for m in one.modules())
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_distillers_of_one_teacher(first):
+    """Whichever is left first, the teacher stays in eval mode until both are."""
+    teacher = mlp(8)
+    teacher.train()
+    both = [kdfast.Distiller(mlp(4), teacher, [KD()]) for _ in range(2)]
+    for d in both:
+        d.__enter__()
+    both[first].__exit__(None, None, None)
+    assert not any(module.training for module in teacher.modules())
+    both[1 - first].__exit__(None, None, None)
+    assert all(module.training for module in teacher.modules())
+
+
 def test_a_teacher_that_fails_leaves_modes_as_they_were():
     body = nn.Sequential(nn.Linear(F_IN, H), nn.Dropout(0.5))
     student, teacher = nn.Sequential(body, nn.Linear(H, C)), nn.Sequential(body, nn.Linear(H + 1, C))

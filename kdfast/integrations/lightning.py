@@ -109,7 +109,7 @@ class DistillMixin:
         """Gradients of sums over a constant become those of the mean over all that counts."""
         total = self._total(self._counted)  # type: ignore[arg-type]
         # Gradients were averaged over the ranks.
-        factor = self.trainer.world_size * self._constant / total.clamp(min=1)
+        factor = self.trainer.world_size * self._constant / torch.where(total > 0, total, 1.0)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad

@@ -154,14 +154,14 @@ class DistillTrainerMixin:
         """The micro-batches of a step, and the positions that count in them on all ranks, over the ranks."""
         samples, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         device = self.args.device
-        found = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+        found = torch.zeros(2, device=device)
         for batch in samples:
-            found[0] += self.distiller.count_items(batch).to(found)
+            found[0] += self.distiller.count_items(batch).to(device)
             found[1] += _input_tokens(batch)
         counted, tokens = self._total(found)
-        self._num_tokens += tokens.to("cpu", torch.int64)
+        self._num_tokens = self._num_tokens.to(device) + tokens.round().long()
         # A gradient is averaged over the ranks afterwards.
-        return samples, counted.to(device, torch.float32).clamp(min=1) / self.args.world_size
+        return samples, torch.where(counted > 0, counted, 1.0) / self.args.world_size
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -178,15 +178,17 @@ class DistillTrainerMixin:
             d = self._entered(model)
             self._make_ready(inputs)
             seen: list[Any] = []
-            hook = model.register_forward_hook(lambda module, args, out: seen.append(out))
+            asked = return_outputs and d.head is None
+            hook = model.register_forward_hook(lambda module, args, out: seen.append(out)) if asked else None
             try:
                 loss, terms = d(inputs, num_items=num_items_in_batch if training else None)
             finally:
-                hook.remove()
+                if hook is not None:
+                    hook.remove()
             self._means["train" if training else "eval"].add(terms, d.count_items(inputs).to(loss.device))
             if not return_outputs:
                 return loss
-            if d.head is None:
+            if asked:
                 return loss, seen[0]
             split = split_batch(inputs)
             with torch.no_grad():
@@ -262,7 +264,7 @@ class DistillTrainerMixin:
             state = {
                 "distiller": self.distiller.state_dict(),
                 "optimizer": self._own.state_dict(),
-                "num_tokens": self._num_tokens,
+                "num_tokens": int(self._num_tokens),
             }
             torch.save(state, os.path.join(folder, STATE.format(rank=self.args.process_index)))
 
@@ -337,7 +339,7 @@ class DistillTrainerMixin:
         if self._resumed is not None:
             d.load_state_dict(self._resumed["distiller"])
             own.load_state_dict(self._resumed["optimizer"])
-            self._num_tokens, self._resumed = self._resumed["num_tokens"], None
+            self._num_tokens, self._resumed = torch.tensor(self._resumed["num_tokens"]), None
 
     def _total(self, value: Tensor) -> Tensor:
         """The sum over the ranks."""

@@ -47,6 +47,11 @@ class Quiet:
         self._modes.restore()
 
 
+#: Modules that somebody keeps in eval mode: their mode of before the first, and who does. The last one to go gives it
+#: back, whichever that is.
+_HELD: weakref.WeakKeyDictionary[nn.Module, tuple[bool, weakref.WeakSet[_Modes]]] = weakref.WeakKeyDictionary()
+
+
 class _Modes:
     """The modes of a teacher's modules. Hooks hold it alone, so that who gives up a Quiet leaves nothing behind."""
 
@@ -54,9 +59,11 @@ class _Modes:
         mine = set(student.modules())
         self.own = [module for module in teacher.modules() if module not in mine]
         self.shared = [module for module in teacher.modules() if module in mine]
-        self.before = [module.training for module in self.own]
         self.passes: list[list[bool]] = []  # modes of what is shared, of each pass that is under way
         for module in self.own:
+            _, holders = held = _HELD.get(module, (module.training, weakref.WeakSet()))
+            _HELD[module] = held if holders else (module.training, holders)
+            holders.add(self)
             module.training = False
 
     def begin(self) -> None:
@@ -73,8 +80,11 @@ class _Modes:
                 module.training = training
 
     def restore(self) -> None:
-        for module, training in zip(self.own, self.before, strict=True):
-            module.training = training
+        for module in self.own:
+            training, holders = _HELD.get(module, (False, weakref.WeakSet()))
+            holders.discard(self)
+            if not holders and _HELD.pop(module, None) is not None:
+                module.training = training
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
