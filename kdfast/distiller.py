@@ -415,7 +415,7 @@ class Distiller:
                     seen.append(self._aligned(student, taught, inputs))
                     return use(seen[0])
 
-                def more(raw: Any) -> dict[str, Tensor]:
+                def more(raw: Any) -> dict[str, tuple[Tensor, Tensor]]:
                     return self._router(seen[0], raw, num_items)
 
                 return self.head.run(self.student, inputs.args, kwargs, at_head, more)
@@ -530,23 +530,24 @@ class Distiller:
                 weighted = weighted * (items(step, loss.labelled_only, amount.device) / num_items)
             total = weighted if total is None else total + weighted
         assert total is not None  # there is at least one loss
-        for name, more in self._router(step, step.student.raw, num_items).items():
-            total = total + more
-            terms[name] = more.detach()
+        for name, (share, term) in self._router(step, step.student.raw, num_items).items():
+            total = total + share
+            terms[name] = term
         terms["loss"] = total.detach()
         return total, terms
 
-    def _router(self, step: Step, raw: Any, num_items: float | Tensor | None) -> dict[str, Tensor]:
-        """A mixture of experts' own loss, by its share of the optimizer step's items, as of every other one."""
+    def _router(self, step: Step, raw: Any, num_items: float | Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+        """A mixture of experts' own loss: its share of the optimizer step's items, as of every other, and itself."""
         found = None if raw is None else router_loss(self.student, raw)
         if found is None:
             return {}
-        return {"router": found if num_items is None else found * (items(step, False, found.device) / num_items)}
+        share = found if num_items is None else found * (items(step, False, found.device) / num_items)
+        return {"router": (share, found.detach())}
 
     def _count(self) -> None:
         if torch.is_grad_enabled():
             self._calls += 1
-            if self._calls == self.accumulation_steps:
+            if self._calls >= self.accumulation_steps:
                 self.number, self._calls = self.number + 1, 0
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.cache.dataset import collate
+from kdfast.methods.step import IGNORED
 
 #: Fields of a sample that no trainer's collator knows.
 OWN = ("targets", "id", "index", "weights", "token_mask")
@@ -22,10 +23,14 @@ class Collator:
 
     Args:
         collator: the trainer's.
+        two_sided: tokens are the labels of an encoder-decoder model, not those of its input.
+        keyed: ``id`` is a key of a cache; else it is left out, as other columns that nobody knows.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, collator: Callable[[list[Any]], Any], *, two_sided: bool = False, keyed: bool = True) -> None:
         self.collator = collator
+        self.two_sided = two_sided
+        self.keyed = keyed
 
     def __getattr__(self, name: str) -> Any:
         if name == "collator" or name.startswith("__"):  # of one that is being unpickled
@@ -43,9 +48,10 @@ class Collator:
         if not there:
             return self.collator(features)
         batch = self.collator([{k: v for k, v in f.items() if k not in there} for f in features])
-        tokens = batch.get("attention_mask")
+        there = [name for name in there if name != "id" or self.keyed]
+        tokens = batch["labels"] != IGNORED if self.two_sided and "labels" in batch else batch.get("attention_mask")
         ids = batch.get("input_ids")
-        if isinstance(ids, Tensor) and len(ids) != len(features):
+        if there and isinstance(ids, Tensor) and len(ids) != len(features):
             msg = (
                 f"the collator made {len(ids)} rows of {len(features)} samples that have {', '.join(there)}: what is "
                 "known by sample cannot be packed, give packing=False and padding_free=False"
@@ -58,14 +64,22 @@ class Collator:
             elif name == "id":
                 batch[name] = values
             else:
-                batch[name] = _at_tokens(name, [torch.as_tensor(one) for one in values], tokens)
+                batch[name] = _at_tokens(name, values, tokens)
         return batch
 
 
-def _at_tokens(name: str, values: Sequence[Tensor], tokens: Tensor | None) -> Tensor:
+def _at_tokens(name: str, given: Sequence[Any], tokens: Tensor | None) -> Tensor:
     """Values of each sample's tokens, where the tokens are in the batch; values of whole samples, stacked."""
+    try:
+        values = [torch.as_tensor(one) for one in given]
+    except (TypeError, ValueError) as error:
+        msg = f"the column {name!r} is the losses', and must hold numbers: rename or drop it if it is something else"
+        raise ValueError(msg) from error
     if any(one.dim() != 1 for one in values) or tokens is None or tokens.dim() != 2:
-        return torch.stack(list(values))
+        if len({one.shape for one in values}) > 1:
+            msg = f"{name} differs in length between samples, and the batch has no attention_mask to place it by"
+            raise ValueError(msg)
+        return torch.stack(values)
     out = values[0].new_zeros(tokens.shape)
     for row, one, there in zip(out, values, tokens.bool(), strict=True):
         if len(one) != int(there.sum()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,9 @@ class DistillMixin:
     * Teachers are no part of the module: neither of its ``state_dict`` nor of what a strategy wraps. Whether they are
       in eval mode does not depend on ``train()``.
     * The losses' own parameters are the same on all ranks, and their state is in every checkpoint.
-    * Terms are logged as ``train/kd.soft`` and ``val/kd.soft``, weighted by what counts, over all ranks.
+    * Terms are logged as ``train/kd.soft`` and ``val/kd.soft``, weighted by what counts, over all ranks;
+      of several loaders as ``val/0/kd.soft``.
+    * A schedule's step is the trainer's ``global_step``.
 
     A module that overrides ``on_fit_start``, ``on_before_optimizer_step``, ``teardown`` or the hooks of checkpoints
     calls them of ``super()`` as well.
@@ -79,19 +82,19 @@ class DistillMixin:
                 d.prepare(example)
         self._constant = 0.0  # the same for all batches and ranks
         self._counted: Tensor | None = None  # since the last optimizer step
-        self._means = {stage: Means() for stage in ("train", "val", "test")}
+        self._means: dict[tuple[str, int], Means] = {}  # of a stage and a loader
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The objective of a batch, to be differentiated."""
         return self._objective(batch, "train")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The objective of a batch, a mean."""
-        return self._objective(batch, "val")
+        return self._objective(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The objective of a batch, a mean."""
-        return self._objective(batch, "test")
+        return self._objective(batch, "test", dataloader_idx)
 
     # --- What the trainer calls ---------------------------------------------------------------------------------------
 
@@ -103,6 +106,8 @@ class DistillMixin:
         if not self.automatic_optimization:  # type: ignore[attr-defined]
             msg = "with automatic_optimization=False call a kdfast.Distiller in your own training_step"
             raise ValueError(msg)
+        self._counted = None  # of a run that was broken off
+        self._means.clear()
         super().on_fit_start()  # type: ignore[misc]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -116,7 +121,8 @@ class DistillMixin:
                 if gradient is not None:
                     (gradient.to_local() if hasattr(gradient, "to_local") else gradient).mul_(factor)
         self._counted = None
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps  # 0: never
+        if every and (self.trainer.global_step + 1) % every == 0:
             self._log("train")
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
 
@@ -137,7 +143,10 @@ class DistillMixin:
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """And comes back."""
-        self.distiller.load_state_dict(checkpoint["distiller"])
+        if "distiller" in checkpoint:
+            self.distiller.load_state_dict(checkpoint["distiller"])
+        else:
+            warnings.warn("the checkpoint has no state of a Distiller: losses and schedules begin anew", stacklevel=2)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
     def teardown(self, stage: str) -> None:
@@ -148,7 +157,7 @@ class DistillMixin:
 
     # --- Parts --------------------------------------------------------------------------------------------------------
 
-    def _objective(self, batch: Any, stage: str) -> Tensor:
+    def _objective(self, batch: Any, stage: str, loader: int = 0) -> Tensor:
         d = self.distiller
         if not d.entered:
             for teacher in d.teachers:
@@ -157,17 +166,16 @@ class DistillMixin:
             d.__enter__()
         count = d.count_items(batch).float()
         if stage != "train":
-            loss, terms = d(batch)
+            loss, terms = d(batch, num_items=torch.where(count > 0, count, 1.0))
         else:
-            batches = self.trainer.accumulate_grad_batches
-            d.accumulation_steps = batches
+            d.number = self.trainer.global_step
             if not self._constant:
                 self._constant = self.trainer.strategy.broadcast(max(float(count), 1.0))
             self._counted = count if self._counted is None else self._counted + count
             loss, terms = d(batch, num_items=self._constant)
-            loss = loss * batches  # by which the trainer divides
+            loss = loss * self.trainer.accumulate_grad_batches  # by which the trainer divides
             terms["loss"] = terms["loss"] * self._constant / count  # of this batch, as the others
-        self._means[stage].add(terms, count)
+        self._means.setdefault((stage, loader), Means(d)).add(terms, batch)
         return loss
 
     def _total(self, value: Tensor) -> Tensor:
@@ -176,6 +184,8 @@ class DistillMixin:
         return total
 
     def _log(self, stage: str) -> None:
-        means = self._means[stage].take(self._total)
-        for name, mean in means.items():
-            self.log(f"{stage}/{name}", mean, prog_bar=name == "loss")  # type: ignore[attr-defined]
+        loaders = sorted(loader for kind, loader in self._means if kind == stage)
+        for loader in loaders:
+            which = f"{stage}/{loader}" if len(loaders) > 1 else stage
+            for name, mean in self._means[stage, loader].take(self._total).items():
+                self.log(f"{which}/{name}", mean, prog_bar=name == "loss")  # type: ignore[attr-defined]

@@ -42,6 +42,11 @@ class OwnOptimizer(transformers.TrainerCallback):
             scaler.step(own)
         own.zero_grad()
 
+    def zero_grad(self) -> None:
+        """Forgets gradients that a run left which was broken off."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
     def state_dict(self) -> dict[str, Any] | None:
         """Of the optimizer; None where the losses have no parameters."""
         return None if self.optimizer is None else self.optimizer.state_dict()

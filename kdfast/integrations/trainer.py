@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 from kdfast.cache.reader import Reader
 from kdfast.distiller import Distiller, Teacher
 from kdfast.integrations.collator import OWN, Collator
-from kdfast.integrations.huggingface import WithoutAdapters, head_of
+from kdfast.integrations.huggingface import WithoutAdapters
 from kdfast.integrations.means import Means
+from kdfast.integrations.models import head_for, in_place, is_causal
 from kdfast.integrations.own_optimizer import OwnOptimizer
+from kdfast.integrations.repeats import without_repeats
 from kdfast.methods import KD
 from kdfast.methods.batch import FIELDS, Inputs, split_batch
 from kdfast.methods.layers import unwrapped
 from kdfast.methods.loss import LossLike
 from kdfast.methods.positions import arguments, encoder_decoder
 from kdfast.methods.projection import Projection
-from kdfast.methods.step import IGNORED
 
 #: The first version whose trainer counts a step's items before its forward passes and leaves the division to the loss.
 OLDEST = (4, 50)
@@ -52,7 +54,9 @@ class DistillTrainerMixin:
       teacher), ``weights``, ``token_mask`` and ``index`` stay in the data set.
     * Each term of the losses is logged, as ``kd.soft``: its mean since the last log over all that counts on all ranks,
       with ``entropy`` (nats), ``mean_token_accuracy`` and ``num_tokens``; ``eval_kd.soft`` and so on in evaluation,
-      where ``eval_loss`` is the mean over all that counts, too, and each sample counts once.
+      where ``eval_loss`` is the mean over all that counts, too. A sample that is repeated to fill the ranks' last
+      batches counts once, where rows of a batch are samples of a map-style data set.
+    * A schedule's step is the trainer's ``global_step``.
 
     Args:
         args: of the trainer.
@@ -61,7 +65,7 @@ class DistillTrainerMixin:
             is moved to the trainer's device, but for one that is dispatched, quantised or sharded already.
         losses: as for :class:`kdfast.Distiller`; None: ``KD(temperature=1.0, alpha=0.5, return_metrics=True)``.
         head: the student's output projection, so that its logits are never made; True: that of the model; False: the
-            model's own logits; None: True where the model has an output embedding.
+            model's own logits; None: True where the model has an output embedding and every loss is kdfast's own.
         teacher_head: likewise of the teachers.
         causal: logits at position i are compared with the label at i + 1; None: where the model is a causal language
             model of transformers.
@@ -103,29 +107,35 @@ class DistillTrainerMixin:
         _check_version()
         super().__init__(*args, **kwargs)
         self._refuse()
-        if callable(teacher) and not isinstance(teacher, nn.Module):
-            teacher = teacher(self.model)
-        several = isinstance(teacher, (list, tuple))
-        teachers: list[Any] = list(teacher) if several else [] if teacher is None else [teacher]  # type: ignore[arg-type]
+        teachers = _teachers(teacher, self.model)
         for one in teachers:
-            if isinstance(one, nn.Module) and not _placed(one):
+            if isinstance(one, nn.Module) and not in_place(one):
                 one.to(self.args.device)
+        losses = [KD(temperature=1.0, alpha=0.5, return_metrics=True)] if losses is None else losses
         given_heads = teacher_head if isinstance(teacher_head, (list, tuple)) else [teacher_head] * len(teachers)
+        if len(given_heads) != len(teachers):
+            msg = f"teacher_head must be one for each of the {len(teachers)} teachers, got {len(given_heads)}"
+            raise ValueError(msg)
+        if not (causal is None or isinstance(causal, bool)):
+            msg = f"causal must be True, False or None, got {type(causal).__name__}"
+            raise TypeError(msg)
+        heads = [head_for("teacher_head", *pair, losses) for pair in zip(teachers, given_heads, strict=True)]
         self.distiller = Distiller(
             self.model,
             teachers,
-            [KD(temperature=1.0, alpha=0.5, return_metrics=True)] if losses is None else losses,
-            causal=_is_causal(self.model) if causal is None else causal,
+            losses,
+            causal=is_causal(self.model) if causal is None else causal,
             unlabelled=unlabelled,
-            head=_head("head", self.model, head),
-            teacher_head=[_head("teacher_head", *pair) for pair in zip(teachers, given_heads, strict=True)] or None,
-            accumulation_steps=self.args.gradient_accumulation_steps,
+            head=head_for("head", self.model, head, losses),
+            teacher_head=heads or None,
         )
-        self.data_collator = Collator(self.data_collator)
+        self._two_sided = encoder_decoder(self.model, Inputs())
+        keyed = any(isinstance(one, Reader) for one in teachers)
+        self.data_collator = Collator(self.data_collator, two_sided=self._two_sided, keyed=keyed)
         # The objective has its denominator: the trainer divides by neither the accumulation's steps nor the ranks.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._means = {"train": Means(), "eval": Means()}
+        self._means = {"train": Means(self.distiller), "eval": Means(self.distiller)}
         self._num_tokens = torch.zeros((), dtype=torch.int64)
         self._own = OwnOptimizer(self)
         self._resumed: dict[str, Any] | None = None
@@ -145,6 +155,8 @@ class DistillTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; afterwards the models are without hooks again."""
+        self._means["train"].clear()  # of a run that was broken off
+        self._own.zero_grad()
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -156,7 +168,7 @@ class DistillTrainerMixin:
         device = self.args.device
         found = torch.zeros(2, device=device)
         for batch in samples:
-            found[0] += self.distiller.count_items(batch).to(device)
+            found[0] += self.distiller.count_items(self._renamed(batch)).to(device)
             found[1] += _input_tokens(batch)
         counted, tokens = self._total(found)
         self._num_tokens = self._num_tokens.to(device) + tokens.round().long()
@@ -170,7 +182,7 @@ class DistillTrainerMixin:
 
         ``return_outputs`` gives what the student returns, too, of another forward pass where there is a head.
         """
-        inputs = {name: _moved(value, self.args.device) for name, value in inputs.items()}
+        inputs = {name: _moved(value, self.args.device) for name, value in self._renamed(inputs).items()}
         if hasattr(getattr(self.model, "config", None), "use_cache"):
             inputs["use_cache"] = False  # keys and values that nobody asks for again
         training = torch.is_grad_enabled()
@@ -180,12 +192,17 @@ class DistillTrainerMixin:
             seen: list[Any] = []
             asked = return_outputs and d.head is None
             hook = model.register_forward_hook(lambda module, args, out: seen.append(out)) if asked else None
+            if training:
+                d.number = self.state.global_step  # type: ignore[attr-defined]
+            else:
+                counted = d.count_items(inputs)
+                num_items_in_batch = torch.where(counted > 0, counted, 1.0)
             try:
-                loss, terms = d(inputs, num_items=num_items_in_batch if training else None)
+                loss, terms = d(inputs, num_items=num_items_in_batch)
             finally:
                 if hook is not None:
                     hook.remove()
-            self._means["train" if training else "eval"].add(terms, d.count_items(inputs).to(loss.device))
+            self._means["train" if training else "eval"].add(terms, inputs)
             if not return_outputs:
                 return loss
             if asked:
@@ -204,15 +221,21 @@ class DistillTrainerMixin:
     ) -> tuple[Tensor, Any, Any]:
         """The objective of one batch, with labels or without; logits, or generated tokens, where they are asked for."""
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        generate = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
+        theirs = {name: value for name, value in inputs.items() if name not in OWN}
+        if self._two_sided and split_batch(inputs).labels is None and "decoder_input_ids" not in inputs:
+            # Nothing that the decoder could be taught on: tokens to be generated alone.
+            return super().prediction_step(  # type: ignore[misc, no-any-return]
+                model, theirs, prediction_loss_only, ignore_keys=ignore_keys, **generation
+            )
         with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            generate = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
             wanted = not (prediction_loss_only or generate)
-            found = self.compute_loss(model, self._without_repeats(inputs), return_outputs=wanted)
+            counted = without_repeats(self._renamed(inputs), self.accelerator, two_sided=self._two_sided)
+            found = self.compute_loss(model, counted, return_outputs=wanted)
             loss, outputs = found if wanted else (found, None)
         if prediction_loss_only:
             return loss, None, None
         if generate:
-            theirs = {name: value for name, value in inputs.items() if name not in OWN}
             _, predicted, labels = super().prediction_step(  # type: ignore[misc]
                 model, theirs, prediction_loss_only, ignore_keys=ignore_keys, **generation
             )
@@ -252,8 +275,12 @@ class DistillTrainerMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        columns = self._signature_columns
-        self._signature_columns = [*columns, *(name for name in FIELDS if name not in columns)]
+        d = getattr(self, "distiller", None)
+        more = dict.fromkeys(FIELDS)  # and what a teacher takes that the student does not
+        for teacher in () if d is None else d.teachers:
+            if isinstance(teacher, nn.Module):
+                more |= dict.fromkeys(inspect.signature(unwrapped(teacher).forward).parameters)
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *more])]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
@@ -282,6 +309,14 @@ class DistillTrainerMixin:
                 return
             file = others[0]
         self._resumed = torch.load(file, map_location="cpu", weights_only=True)
+        self._num_tokens = torch.tensor(self._resumed["num_tokens"])
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        file = os.path.join(best, STATE.format(rank=self.args.process_index))
+        if os.path.exists(file):
+            self.distiller.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["distiller"])
 
     # --- Parts --------------------------------------------------------------------------------------------------------
 
@@ -339,7 +374,14 @@ class DistillTrainerMixin:
         if self._resumed is not None:
             d.load_state_dict(self._resumed["distiller"])
             own.load_state_dict(self._resumed["optimizer"])
-            self._num_tokens, self._resumed = torch.tensor(self._resumed["num_tokens"]), None
+            self._resumed = None
+
+    def _renamed(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch whose labels have another name, as ``label_names`` says it, with the usual one."""
+        names = self.label_names  # type: ignore[attr-defined]
+        if len(names) != 1 or names[0] in FIELDS or names[0] not in inputs or "labels" in inputs:
+            return inputs
+        return {"labels" if name == names[0] else name: value for name, value in inputs.items()}
 
     def _total(self, value: Tensor) -> Tensor:
         """The sum over the ranks."""
@@ -348,31 +390,18 @@ class DistillTrainerMixin:
         total: Tensor = self.accelerator.reduce(value.to(self.args.device), reduction="sum")
         return total
 
-    def _without_repeats(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A batch of evaluation in which no sample counts that stands there again to fill the ranks' last batches."""
-        state = self.accelerator.gradient_state
-        split = split_batch(inputs)
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        tensors = [x for x in (split.labels, *split.kwargs.values(), *split.args) if isinstance(x, Tensor)]
-        rows = len(tensors[0])
-        kept = torch.arange(rows, device=tensors[0].device) + rows * self.args.process_index < state.remainder
-        labels = split.labels
-        if labels is not None and not labels.is_floating_point():
-            by = kept.view(-1, *[1] * (labels.dim() - 1))
-            names = [name for name in ("labels", "start_positions", "end_positions") if inputs.get(name) is not None]
-            return {**inputs, **{name: _filled(inputs[name], by, labels) for name in names}}
-        tokens = split.decoder_mask if encoder_decoder(self.model, split) else split.mask
-        if tokens is not None and labels is None:
-            return {**inputs, "token_mask": (tokens if split.token_mask is None else split.token_mask) & kept[:, None]}
-        weights = (
-            kept.float() if split.weights is None else split.weights * kept.view(-1, *[1] * (split.weights.dim() - 1))
-        )
-        return {**inputs, "weights": weights}
-
 
 class DistillTrainer(DistillTrainerMixin, transformers.Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` with a teacher, see :class:`DistillTrainerMixin`."""
+
+
+def _teachers(given: Any, student: nn.Module) -> list[Any]:
+    if callable(given) and not isinstance(given, nn.Module):
+        given = given(student)
+        if given is None:
+            msg = "teacher must be a function of the student that returns a teacher, got None from it"
+            raise TypeError(msg)
+    return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
 
 def _check_version() -> None:
@@ -383,47 +412,6 @@ def _check_version() -> None:
         raise ImportError(msg)
 
 
-def _is_causal(model: nn.Module) -> bool:
-    """Whether a model's logits at position i are of token i + 1: a causal language model's are."""
-    inner: Any = unwrapped(model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        return False
-    auto = transformers.models.auto.modeling_auto
-    names = {
-        *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-        *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
-    }
-    kinds = [kind.__name__ for kind in type(inner).__mro__]
-    return any(kind in names or kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
-
-
-def _head(option: str, model: Any, given: bool | Projection | None) -> Projection | None:
-    if isinstance(given, Projection):
-        return given
-    if given is False or isinstance(model, Reader):
-        return None
-    inner: Any = unwrapped(model)
-    there = hasattr(inner, "get_output_embeddings") and inner.get_output_embeddings() is not None
-    if given is None and not there and not isinstance(inner, WithoutAdapters):
-        return None
-    try:
-        return head_of(model)
-    except ValueError as error:
-        msg = f"{error} ({option}=False takes the model's own logits)"
-        raise ValueError(msg) from error
-
-
-def _placed(teacher: nn.Module) -> bool:
-    """Whether a teacher's modules are where they are to be: dispatched, quantised or sharded, or the student's own."""
-    inner: Any = unwrapped(teacher)
-    if hasattr(inner, "hf_device_map") or getattr(inner, "quantization_method", None) is not None:
-        return True
-    if isinstance(inner, WithoutAdapters):
-        return True
-    return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in teacher.parameters())
-
-
 def _input_tokens(batch: Any) -> int | Tensor:
     """How many tokens a batch's input has without padding; 0 where it has none."""
     inputs: Inputs = split_batch(batch)
@@ -431,10 +419,6 @@ def _input_tokens(batch: Any) -> int | Tensor:
         return inputs.mask.sum()
     ids = inputs.kwargs.get("input_ids")
     return ids.numel() if isinstance(ids, Tensor) else 0
-
-
-def _filled(value: Tensor, kept: Tensor, labels: Tensor) -> Tensor:
-    return value.masked_fill(~(kept if value.dim() == labels.dim() else kept.flatten()), IGNORED)
 
 
 def _one_or_all(values: Any) -> Any:

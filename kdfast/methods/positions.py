@@ -156,13 +156,10 @@ def count_items(inputs: Inputs, *, causal: bool, two_sided: bool, unlabelled: in
         unlabelled: see :class:`kdfast.Distiller`.
     """
     labels, tokens = inputs.labels, tokens_of_logits(inputs, two_sided=two_sided)
+    # Class probabilities, (..., V); of a regression (B,), or (B, n) of n numbers each.
     whole = labels is not None and labels.is_floating_point()
-    named = inputs.kwargs.get("decoder_input_ids" if two_sided else "input_ids")
-    of = labels if labels is not None else next((x for x in (tokens, inputs.weights, named) if x is not None), None)
-    if of is None:
-        given = (*inputs.args, *inputs.kwargs.values())
-        of = next(x for x in given if isinstance(x, Tensor))[:, ...].flatten(1)[:, 0]
-    places = of.shape[:-1] if whole else of.shape
+    of = _in_place_of_labels(inputs, tokens, two_sided=two_sided) if labels is None else labels
+    places = of.shape[:-1] if whole and of.dim() > 1 else of.shape
     document = None if two_sided else documents(inputs.positions)
     counts = predicting(places, tokens, document, causal=causal, device=of.device)
     kept = torch.ones(places, dtype=torch.bool, device=of.device)
@@ -172,6 +169,19 @@ def count_items(inputs: Inputs, *, causal: bool, two_sided: bool, unlabelled: in
     if causal and len(places) == 2:
         amount = torch.nn.functional.pad(amount[:, 1:], (0, 1))
     return (amount if counts is None else torch.where(counts, amount, 0)).sum()
+
+
+def _in_place_of_labels(inputs: Inputs, tokens: Tensor | None, *, two_sided: bool) -> Tensor:
+    """A tensor of the shape that labels would have: tokens, or one a sample."""
+    ids, embedded = (("decoder_" if two_sided else "") + name for name in ("input_ids", "inputs_embeds"))
+    for found in (tokens, inputs.weights, inputs.kwargs.get(ids)):
+        if isinstance(found, Tensor):
+            return found
+    if isinstance(inputs.kwargs.get(embedded), Tensor):
+        each: Tensor = inputs.kwargs[embedded][..., 0]
+        return each
+    first = next(x for x in (*inputs.args, *inputs.kwargs.values()) if isinstance(x, Tensor))
+    return first.flatten(1)[:, 0] if first.dim() > 1 else first
 
 
 def placed(targets: Any, tokens: Tensor | None) -> Any:

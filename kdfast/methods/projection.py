@@ -105,7 +105,7 @@ class Projection:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         use: Use,
-        more: Callable[[Any], Mapping[str, Tensor]] | None = None,
+        more: Callable[[Any], Mapping[str, tuple[Tensor, Tensor]]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Calls a wrapped model, with ``use`` in the place of its logits.
 
@@ -114,7 +114,7 @@ class Projection:
             args: its arguments.
             kwargs: its arguments by name.
             use: of the head, inside the model's forward pass.
-            more: of what the model returned, losses by name to be added.
+            more: of what the model returned, by name what is to be added, and what to report of it.
 
         Returns:
             The loss, and what ``use`` returned beside it.
@@ -146,9 +146,9 @@ class Projection:
                 last.remove()
             self._once(losses)
             loss = losses[0] + nothing_of(out[0])
-            for name, extra in (more(raw) if more is not None else {}).items():
+            for name, (extra, term) in (more(raw) if more is not None else {}).items():
                 loss = loss + extra
-                terms[name] = extra.detach()
+                terms[name] = term
             losses[0] = loss
             return loss
 

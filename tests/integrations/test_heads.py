@@ -497,8 +497,10 @@ def test_a_router_s_loss_has_its_share(fused):
         whole, terms = d(batch)
         assert terms["router"] > 0
         items = ((batch["labels"][:, 1:] != -100) & batch["attention_mask"][:, :-1].bool()).sum()
-        parts = [d({k: v[i : i + 1] for k, v in batch.items()}, num_items=items)[0] for i in range(4)]
-    torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-5)
+        found = [d({k: v[i : i + 1] for k, v in batch.items()}, num_items=items) for i in range(4)]
+    torch.testing.assert_close(sum(loss for loss, _ in found), whole, rtol=1e-4, atol=1e-5)
+    for _, of_part in found:  # a term is what it is before its share is taken
+        torch.testing.assert_close(of_part["router"], terms["router"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="Linear returns aux_loss, and its configuration has no coefficient of it"):
         router_loss(nn.Linear(1, 1), {"aux_loss": torch.ones(())})
 

@@ -138,6 +138,53 @@ def test_what_is_not_served_says_so(tmp_path):
         trainer_of(tmp_path, gradient_clip_val=None, accumulate_grad_batches=1).fit(module, loader(data))
 
 
+def test_a_schedule_goes_by_the_trainer_s_steps(tmp_path):
+    seen = []
+
+    def step_of(number):
+        seen.append(number)
+        return 0.5
+
+    module = Lit(model_of(0), model_of(1), [KD(alpha=step_of)])
+    fewer = lightning.pytorch.callbacks.GradientAccumulationScheduler({0: 4, 1: 2})
+    trainer = trainer_of(tmp_path, max_epochs=2, accumulate_grad_batches=1, callbacks=[fewer], log_every_n_steps=0)
+    trainer.fit(module, loader(rows(14)))
+    assert [*dict.fromkeys(seen)] == list(range(trainer.global_step)) == list(range(6))
+
+
+class Break(lightning.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        raise ZeroDivisionError
+
+
+def test_a_run_after_one_that_was_broken_off(tmp_path):
+    data, student, whole = rows(), model_of(0), model_of(0)
+    steps_by_hand(whole, model_of(1), data, 4)
+    module = Lit(student, model_of(1))
+    with pytest.raises(ZeroDivisionError):
+        trainer_of(tmp_path, callbacks=[Break()]).fit(module, loader(data))
+    module.zero_grad()
+    trainer_of(tmp_path).fit(module, loader(data))
+    close(student, whole)
+
+
+def test_two_loaders_of_validation(tmp_path):
+    data, teacher, student = rows(), model_of(1).eval(), model_of(0).eval()
+    trainer, module = trainer_of(tmp_path), Lit(student, teacher)
+    trainer.validate(module, [loader(data[:5]), loader(data[5:])], verbose=False)
+    for i, part in enumerate((data[:5], data[5:])):
+        with torch.no_grad():
+            total, items = causal(student, teacher, collate(part))
+        name = f"val/{i}/loss"
+        assert trainer.callback_metrics[name].item() == pytest.approx((total / items).item(), rel=1e-4)
+
+
+def test_a_checkpoint_without_a_distiller(tmp_path):
+    module = Lit(model_of(0), model_of(1))
+    with pytest.warns(UserWarning, match="the checkpoint has no state of a Distiller"):
+        module.on_load_checkpoint({"state_dict": {}})
+
+
 def test_a_batch_without_labelled_tokens(tmp_path):
     """Adds nothing to its step, and its terms, which mean nothing, to no mean."""
     data, teacher, student, whole = rows(), model_of(1), model_of(0), model_of(0)

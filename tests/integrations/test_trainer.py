@@ -13,6 +13,7 @@ pytest.importorskip("accelerate", reason="Accelerate is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 import accelerate
+import transformers
 from tiny_llama import V, model_of
 from trainers import CLIP, LR, Ordered, arguments, causal, close, collate, rows, steps_by_hand
 
@@ -96,6 +97,72 @@ def test_a_run_that_is_resumed_is_the_uninterrupted_one(tmp_path):
     for a, b in zip(second.distiller.parameters(), uninterrupted.distiller.parameters(), strict=True):
         assert torch.equal(a, b)
     assert second.distiller.number == uninterrupted.distiller.number == 4
+    logs = [[e["num_tokens"] for e in t.state.log_history if "num_tokens" in e] for t in (second, uninterrupted)]
+    assert logs[0] == logs[1]
+
+
+def test_a_schedule_goes_by_the_trainer_s_steps(tmp_path):
+    """The short last step of an epoch counts, and a second run begins at 0."""
+    seen = []
+
+    def step_of(number):
+        seen.append(number)
+        return 0.5
+
+    args = {"train_dataset": rows(10), "data_collator": collate, "teacher": model_of(1)}
+    given = arguments(tmp_path, num_train_epochs=2)
+    trainer = Ordered(model_of(0), given, losses=[KD(alpha=step_of)], **args)
+    for _ in range(2):
+        seen.clear()
+        trainer.train()
+        assert [*dict.fromkeys(seen)] == list(range(trainer.state.global_step)) == list(range(6))
+
+
+class Stop(transformers.TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_a_run_after_one_that_was_broken_off(tmp_path):
+    def run(*, broken):
+        student = model_of(0)
+        losses = [KD(temperature=1.0, alpha=0.5), FitNet("model.layers.*", "model.layers.*", weight=0.3)]
+        args = {"train_dataset": rows(), "data_collator": collate, "teacher": model_of(1), "losses": losses}
+        trainer = Ordered(student, arguments(tmp_path), **args)
+        if broken:
+            stop = Stop()
+            trainer.add_callback(stop)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            assert not trainer.distiller.entered
+            trainer.remove_callback(stop)
+            student.zero_grad()  # the model's own are the caller's
+        trainer.train()
+        return trainer
+
+    broken, whole = run(broken=True), run(broken=False)
+    close(broken.model, whole.model)
+    for a, b in zip(broken.distiller.parameters(), whole.distiller.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    first, want = (next(e for e in t.state.log_history if "kd.soft" in e) for t in (broken, whole))
+    assert first["kd.soft"] == pytest.approx(want["kd.soft"], rel=1e-5)
+
+
+def test_the_best_model_s_own_parameters(tmp_path):
+    losses = [KD(temperature=1.0, alpha=0.5), FitNet("model.layers.*", "model.layers.*")]
+    ways = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_fitnet", "greater_is_better": True}
+    trainer = Ordered(
+        model_of(0),
+        arguments(tmp_path, **ways, **best),
+        train_dataset=rows(16),
+        eval_dataset=rows(4),
+        data_collator=collate,
+        teacher=model_of(1),
+        losses=losses,
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_fitnet"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -199,8 +266,8 @@ def test_a_reader_and_weights_of_tokens(tmp_path):
             ids = torch.tensor(row["input_ids"])
             writer.write(f"s{i}", kdfast.soft_targets(teacher(input_ids=ids[None]).logits[0], k=V), ids)
     generator = torch.Generator().manual_seed(2)
-    for i, row in enumerate(data):
-        row |= {"id": f"s{i}", "weights": torch.rand(len(row["input_ids"]), generator=generator).tolist()}
+    for i, row in enumerate(data):  # so small that a step's sum is below 1
+        row |= {"id": f"s{i}", "weights": (0.01 * torch.rand(len(row["input_ids"]), generator=generator)).tolist()}
 
     def weighted(student, teacher, batch):
         total = items = 0

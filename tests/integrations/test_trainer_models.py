@@ -11,12 +11,15 @@ from machine import DEVICE, INTERPRETING, VARIANTS
 from torch import nn
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
+pytest.importorskip("datasets", reason="the hf extra is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
+import datasets
 import transformers
 from tiny_llama import V, model_of
 from trainers import InOrder, Ordered, arguments, causal, close, collate, options, rows, steps_by_hand, sum_of
 
+from kdfast.integrations.models import is_causal
 from kdfast.integrations.trainer import DistillTrainer, DistillTrainerMixin
 from kdfast.methods import KD, CrossEntropy, FitNet
 
@@ -57,12 +60,12 @@ def two_sided(features):
     return {**batch, "labels": torch.tensor([f["labels"] + [-100] * (longest - len(f["labels"])) for f in features])}
 
 
-def translated(student, teacher, batch):
+def translated(student, teacher, batch, weights=1.0):
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     inputs["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(batch["labels"])
     with torch.no_grad():
         t = teacher(**inputs).logits
-    return sum_of(student(**inputs).logits, t, batch["labels"]), (batch["labels"] != -100).sum()
+    return sum_of(student(**inputs).logits, t, batch["labels"], weights), (batch["labels"] != -100).sum()
 
 
 class Seq2Seq(InOrder, DistillTrainerMixin, transformers.Seq2SeqTrainer):
@@ -199,6 +202,132 @@ def test_two_processes_evaluate_each_sample_once(tmp_path):
     ranks.run([functools.partial(evaluates_each_sample_once, folder=str(tmp_path))], 2, tmp_path)
 
 
+def test_generation_without_labels(tmp_path):
+    data = [{k: v for k, v in row.items() if k != "labels"} for row in texts_and_targets(3)]
+    given = transformers.Seq2SeqTrainingArguments(**options(tmp_path, predict_with_generate=True))
+    trainer = Seq2Seq(t5(0), given, data_collator=collate, teacher=t5(1))
+    assert len(trainer.predict(data, max_length=5).predictions) == 3
+
+
+def test_weights_of_targets(tmp_path):
+    """Of an encoder-decoder model they are its labels', not its source's."""
+    data, teacher, student = texts_and_targets(4), t5(1).eval(), t5(0).eval()
+    for row in data:
+        row["weights"] = torch.rand(len(row["labels"])).tolist()
+    found = Seq2Seq(
+        student, transformers.Seq2SeqTrainingArguments(**options(tmp_path)), data_collator=two_sided, teacher=teacher
+    )
+    got = found.evaluate(data)["eval_loss"]
+    total = items = 0
+    for row in data:
+        one, _ = translated(student, teacher, two_sided([row]), torch.tensor([row["weights"]]))
+        total, items = total + one.item(), items + sum(row["weights"])
+    assert got == pytest.approx(total / items, rel=1e-4)
+
+
+def bert(seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=V, **sizes, num_labels=5, type_vocab_size=2)
+    )
+    with torch.no_grad():
+        model.classifier.weight.mul_(30)
+        model.bert.embeddings.token_type_embeddings.weight.mul_(100)
+    return model.eval()
+
+
+def test_what_the_teacher_takes_and_the_student_does_not(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+    student = transformers.DistilBertForSequenceClassification(
+        transformers.DistilBertConfig(vocab_size=V, **sizes, num_labels=5)
+    ).eval()
+    ids = torch.randint(3, V, (4, 6))
+    types = (torch.arange(6) > 2).long()
+    data = [{"input_ids": row, "token_type_ids": types, "labels": i} for i, row in enumerate(ids)]
+    teacher = bert(1)
+    trainer = DistillTrainer(student, arguments(tmp_path), teacher=teacher, data_collator=stacked)
+    with torch.no_grad():
+        t = teacher(input_ids=ids, token_type_ids=types.expand(4, 6)).logits
+        want = sum_of(student(input_ids=ids).logits, t, torch.arange(4)) / 4
+    assert trainer.evaluate(datasets.Dataset.from_list(data).with_format("torch"))["eval_loss"] == pytest.approx(
+        want.item(), rel=1e-4
+    )
+
+
+def test_labels_of_another_name(tmp_path):
+    data = [{"pixel_values": row["pixel_values"], "kind": row["labels"]} for row in images()]
+    student, teacher = vit(0).eval(), vit(1).eval()
+    given = arguments(tmp_path, label_names=["kind"], remove_unused_columns=False)
+    trainer = Ordered(student, given, train_dataset=data, data_collator=stacked, teacher=teacher)
+    found = trainer.evaluate(data)
+    with torch.no_grad():
+        total, items = classified(student, teacher, stacked(images()))
+    assert found["eval_loss"] == pytest.approx((total / items).item(), rel=1e-4)
+    trainer.train()
+
+
+def test_tokens_without_a_hard_label_in_the_log(tmp_path):
+    """Each term is a mean over what it is of, whatever the batches."""
+    data, teacher, student = rows(5), model_of(1).eval(), model_of(0).eval()
+    for row in data:
+        row["labels"] = [-100, *(y if i % 3 else -1 for i, y in enumerate(row["labels"][1:]))]
+    losses = [KD(temperature=1.0, alpha=0.5, return_metrics=True), CrossEntropy(weight=0.3)]
+    found = []
+    for size in (1, 4):
+        given = arguments(tmp_path, per_device_eval_batch_size=size)
+        found.append(
+            DistillTrainer(
+                student, given, data_collator=collate, teacher=teacher, losses=losses, unlabelled=-1
+            ).evaluate(data)
+        )
+    for name in ("eval_loss", "eval_kd.soft", "eval_kd.hard", "eval_ce", "eval_mean_token_accuracy", "eval_entropy"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
+    batch = collate(data)
+    with torch.no_grad():
+        z = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    y = batch["labels"][:, 1:]
+    kept = y >= 0
+    want = torch.nn.functional.cross_entropy(z[kept], y[kept]).item()
+    assert found[0]["eval_ce"] == pytest.approx(want, rel=1e-4)
+    share = kept.sum() / (y != -100).sum()  # a token without a label has none of KD's hard term
+    assert found[0]["eval_kd.hard"] == pytest.approx(want * share.item(), rel=1e-4)
+
+
+def test_a_loss_of_the_user_sees_logits(tmp_path):
+    def size(step):
+        return step.student.logits.float().square().mean()
+
+    student = model_of(0)
+    losses = [KD(), (size, 0.1)]
+    trainer = DistillTrainer(student, arguments(tmp_path), data_collator=collate, teacher=model_of(1), losses=losses)
+    assert trainer.evaluate(rows(4))["eval_size"] > 0
+    assert DistillTrainer(student, arguments(tmp_path), teacher=model_of(1), losses=losses, head=True).distiller.head
+
+
+def test_columns_that_are_not_the_losses(tmp_path):
+    data = [{**row, "id": f"page {i}"} for i, row in enumerate(rows())]
+    given = {"data_collator": collate, "teacher": model_of(1)}
+    assert DistillTrainer(model_of(0), arguments(tmp_path), **given).evaluate(data)["eval_loss"] > 0
+    data = [{**row, "weights": "heavy"} for row in rows()]
+    with pytest.raises(ValueError, match="the column 'weights' is the losses', and must hold numbers"):
+        DistillTrainer(model_of(0), arguments(tmp_path), **given).evaluate(data)
+
+
+@pytest.mark.parametrize(
+    "kind", ["Qwen2AudioForConditionalGeneration", "LlamaForCausalLM", "LlavaForConditionalGeneration"]
+)
+def test_models_that_predict_the_next_token(kind):
+    with torch.device("meta"):
+        model = getattr(transformers, kind)
+        assert is_causal(model(model.config_class()))
+
+
+def test_models_that_do_not():
+    assert not any(is_causal(model) for model in (t5(0), vit(0), bert(0), Plain(3)))
+
+
 class Plain(nn.Module):
     """No model of transformers."""
 
@@ -232,6 +361,17 @@ def test_what_says_what_the_loss_is_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model_init makes another student"):
         DistillTrainer(args=arguments(tmp_path), model_init=lambda: model_of(0), **given)
     student = model_of(0)
+    for wrong, message in (
+        ({"head": "yes"}, "head must be True, False"),
+        ({"head": 0}, "head must be True, False"),
+        ({"causal": "no"}, "causal must be True, False or None"),
+        ({"teacher": lambda student: None}, "teacher must be a function of the student that returns a teacher"),
+        ({"teacher": "gpt2"}, "teacher must be a module"),
+        ({"teacher": {"a": model_of(1)}}, "teacher must be a module"),
+        ({"teacher_head": [None, None]}, "teacher_head must be one for each of the 1 teachers, got 2"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            DistillTrainer(model_of(0), arguments(tmp_path), **{**given, **wrong})
     with pytest.raises(ValueError, match="teacher is the student itself"):
         DistillTrainer(student, arguments(tmp_path), **{**given, "teacher": student})
     quantised = model_of(0)
