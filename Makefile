@@ -26,7 +26,8 @@ demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
 
 # The Triton kernels go through the same tests in a process of their own: its interpreter is chosen before it is imported. It
-# is slow, so that it runs one in SHARE of each test's cases, others with every seed; all of them with SHARE=1.
+# is slow, so that it runs one in SHARE of each test's cases, others with every seed. With KDFAST_TEST_ALL=1 all cases of all
+# tests are run.
 test: $(VENV)/.test build/peers
 	$(PYTEST) -n $(WORKERS) tests $(PYTEST_ARGS)
 	PYTHONPATH=build/peers $(PYTEST) tests/docs/test_peers.py

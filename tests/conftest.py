@@ -29,8 +29,15 @@ def pytest_report_header():
     return f"seed: KDFAST_TEST_SEED={SEED}"
 
 
+def pytest_configure(config):
+    line = "drawn: slow; of the test's cases one is run, another with another seed, all with KDFAST_TEST_ALL=1"
+    config.addinivalue_line("markers", line)
+
+
 def pytest_collection_modifyitems(config, items):
-    """With ``KDFAST_TEST_SHARE=n``, of the cases of each test one in n and at least one, others with every seed."""
+    """Of tests that are ``drawn`` one case; with ``KDFAST_TEST_SHARE=n`` of every test one case in n, at least one."""
+    if os.environ.get("KDFAST_TEST_ALL") == "1":
+        return
     share = int(os.environ.get("KDFAST_TEST_SHARE") or 1)
     # Processes that share the tests must agree, and have no seed in common if none was given.
     drawn_by = os.environ.get("KDFAST_TEST_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or SEED
@@ -38,9 +45,14 @@ def pytest_collection_modifyitems(config, items):
     first = {}
     for name in sorted(places, key=places.__getitem__):
         first.setdefault(name.partition("[")[0], name)
-    kept = {name for name, place in places.items() if place % share == 0} | {*first.values()}
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
-    items[:] = [item for item in items if item.nodeid in kept]
+    firsts = {*first.values()}
+    kept = [
+        item
+        for item in items
+        if item.nodeid in firsts or (places[item.nodeid] % share == 0 and not item.get_closest_marker("drawn"))
+    ]
+    config.hook.pytest_deselected(items=[*{*items}.difference(kept)])
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

@@ -257,6 +257,7 @@ def check_errors(rank, world):
 CHECKS = (check_vocabulary, check_values, check_tokens, check_both, check_dtensors, check_errors)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_agree_with_one(world, tmp_path):
     run(CHECKS, world, tmp_path)

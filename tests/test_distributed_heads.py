@@ -464,6 +464,7 @@ CHECKS = (
 )
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("world", [2] if INTERPRETING else [2, 4])
 def test_ranks_agree_with_one(world, tmp_path):
     run(KERNEL_CHECKS if INTERPRETING else CHECKS, world, tmp_path)

@@ -163,6 +163,7 @@ def check_tokens(rank, world):
 CHECKS = (check_vocabulary, check_rows_without_a_largest_logit, check_heads, check_tokens)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("world", [2] if INTERPRETING else [2, 4])
 def test_ranks_agree_with_one(world, tmp_path):
     run(CHECKS, world, tmp_path)

@@ -153,6 +153,7 @@ def test_report_needs_no_network(whole):
     assert "Quick run." in page
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("calls", "stored", "finished", "training"),
     [(3, 8, 0, False), (30, 48, 0, True), (85, 48, 2, True), (130, 48, 3, True)],

@@ -36,6 +36,7 @@ def test_the_chosen_targets_are_known():
     assert set(CHOSEN) <= set(TARGETS)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("target", CHOSEN)
 def test_no_kernel_spills(target):
     rows = compile_calls(target)
@@ -57,6 +58,7 @@ def test_no_kernel_spills(target):
             assert ".v4.b32" in row.text, where
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("target", [t for t in CHOSEN if t in ("sm_90", "gfx942")])
 def test_one_entry_one_row_and_odd_rows_compile(target):
     """Numbers that are 1 are constants to Triton, within tuples too, and have not the methods of others."""

@@ -219,6 +219,7 @@ def test_opcheck_of_images(name):
 
 @of_any_memory
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", ["odd images", "some of the classes"])
 def test_a_compiled_model_of_images(name):
     """The strides that the compiler was told are those that the operators give."""
