@@ -166,14 +166,14 @@ class DistillTrainerMixin:
         """The micro-batches of a step, and the positions that count in them on all ranks, over the ranks."""
         samples, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         device = self.args.device
-        found = torch.zeros(2, device=device)
+        found = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         for batch in samples:
             found[0] += self.distiller.count_items(self._renamed(batch)).to(device)
             found[1] += _input_tokens(batch)
         counted, tokens = self._total(found)
         self._num_tokens = self._num_tokens.to(device) + tokens.round().long()
         # A gradient is averaged over the ranks afterwards.
-        return samples, torch.where(counted > 0, counted, 1.0) / self.args.world_size
+        return samples, torch.where(counted > 0, counted, 1.0).float() / self.args.world_size
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import pytest
 import ranks
@@ -15,6 +14,7 @@ pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 
 from tiny_llama import V, by_hand, model_of
+from trainers import Ordered, arguments, close, collate, rows, steps_by_hand
 
 from kdfast import Distiller
 from kdfast.integrations.huggingface import head_of
@@ -45,7 +45,6 @@ def zero_equals_one(rank, world, stage, tied):
     """Two steps of the whole batch on one process."""
     import deepspeed
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     generator = torch.Generator().manual_seed(5)
     batches = [torch.randint(V, (2 * world, 8), generator=generator) for _ in range(2)]
     whole, teacher = model_of(0, tie_word_embeddings=tied), model_of(1, tie_word_embeddings=tied).eval()
@@ -87,3 +86,34 @@ def test_zero(tmp_path, monkeypatch, stage, tied):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     ranks.run([functools.partial(zero_equals_one, stage=stage, tied=tied)], 2, tmp_path)
+
+
+def trainer_equals_one(rank, world, folder, stage):
+    import deepspeed
+
+    data, teacher = rows(), model_of(1).eval()
+    whole, student = model_of(0), model_of(0)
+    steps_by_hand(whole, teacher, data, 8)
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    given = arguments(folder, deepspeed=config)
+    trainer = Ordered(student, given, train_dataset=data, data_collator=collate, teacher=teacher)
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+    with deepspeed.zero.GatheredParameters(list(student.parameters())) if stage == 3 else torch.no_grad():
+        close(student, whole)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trainer(tmp_path, monkeypatch, stage):
+    pytest.importorskip("accelerate", reason="Accelerate is not installed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    ranks.run([functools.partial(trainer_equals_one, folder=str(tmp_path), stage=stage)], 2, tmp_path)
