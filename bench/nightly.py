@@ -141,7 +141,8 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, default=Path("build/nightly"), help="folder, default: %(default)s")
     parser.add_argument("--json", type=Path, help="file for what was found; parts that are not run stay in it")
     given = parser.parse_args()
-    given.logs.mkdir(parents=True, exist_ok=True)
+    for folder in (given.logs, *([given.json.parent] if given.json else [])):  # before hours of work
+        folder.mkdir(parents=True, exist_ok=True)
     machine = Machine.here()
     results = read(given.json) if given.json and given.json.exists() else {}
     passed = True

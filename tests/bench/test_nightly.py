@@ -26,7 +26,7 @@ FAKES = {
 def command(monkeypatch, tmp_path):
     """Calls the command over parts that are none; returns exit code and what the file has."""
     monkeypatch.setattr(nightly, "PARTS", FAKES)
-    file = tmp_path / "nightly.json"
+    file = tmp_path / "a folder that is new" / "nightly.json"
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["nightly", "--logs", str(tmp_path / "logs"), "--json", str(file), *words])
