@@ -111,7 +111,8 @@ class Distiller:
         accumulation_steps: int = 1,
         process_group: Any = None,
     ) -> None:
-        teachers = [] if teacher is None else [teacher] if isinstance(teacher, (nn.Module, Reader)) else list(teacher)
+        several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
+        teachers: list[Any] = [] if teacher is None else list(teacher) if several else [teacher]  # type: ignore[arg-type]
         for one in teachers:
             if not isinstance(one, (nn.Module, Reader)):
                 msg = f"teacher must be a module, a kdfast.cache.Reader or a sequence of them, got {type(one).__name__}"
@@ -119,6 +120,12 @@ class Distiller:
             if isinstance(one, nn.Module) and unwrapped(one) is unwrapped(student):
                 msg = (
                     "teacher is the student itself, which would go into eval mode: give a copy, copy.deepcopy(student)"
+                )
+                raise ValueError(msg)
+            if isinstance(one, nn.Module) and _holds_adapters(student, one):
+                msg = (
+                    "teacher is the base of the student, in which its adapters are: give "
+                    "kdfast.integrations.huggingface.WithoutAdapters(student), or a copy made before they were added"
                 )
                 raise ValueError(msg)
         if causal and encoder_decoder(student, Inputs()):
@@ -182,7 +189,7 @@ class Distiller:
                 if whole:
                     msg = (
                         f"{whole[0]!r} is a part of what the model returns, which a head comes before: name the layers "
-                        'themselves, as "model.layers.*"'
+                        'themselves, as "model.layers.*", or give neither head nor teacher_head'
                     )
                     raise ValueError(msg)
             patterns = [p for loss in losses for p in loss.student_layers]
@@ -552,6 +559,13 @@ class Distiller:
 
 
 Distiller.__module__ = "kdfast"  # where it is for users, and for what they pickle
+
+
+def _holds_adapters(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether a PeftModel's trained adapters are within the teacher, its base; a soft prompt is not."""
+    inner: Any = unwrapped(student)
+    of_peft = hasattr(inner, "get_base_model") and inner.get_base_model() is unwrapped(teacher)
+    return of_peft and any(p.requires_grad for p in teacher.parameters())
 
 
 def _checked_head(name: str, head: Any) -> Projection | None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kdfast.cache.dataset import collate
 from kdfast.methods.step import IGNORED
+from kdfast.spec.packed import PackedTargets
+from kdfast.spec.sparse import SparseTargets
 
 #: Fields of a sample that no trainer's collator knows.
 OWN = ("targets", "id", "index", "weights", "token_mask")
@@ -44,6 +46,8 @@ class Collator:
             ValueError: a sample has not one of ``weights`` or ``token_mask`` for each of its tokens; samples that the
                 collator puts into one row, which have targets, weights or masks.
         """
+        if self.collator is collate:  # which knows them
+            return collate(features)
         there = [name for name in OWN if isinstance(features[0], Mapping) and name in features[0]]
         if not there:
             return self.collator(features)
@@ -60,6 +64,11 @@ class Collator:
         for name in there:
             values = [f[name] for f in features]
             if name == "targets":
+                if not isinstance(values[0], (SparseTargets, PackedTargets)):
+                    msg = (
+                        f"the column 'targets' is a cached teacher's, got {type(values[0]).__name__}: rename or drop it"
+                    )
+                    raise ValueError(msg)
                 batch[name] = collate([{"targets": one} for one in values])["targets"]
             elif name == "id":
                 batch[name] = values

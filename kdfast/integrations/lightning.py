@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdfast.distiller import Distiller, Teacher
 from kdfast.integrations.means import Means
+from kdfast.integrations.models import is_causal
 from kdfast.methods import KD
 from kdfast.methods.loss import LossLike
 
@@ -42,7 +43,7 @@ class DistillMixin:
         ...     def __init__(self, student, teacher):
         ...         super().__init__()
         ...         self.student = student
-        ...         self.distil(student, teacher, [KD()], causal=True)
+        ...         self.distil(student, teacher, [KD()])
         ...     def configure_optimizers(self):
         ...         return AdamW([*self.student.parameters(), *self.distiller.parameters()])
     """
@@ -56,6 +57,7 @@ class DistillMixin:
         losses: Sequence[LossLike] | None = None,
         *,
         example: Any = None,
+        causal: bool | None = None,
         **options: Any,
     ) -> None:
         """Says what is distilled into what; to be called in ``__init__``.
@@ -65,6 +67,8 @@ class DistillMixin:
             teacher: as for :class:`kdfast.Distiller`.
             losses: likewise; None: ``KD(temperature=1.0, alpha=0.5, return_metrics=True)``.
             example: a batch, from whose shapes the losses' parameters follow; None where they need none.
+            causal: as for :class:`kdfast.Distiller`; None: where the student is a causal language model of
+                transformers.
             options: of :class:`kdfast.Distiller`.
 
         Raises:
@@ -72,7 +76,8 @@ class DistillMixin:
         """
         if losses is None:
             losses = [KD(temperature=1.0, alpha=0.5, return_metrics=True)]
-        self.distiller = d = Distiller(student, teacher, losses, **options)
+        causal = is_causal(student) if causal is None else causal
+        self.distiller = d = Distiller(student, teacher, losses, causal=causal, **options)
         if not d.prepared:
             if example is None:
                 names = ", ".join(name for name, loss in d.losses.items() if not loss.prepared)
@@ -99,12 +104,19 @@ class DistillMixin:
     # --- What the trainer calls ---------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Refuses what would scale gradients otherwise."""
+        """Refuses what would scale gradients otherwise, and parameters of the losses that nothing would train."""
+        if not hasattr(self, "distiller"):
+            msg = f"{type(self).__name__} says nowhere what is distilled: call self.distil(...) in __init__"
+            raise RuntimeError(msg)
         if type(self.trainer.strategy).__name__.startswith("DeepSpeed"):
             msg = "DeepSpeed's strategy keeps the gradients to itself: use DDP, FSDP, or transformers' Trainer"
             raise ValueError(msg)
         if not self.automatic_optimization:  # type: ignore[attr-defined]
             msg = "with automatic_optimization=False call a kdfast.Distiller in your own training_step"
+            raise ValueError(msg)
+        trained = {p for optimizer in self.trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+        if any(p.requires_grad and p not in trained for p in self.distiller.parameters()):
+            msg = "configure_optimizers leaves out parameters of the losses: add *self.distiller.parameters()"
             raise ValueError(msg)
         self._counted = None  # of a run that was broken off
         self._means.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ _CAUSAL_LOSSES = ("ForCausalLM", "ForConditionalGeneration")
 
 def is_causal(model: nn.Module) -> bool:
     """Whether a model's logits at position i are of token i + 1: as of a causal language model of transformers."""
+    if "transformers" not in sys.modules:
+        return False
     from transformers.models.auto import modeling_auto as auto
 
     inner: Any = unwrapped(model)
@@ -57,7 +60,7 @@ def head_for(option: str, model: Any, given: Any, losses: Sequence[LossLike]) ->
         there = hasattr(inner, "get_output_embeddings") and inner.get_output_embeddings() is not None
         if not there and not isinstance(inner, WithoutAdapters):
             return None
-        kinds = [type(as_loss(loss)) for loss in losses]
+        kinds = [type(as_loss(loss)) for loss in losses] if isinstance(losses, (list, tuple)) else []
         if any(kind is Term or kind.__module__.partition(".")[0] != "kdfast" for kind in kinds):
             return None
     try:

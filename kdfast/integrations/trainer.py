@@ -139,6 +139,7 @@ class DistillTrainerMixin:
         self._num_tokens = torch.zeros((), dtype=torch.int64)
         self._own = OwnOptimizer(self)
         self._resumed: dict[str, Any] | None = None
+        self._warned = False
         self.add_callback(self._own)  # type: ignore[attr-defined]
 
     def create_own_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -170,6 +171,11 @@ class DistillTrainerMixin:
         for batch in samples:
             found[0] += self.distiller.count_items(self._renamed(batch)).to(device)
             found[1] += _input_tokens(batch)
+        if samples and not self._warned and split_batch(self._renamed(samples[0])).labels is None:
+            self._warned = True
+            hard = [name for name, loss in self.distiller.losses.items() if getattr(loss, "alpha", 1.0) != 1.0]
+            if hard:
+                warnings.warn(f"batches have no labels: of {', '.join(hard)} the teacher's term is left", stacklevel=2)
         counted, tokens = self._total(found)
         self._num_tokens = self._num_tokens.to(device) + tokens.round().long()
         # A gradient is averaged over the ranks afterwards.

@@ -144,7 +144,7 @@ class Projection:
                     raw = call(*args, **kwargs)
             finally:
                 last.remove()
-            self._once(losses)
+            self._once(losses, model)
             loss = losses[0] + nothing_of(out[0])
             for name, (extra, term) in (more(raw) if more is not None else {}).items():
                 loss = loss + extra
@@ -201,10 +201,13 @@ class Projection:
 
         with replaced(self.module, torch.compiler.disable(project)):
             model(*args, **kwargs)
-        self._once(found)
+        self._once(found, model)
         return found[0]
 
-    def _once(self, found: Sequence[Any]) -> None:
+    def _once(self, found: Sequence[Any], model: nn.Module) -> None:
+        if not found and all(module is not self.module for module in model.modules()):
+            msg = f"the head is of another model, {self.name}, than of the one that is called: give that one's own"
+            raise ValueError(msg)
         if len(found) != 1:
             msg = (
                 f"{self.name} came {len(found)} times to its output projection in one forward pass, once is needed: "
@@ -266,7 +269,7 @@ class Projection:
         finally:
             for module, training in modes:
                 module.training = training
-        self._once(products)
+        self._once(products, model)
         wrong = next((one for one in finding if one), "")
         if agree is not None and not agree(not wrong, products[0].device) and not wrong:
             wrong = f"{self.name} makes its logits otherwise than by its output projection alone, on another rank"

@@ -144,9 +144,9 @@ class SparseTargets:
     def _tensors(self) -> dict[str, Tensor | None]:
         return {k: getattr(self, k) for k in ("ids", "logprobs", "k_eff", "mass", "neg_entropy", "gold_logprob")}
 
-    def to(self, device: torch.device | str) -> SparseTargets:
-        """The same targets on another device."""
-        return self.map(lambda t: t.to(device))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
+        """The same targets on another device; with ``non_blocking`` from pinned memory, without waiting."""
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def __getitem__(self, index: Any) -> SparseTargets:
         """Targets of some tokens: ``index`` runs over the leading axes, never over K."""

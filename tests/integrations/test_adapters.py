@@ -156,6 +156,24 @@ def test_two_processes_equal_one(tmp_path):
     ranks.run([functools.partial(ddp_equals_one, kind=kind) for kind in ("head apart", "head")], 2, tmp_path)
 
 
+def test_a_base_that_has_the_adapters_is_no_teacher():
+    whole = base()
+    student = peft.get_peft_model(whole, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match=r"teacher is the base of the student, in which its adapters are: give .*WithoutAdapters"
+    ):
+        Distiller(student, whole, [KD()])
+    with pytest.raises(TypeError, match="teacher must be a module"):
+        Distiller(student, WithoutAdapters, [KD()])
+    with (
+        Distiller(student, base(), [KD()], causal=True, head=head_of(base())) as d,
+        pytest.raises(
+            ValueError, match="the head is of another model, LlamaForCausalLM, than of the one that is called"
+        ),
+    ):
+        d({"input_ids": torch.randint(V, (2, 5))})
+
+
 def test_copies_have_adapters_of_their_own():
     student = adapted("body")
     own = WithoutAdapters(student)

@@ -90,7 +90,7 @@ def test_what_the_head_leaves_out_is_refused(name, dtype, monkeypatch):
         embedding = model.get_output_embeddings()
         bare = torch.nn.Linear(32, V, bias=False, dtype=dtype)
         bare.weight = embedding.weight
-        head.projection.module = bare
+        head.projection.linear = bare
     with pytest.raises(ValueError, match="makes its logits otherwise"):
         head.check(*inputs(30, 11))
 

@@ -33,10 +33,15 @@ class Lit(DistillMixin, lightning.LightningModule):
     def __init__(self, student, teacher, losses=None, **options):
         super().__init__()
         self.student = student
-        self.distil(student, teacher, losses, causal=True, **options)
+        self.distil(student, teacher, losses, **options)
 
     def configure_optimizers(self):
         return torch.optim.SGD([*self.student.parameters(), *self.distiller.parameters()], lr=LR)
+
+
+class Nothing(DistillMixin, lightning.LightningModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
 
 
 def trainer_of(folder, **options):
@@ -132,6 +137,13 @@ def test_what_is_not_served_says_so(tmp_path):
     data, student = rows(), model_of(0)
     with pytest.raises(ValueError, match=r"parameters of fitnet follow .* give distil\(example=\) one"):
         Lit(student, model_of(1), [FitNet("model.layers.*", "model.layers.*")])
+    losses = [FitNet("model.layers.*", "model.layers.*")]
+    module = Lit(student, model_of(1), losses, example=collate(data[:2]))
+    module.configure_optimizers = lambda: torch.optim.SGD(student.parameters(), lr=LR)
+    with pytest.raises(ValueError, match="configure_optimizers leaves out parameters of the losses"):
+        trainer_of(tmp_path).fit(module, loader(data))
+    with pytest.raises(RuntimeError, match="Nothing says nowhere what is distilled"):
+        trainer_of(tmp_path).fit(Nothing(), loader(data))
     module = Lit(student, model_of(1))
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="with automatic_optimization=False"):

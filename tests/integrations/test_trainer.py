@@ -13,6 +13,7 @@ pytest.importorskip("accelerate", reason="Accelerate is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 import accelerate
+import tokenizers
 import transformers
 from tiny_llama import V, model_of
 from trainers import CLIP, LR, Ordered, arguments, causal, close, collate, rows, steps_by_hand
@@ -286,6 +287,34 @@ def test_a_reader_and_weights_of_tokens(tmp_path):
     data[3]["weights"].append(1.0)
     with pytest.raises(ValueError, match=r"weights has \d+ values of a sample with \d+ tokens"):
         Ordered(student, arguments(tmp_path), **args).train()
+
+
+@pytest.mark.parametrize("collator", ["transformers", "cache"])
+def test_a_cache_s_columns_under_collators_that_people_have(tmp_path, collator):
+    """One that returns a BatchEncoding, which moves what is in it; and the cache's own."""
+    data, teacher = rows(), model_of(1).eval()
+    with torch.no_grad(), cache.Writer(tmp_path / "c", vocab_size=V) as writer:
+        for i, row in enumerate(data):
+            ids = torch.tensor(row["input_ids"])
+            writer.write(i, kdfast.soft_targets(teacher(input_ids=ids[None]).logits[0], k=V), ids)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>")),
+        pad_token="<pad>",
+    )
+    made = {"transformers": transformers.DataCollatorForSeq2Seq(tokenizer), "cache": cache.collate}
+    stored = cache.Dataset(cache.Reader(tmp_path / "c"), data, key=None)
+    whole, student = model_of(0), model_of(0)
+    steps_by_hand(whole, teacher, data, 4)
+    given = arguments(tmp_path)
+    Ordered(student, given, train_dataset=stored, data_collator=made[collator]).train()
+    close(student, whole, rtol=2e-3, atol=1e-4)
+
+
+def test_no_labels_says_so(tmp_path):
+    data = [{k: v for k, v in row.items() if k != "labels"} for row in rows(4)]
+    args = {"train_dataset": data, "data_collator": collate, "teacher": model_of(1)}
+    with pytest.warns(UserWarning, match="batches have no labels: of kd the teacher's term is left"):
+        DistillTrainer(model_of(0), arguments(tmp_path), **args).train()
 
 
 def ranks_equal_one(rank, world, folder, average, sharded=False):
