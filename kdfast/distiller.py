@@ -6,32 +6,29 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdfast.cache.dataset import collate
 from kdfast.cache.reader import Reader
 from kdfast.methods.aligned import aligned, items
 from kdfast.methods.batch import Inputs, Split, split_batch
 from kdfast.methods.gate import gated_outputs, nothing_of
+from kdfast.methods.given import Teacher, check_options, checked_head, losses_of, teacher_heads_of, teachers_of
 from kdfast.methods.layers import Capture, parse, unwrapped
-from kdfast.methods.loss import Loss, LossLike, as_loss, named
+from kdfast.methods.loss import Loss, LossLike
 from kdfast.methods.modes import Quiet
-from kdfast.methods.positions import arguments, count_items, encoder_decoder, placed
+from kdfast.methods.positions import arguments, count_items, encoder_decoder, placed, warn_of_copies
 from kdfast.methods.projection import Projection
 from kdfast.methods.router import router_loss
 from kdfast.methods.schedule import value
-from kdfast.methods.step import IGNORED, Outputs, Step, logits_of
+from kdfast.methods.step import Outputs, Step, logits_of
+from kdfast.methods.stored import stored
 from kdfast.methods.synchronise import GradientAverage, data_parallel_groups, reshard
 from kdfast.spec import reduction
 from kdfast.spec.head import LMHead
-from kdfast.spec.packed import PackedTargets
 from kdfast.spec.problem import _scalar
-from kdfast.spec.sparse import SparseTargets
-
-Teacher: TypeAlias = nn.Module | Reader
 
 
 class Distiller:
@@ -111,45 +108,11 @@ class Distiller:
         accumulation_steps: int = 1,
         process_group: Any = None,
     ) -> None:
-        several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
-        teachers: list[Any] = [] if teacher is None else list(teacher) if several else [teacher]  # type: ignore[arg-type]
-        for one in teachers:
-            if not isinstance(one, (nn.Module, Reader)):
-                msg = f"teacher must be a module, a kdfast.cache.Reader or a sequence of them, got {type(one).__name__}"
-                raise TypeError(msg)
-            if isinstance(one, nn.Module) and unwrapped(one) is unwrapped(student):
-                msg = (
-                    "teacher is the student itself, which would go into eval mode: give a copy, copy.deepcopy(student)"
-                )
-                raise ValueError(msg)
-            if isinstance(one, nn.Module) and _holds_adapters(student, one):
-                msg = (
-                    "teacher is the base of the student, in which its adapters are: give "
-                    "kdfast.integrations.huggingface.WithoutAdapters(student), or a copy made before they were added"
-                )
-                raise ValueError(msg)
-        if causal and encoder_decoder(student, Inputs()):
-            name = type(unwrapped(student)).__name__
-            msg = f"causal=True: {name} is an encoder-decoder model, whose logits are aligned with its labels already"
-            raise ValueError(msg)
-        if unlabelled is not None and (isinstance(unlabelled, bool) or not isinstance(unlabelled, int)):
-            msg = f"unlabelled must be a label, an int, or None, got {type(unlabelled).__name__}"
-            raise TypeError(msg)
-        if unlabelled == IGNORED:
-            msg = f"unlabelled must be another label than {IGNORED}, which drops a token from every term"
-            raise ValueError(msg)
-        if accumulation_steps < 1:
-            msg = f"accumulation_steps must be at least 1, got {accumulation_steps}"
-            raise ValueError(msg)
-        if isinstance(losses, Loss) or callable(losses):
-            name = getattr(losses, "__name__", "it")
-            given = f"{type(losses).__name__}(...)" if isinstance(losses, Loss) else name
-            msg = f"losses must be a list of losses, got a single {type(losses).__name__}: give [{given}]"
-            raise TypeError(msg)
+        check_options(student, causal=causal, unlabelled=unlabelled, accumulation_steps=accumulation_steps)
         self.student = student
-        self.teachers: tuple[Teacher, ...] = tuple(teachers)
-        self.head = _checked_head("head", head)
-        self.teacher_heads = _heads(teacher_head, self.teachers)
+        self.teachers = teachers_of(student, teacher)
+        self.head = checked_head("head", head)
+        self.teacher_heads = teacher_heads_of(teacher_head, self.teachers)
         self.split = split
         self.causal = causal
         self.unlabelled = unlabelled
@@ -157,10 +120,8 @@ class Distiller:
         self._groups: list[Any] = [] if process_group is None else _several(process_group)
         self.number = 0
         self._calls = 0  # since the last optimizer step
-        self._extra = nn.ModuleDict(named([as_loss(one) for one in losses]))
-        if not self._extra:
-            msg = "losses is empty: give at least one, as kdfast.methods.KD()"
-            raise ValueError(msg)
+        self._looked = False  # at a batch, for labels that want a shift
+        self._extra = losses_of(losses)
         self._captures: list[Capture] | None = None  # the student's, then each teacher's
         self._quiet: list[Quiet] = []
         self._average: GradientAverage | None = None
@@ -294,7 +255,11 @@ class Distiller:
         self._entered()
         self._require_prepared()  # before the models run, and change their statistics
         num_items = None if num_items is None else _scalar("num_items", num_items, open_low=True)
-        found = self._run(self.split(batch), lambda step: self._objective(step, num_items), num_items)
+        inputs = self.split(batch)
+        if not (self.causal or self._looked):
+            self._looked = True
+            warn_of_copies(inputs, stacklevel=2)
+        found = self._run(inputs, lambda step: self._objective(step, num_items), num_items)
         self._count()
         return found
 
@@ -455,13 +420,14 @@ class Distiller:
             stack: keeps what has to be held until the outputs were used.
         """
         captures, quiet = iter(self._entered()[1:]), iter(self._quiet)
+        two_sided = encoder_decoder(self.student, inputs)
         outputs = []
         for teacher, head in zip(self.teachers, self.teacher_heads, strict=True):
             if isinstance(teacher, Reader):
-                outputs.append(Outputs(self._stored(teacher, inputs)))
+                outputs.append(Outputs(stored(teacher, inputs, two_sided=two_sided)))
                 continue
             kwargs = arguments(teacher, inputs, self.unlabelled)
-            with torch.no_grad(), next(quiet):
+            with torch.no_grad(), next(quiet), _named_teacher(teacher):
                 if head is None:
                     raw = teacher(*inputs.args, **kwargs)
                     logits = _detached(logits_of(raw))
@@ -472,31 +438,9 @@ class Distiller:
                     logits = stack.enter_context(head.whole(hidden.detach()))
             outputs.append(Outputs(logits, raw, next(captures).take()))
         if not self.teachers and inputs.targets is not None:
-            outputs.append(Outputs(placed(inputs.targets, self._padding(inputs))))
+            padding = inputs.decoder_mask if two_sided else inputs.mask
+            outputs.append(Outputs(placed(inputs.targets, padding)))
         return tuple(outputs)
-
-    def _padding(self, inputs: Inputs) -> Tensor | None:
-        """The tokens (B, S) on the axis of the logits, those that are not to count among them."""
-        return inputs.decoder_mask if encoder_decoder(self.student, inputs) else inputs.mask
-
-    def _stored(self, reader: Reader, inputs: Inputs) -> SparseTargets | PackedTargets:
-        """A cached teacher's targets of a batch, those that came with it or read by its keys, where its tokens are."""
-        padding = self._padding(inputs)
-        if inputs.targets is not None:
-            found: SparseTargets | PackedTargets = placed(inputs.targets, padding)
-            return found
-        if inputs.keys is None:
-            msg = 'a cached teacher needs the batch\'s "targets" (kdfast.cache.Dataset) or its keys in "id"'
-            raise KeyError(msg)
-        padding = inputs.token_mask if padding is None else padding
-        keys = inputs.keys.tolist() if isinstance(inputs.keys, Tensor) else list(inputs.keys)
-        # Of an encoder-decoder model the distributions are of the decoder's tokens, which are not the input's.
-        tokens = None if encoder_decoder(self.student, inputs) else inputs.kwargs.get("input_ids")
-        if tokens is not None and padding is not None:
-            tokens = [row[there] for row, there in zip(tokens, padding, strict=True)]
-        read = reader.read([str(key) for key in keys], None if tokens is None else list(tokens))
-        stacked: SparseTargets = placed(collate([{"targets": one} for one in read])["targets"], padding)
-        return stacked
 
     def _aligned(self, student: Outputs, teachers: tuple[Outputs, ...], inputs: Inputs) -> Step:
         return aligned(
@@ -561,33 +505,15 @@ class Distiller:
 Distiller.__module__ = "kdfast"  # where it is for users, and for what they pickle
 
 
-def _holds_adapters(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether a PeftModel's trained adapters are within the teacher, its base; a soft prompt is not."""
-    inner: Any = unwrapped(student)
-    of_peft = hasattr(inner, "get_base_model") and inner.get_base_model() is unwrapped(teacher)
-    return of_peft and any(p.requires_grad for p in teacher.parameters())
-
-
-def _checked_head(name: str, head: Any) -> Projection | None:
-    if head is not None and not isinstance(head, Projection):
-        msg = f"{name} must be a kdfast.methods.Projection or None, got {type(head).__name__}"
-        raise TypeError(msg)
-    return head
-
-
-def _heads(given: Any, teachers: Sequence[Teacher]) -> tuple[Projection | None, ...]:
-    heads = (
-        list(given) if isinstance(given, (list, tuple)) else [given] if given is not None else [None] * len(teachers)
-    )
-    heads = [_checked_head("teacher_head", one) for one in heads]
-    if len(heads) != len(teachers):
-        msg = f"teacher_head must be one for each of the {len(teachers)} teachers, or None, got {len(heads)}"
-        raise ValueError(msg)
-    for teacher, head in zip(teachers, heads, strict=True):
-        if head is not None and isinstance(teacher, Reader):
-            msg = "teacher_head: a cached teacher has no output projection, give None"
-            raise ValueError(msg)
-    return tuple(heads)
+@contextlib.contextmanager
+def _named_teacher(teacher: nn.Module) -> Iterator[None]:
+    """Says whose index was out of range: most often a token of the student's that the teacher has not got."""
+    try:
+        yield
+    except IndexError as error:
+        name = type(unwrapped(teacher)).__name__
+        msg = f"{name}, the teacher: {error}; it must know every token that the student does"
+        raise IndexError(msg) from error
 
 
 def _several(groups: Any) -> list[Any]:

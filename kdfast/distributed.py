@@ -80,7 +80,7 @@ def distill_loss(
             raise ValueError(msg)
     _check_indices(labels)
     if options.pop("class_dim", -1) != -1:
-        msg = "class_dim is not served by kdfast.distributed: the classes are the last axis"
+        msg = "class_dim is not served by kdfast.distributed: make the classes the last axis, x.movedim(class_dim, -1)"
         raise ValueError(msg)
     if options.pop("vocab", "strict") != "strict":
         msg = "vocab='truncate' is not served by kdfast.distributed: cut both vocabularies before they are sharded"
@@ -88,9 +88,6 @@ def distill_loss(
     participants = [student, *teacher] if isinstance(teacher, (list, tuple)) else [student, teacher]
     if vocab_group is not None and any(isinstance(x, LMHead) and x.low_rank is not None for x in participants):
         msg = "LMHead: low_rank is not served where ranks share the vocabulary: add the product to the weight"
-        raise ValueError(msg)
-    if options.get("class_dim", -1) != -1:
-        msg = "class_dim is not served by kdfast.distributed: make the classes the last axis, x.movedim(class_dim, -1)"
         raise ValueError(msg)
     if isinstance(teacher, PackedTargets):
         teacher = teacher.unpack()
@@ -163,7 +160,8 @@ def distill_dtensors(student: Any, teacher: Any, labels: Tensor | None, **option
     the student is, tensors per token, sparse targets among them, as its leading axes are. Of an :class:`kdfast.LMHead`
     the hidden states are placed as the leading axes of its logits and replicated over the vocabulary's mesh axis, along
     which weight and bias are ``Shard(0)``; over the other axes they are replicated, and their gradient is partial where
-    tokens are sharded. The loss is a plain tensor, per token that of the local rows.
+    tokens are sharded. The two of ``low_rank`` are placed as hidden states and weight are. The loss is a plain tensor,
+    per token that of the local rows.
 
     Raises:
         ValueError: another placement, a plain tensor beside a DTensor, or a vocabulary too small for its mesh axis.
@@ -297,7 +295,11 @@ class _Rows:
         hidden = self.local(f"{name}: LMHead.hidden", x.hidden, self.per_token())
         weight = self.local(f"{name}: LMHead.weight", x.weight, of_weight, gradient)
         bias = None if x.bias is None else self.local(f"{name}: LMHead.bias", x.bias, of_weight, gradient)
-        return dataclasses.replace(x, hidden=hidden, weight=weight, bias=bias)
+        low_rank = x.low_rank
+        if low_rank is not None:
+            a = self.local(f"{name}: LMHead.low_rank[0]", low_rank[0], self.per_token())
+            low_rank = (a, self.local(f"{name}: LMHead.low_rank[1]", low_rank[1], of_weight, gradient))
+        return dataclasses.replace(x, hidden=hidden, weight=weight, bias=bias, low_rank=low_rank)
 
 
 def _count_tokens(problem: Problem, group: dist.ProcessGroup) -> Tensor:

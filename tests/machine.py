@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 try:
     from kdfast import _core
 except ImportError:
@@ -23,6 +25,14 @@ ISAS = _core.supported_isas() if _core is not None else []
 KERNEL = "triton" if TRITON else "cpu"
 VARIANTS = ["triton"] if TRITON else ISAS
 BACKENDS = ["triton"] if TRITON else ["reference", *(f"cpu-{isa}" for isa in ISAS)]
+
+#: Marks of tests around the kernels, to which it makes no difference whose they are.
+ONCE = [
+    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
+    pytest.mark.skipif(INTERPRETING, reason="whose kernels they are makes no difference"),
+]
+#: The same, of tests that start processes and give each a device of its own.
+ONCE_ON_THE_CPU = [*ONCE, pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU")]
 
 
 def choose(variant, monkeypatch):

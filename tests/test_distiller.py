@@ -2,80 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 
 import pytest
-import ranks
 import torch
 import torch.nn.functional as F
-from machine import INTERPRETING, VARIANTS
+from machine import ONCE
+from small_models import F_IN, C, H, Hint, batch, by_hand, close, gradients, mlp, pair
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import kdfast
-from kdfast.methods import KD, CrossEntropy, Inputs, Linear, Loss, Term
+from kdfast.methods import KD, CrossEntropy, Inputs, Linear, Term
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to a Distiller"),
-]
-
-B, F_IN, H, C = 6, 4, 8, 5
-
-
-def mlp(hidden=H, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(F_IN, hidden), nn.ReLU(), nn.Dropout(0.5 if seed else 0.0), nn.Linear(hidden, C))
-
-
-def pair():
-    return mlp(), mlp(2 * H, seed=1)
-
-
-def batch(n=B):
-    return torch.randn(n, F_IN), torch.randint(C, (n,))
-
-
-class Hint(Loss):
-    """Mean squared distance of a projected layer: what a feature loss of a user's own looks like."""
-
-    default_name = "hint"
-    needs_shapes = True
-
-    def __init__(self, student, teacher, **options):
-        super().__init__(**options)
-        self.student_layers, self.teacher_layers = (student,), (teacher,)
-
-    def prepare(self, step):
-        a, b = step.student.layer(self.student_layers[0]), step.teacher.layer(self.teacher_layers[0])
-        self.projector = nn.Linear(a.shape[-1], b.shape[-1])
-        super().prepare(step)
-
-    def forward(self, step):
-        a, b = step.student.layer(self.student_layers[0]), step.teacher.layer(self.teacher_layers[0])
-        return (self.projector(a) - b).square().mean()
-
-
-def by_hand(student, teacher, x, y, temperature=4.0, alpha=0.9):
-    teacher.eval()
-    z, t = student(x).double(), teacher(x).double()
-    p, q = F.log_softmax(z / temperature, -1), F.log_softmax(t / temperature, -1)
-    soft = temperature**2 * (q.exp() * (q - p)).sum(-1).mean()
-    return alpha * soft + (1 - alpha) * F.cross_entropy(z, y), soft, F.cross_entropy(z, y)
-
-
-def gradients(model):
-    return [p.grad.clone() for p in model.parameters()]
-
-
-def close(a, b, **options):
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, **{"rtol": 1e-5, "atol": 1e-6, **options})
+pytestmark = ONCE
 
 
 def test_a_loop_of_three_lines():
@@ -166,107 +105,6 @@ def test_a_pattern_without_a_layer_leaves_no_hooks():
         kdfast.Distiller(student, teacher, [Hint("0", "classifier")]).__enter__()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
     assert teacher.training
-
-
-class Both(nn.Module):
-    """What holds a student and a teacher, as a LightningModule does."""
-
-    def __init__(self, student, teacher):
-        super().__init__()
-        self.student, self.teacher = student, teacher
-
-
-def noisy(width):
-    return nn.Sequential(nn.Linear(F_IN, width), nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, C))
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_teacher_is_in_eval_mode_whatever_an_outer_train_did(compiled):
-    student, teacher = mlp(), noisy(2 * H)
-    both, (x, y) = Both(student, teacher), batch()
-    if compiled:
-        torch._dynamo.reset()
-        teacher.compile(backend="eager")
-    state = {k: v.clone() for k, v in teacher.state_dict().items()}
-    with kdfast.Distiller(student, teacher, [KD()]) as d:
-        want = d((x, y))[0].detach()
-        for _ in range(2):  # epochs
-            both.train()
-            assert torch.equal(d((x, y))[0], want)
-            both.train()
-            if not compiled:
-                with torch.no_grad():
-                    assert torch.equal(d.loss(student(x), teacher(x), y)[0], want)
-        both.train()
-    assert all(torch.equal(v, state[k]) for k, v in teacher.state_dict().items())
-    assert all(m.training for m in both.modules())
-
-
-def test_what_student_and_teacher_share_is_quiet_for_the_teacher_alone():
-    body = nn.Sequential(nn.Linear(F_IN, H), nn.BatchNorm1d(H), nn.Dropout(0.5))
-    student, teacher = nn.Sequential(body, nn.Linear(H, C)), nn.Sequential(body, nn.Dropout(0.5), nn.Linear(H, C))
-    second = nn.Sequential(body, nn.Linear(H, C))
-    seen = []
-    body.register_forward_hook(lambda m, args, out: seen.append(m[2].training))
-    (x, y) = batch()
-    with kdfast.Distiller(student, [teacher, second], [KD()]) as d:
-        before = body[1].num_batches_tracked.item()
-        d((x, y))
-        assert seen == [False, False, True]
-        assert body[1].num_batches_tracked.item() == before + 1
-        body[2].eval()  # the caller's own wish
-        d((x, y))
-        assert seen == [False, False, True, False, False, False]
-        assert not body[2].training
-        body[2].train()
-        assert not any(m.training for m in (teacher, teacher[1], second))
-    assert all(m.training for one in (student, teacher, second) for m in one.modules())
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_two_distillers_of_one_teacher(first):
-    """Whichever is left first, the teacher stays in eval mode until both are."""
-    teacher = mlp(8)
-    teacher.train()
-    both = [kdfast.Distiller(mlp(4), teacher, [KD()]) for _ in range(2)]
-    for d in both:
-        d.__enter__()
-    both[first].__exit__(None, None, None)
-    assert not any(module.training for module in teacher.modules())
-    both[1 - first].__exit__(None, None, None)
-    assert all(module.training for module in teacher.modules())
-
-
-def test_a_teacher_that_fails_leaves_modes_as_they_were():
-    body = nn.Sequential(nn.Linear(F_IN, H), nn.Dropout(0.5))
-    student, teacher = nn.Sequential(body, nn.Linear(H, C)), nn.Sequential(body, nn.Linear(H + 1, C))
-    with kdfast.Distiller(student, teacher, [KD()]) as d, pytest.raises(RuntimeError, match="shapes cannot be"):
-        d(batch())
-    assert all(m.training for m in student.modules())
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_a_scripted_teacher():
-    student, teacher = mlp(), mlp(seed=1).eval()
-    (x, y) = batch()
-    with kdfast.Distiller(student, teacher, [KD()]) as d:
-        want, _ = d((x, y))
-    with kdfast.Distiller(student, torch.jit.trace(teacher, x), [KD()]) as d:
-        torch.testing.assert_close(d((x, y))[0], want)
-
-
-def test_another_hook_that_fails_is_heard():
-    student, teacher = pair()
-    with kdfast.Distiller(student, teacher, [KD()]) as d:
-
-        def fails(module, args):
-            raise ZeroDivisionError
-
-        handle = teacher.register_forward_pre_hook(fails, prepend=True)
-        with pytest.raises(ZeroDivisionError):
-            d(batch())
-        handle.remove()
-        d(batch())
 
 
 def test_prepare_makes_parameters_and_changes_nothing():
@@ -507,108 +345,6 @@ def test_a_model_compiled_before_is_an_error_and_not_stale():
             d.prepare((x, y))  # in eval mode, and so compiled anew
             with pytest.raises(RuntimeError, match="enter the Distiller before its first call"):
                 d((x, y))
-
-
-class Around(nn.Module):
-    """A module that holds student and Distiller, inside whose forward pass they run."""
-
-    def __init__(self, student, d):
-        super().__init__()
-        self.student, self.d = student, [d]
-
-    def forward(self, x, y):
-        return self.d[0]((x, y))
-
-
-#: Wrappers of a student.
-WRAPPED = {
-    "ddp": DistributedDataParallel,
-    "fsdp": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True),
-    "fsdp2": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),))),
-    "outer ddp": lambda model: model,
-    "outer ddp, named": lambda model: model,
-}
-
-
-def wrapped_equals_one(rank, world, wrapper, accumulate):
-    """Projector and student get the gradient of the whole batch, and start out equal on all ranks."""
-    torch.manual_seed(100)
-    data = [(torch.randn(8, F_IN), torch.randint(C, (8,))) for _ in range(4)]
-    teacher = mlp(2 * H, seed=1)
-
-    def train(student, d, parts, call):
-        optimizer = torch.optim.SGD([*student.parameters(), *d.parameters()], lr=0.1)
-        for step in range(2):
-            for k in range(2):
-                x, y = data[2 * step + k]
-                inner = getattr(call, "student", call)
-                outermost = call if isinstance(call, DistributedDataParallel) else inner
-                waits = k == 0 and accumulate and isinstance(outermost, DistributedDataParallel)
-                with outermost.no_sync() if waits else contextlib.nullcontext():
-                    loss, _ = call(x[parts], y[parts])
-                    loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    whole = mlp()
-    with kdfast.Distiller(whole, teacher, [KD(), Hint("0", "0")]) as d:
-        d.prepare(data[0])
-        torch.manual_seed(7)
-        nn.init.normal_(d.losses["hint"].projector.weight)
-        begin = copy.deepcopy(d.state_dict())
-        train(whole, d, slice(None), Around(whole, d))
-        want = [p.detach().clone() for p in (*whole.parameters(), *d.parameters())]
-    student = WRAPPED[wrapper](mlp())
-    options = {"process_group": torch.distributed.group.WORLD} if wrapper == "outer ddp, named" else {}
-    with kdfast.Distiller(student, teacher, [KD(), Hint("0", "0")], **options) as d:
-        torch.manual_seed(rank)  # a projector of its own on each rank, but for the broadcast
-        d.prepare(data[0])
-        call = Around(student, d)
-        if wrapper.startswith("outer"):
-            call = DistributedDataParallel(call)
-        if wrapper == "outer ddp":  # seen in its forward pass
-            torch.manual_seed(rank)
-            nn.init.normal_(d.losses["hint"].projector.weight)
-            with torch.no_grad():
-                call(*data[0])
-        firsts = [torch.empty_like(d.losses["hint"].projector.weight) for _ in range(world)]
-        torch.distributed.all_gather(firsts, d.losses["hint"].projector.weight.detach())
-        assert torch.equal(firsts[0], firsts[1]), wrapper
-        d.load_state_dict(begin)
-        train(student, d, slice(rank, None, world), call)
-        got = []
-        if wrapper == "fsdp":
-            with FullyShardedDataParallel.summon_full_params(student):
-                got = [p.detach().clone() for p in student.parameters()]
-        else:
-            got = [p.full_tensor() if wrapper == "fsdp2" else p for p in student.parameters()]
-        close([p.detach() for p in (*got, *d.parameters())], want, msg=lambda m: f"{wrapper}: {m}")
-
-
-def test_two_processes_equal_one(tmp_path):
-    checks = [functools.partial(wrapped_equals_one, wrapper=name, accumulate=False) for name in WRAPPED]
-    for name in ("ddp", "outer ddp"):
-        checks.append(functools.partial(wrapped_equals_one, wrapper=name, accumulate=True))
-    ranks.run(checks, 2, tmp_path)
-
-
-def unused_is_named(rank, world):
-    student, teacher = DistributedDataParallel(mlp()), mlp(2 * H, seed=1)
-    data = batch()
-    with kdfast.Distiller(student, teacher, [Hint("0", "0")]) as d:
-        d.prepare(data)
-        d(data)[0].backward()
-        with pytest.raises(RuntimeError, match=r"no loss reaches some .* CrossEntropy\(weight=0.0\)"):
-            d(data)
-    student = DistributedDataParallel(mlp())
-    with kdfast.Distiller(student, teacher, [Hint("0", "0"), CrossEntropy(weight=0.0)]) as d:
-        d.prepare(data)
-        for _ in range(2):
-            d(data)[0].backward()
-
-
-def test_parameters_that_no_loss_reaches(tmp_path):
-    ranks.run([unused_is_named], 2, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -393,6 +393,37 @@ def check_dtensors_that_do_not_fit(rank, world):
             kdfast.distill_loss(few, labels=labels)
 
 
+def check_a_low_rank_product(rank, world):
+    """Over ranks that share tokens it is as on one; those that share the vocabulary refuse it, whoever has it."""
+    generator = torch.Generator().manual_seed(23)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    parts, teacher = [draw(N, H), draw(V, H), draw(N, 2), draw(V, 2)], draw(N, V)
+
+    def head(h, w, a, b):
+        return LMHead(h, w, low_rank=(a, b))
+
+    leaves = [x.double().requires_grad_() for x in parts]
+    want = kdfast.distill_loss(head(*leaves), teacher.double(), Y, temperature=2.0, backend="reference")
+    wanted = torch.autograd.grad(want, leaves)
+    mesh = init_device_mesh("cpu", (world,))
+    placements = [[Shard(0)], [Replicate()]] * 2
+    placed = [distribute_tensor(x, mesh, p).requires_grad_() for x, p in zip(parts, placements, strict=True)]
+    t, y = (distribute_tensor(x, mesh, [Shard(0)]) for x in (teacher, Y))
+    loss = kdfast.distill_loss(head(*placed), t, y, temperature=2.0, backend=KERNEL)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    for got, truth in zip(torch.autograd.grad(loss, placed), wanted, strict=True):
+        torch.testing.assert_close(got.full_tensor().double(), truth, rtol=1e-4, atol=1e-5 * truth.abs().max().item())
+    mine = slice(*cuts_of(V, world, uneven=False)[rank : rank + 2])
+    h, w, a, b = parts
+    added, plain = LMHead(h, w[mine], low_rank=(a, b[mine])), LMHead(h, w[mine])
+    for student, taught in ((added, plain), (plain, added), (plain, [plain, added])):
+        with pytest.raises(ValueError, match="low_rank is not served where ranks share the vocabulary"):
+            distributed.distill_loss(student, taught, vocab_group=GROUP.WORLD)
+    columns = [distribute_tensor(x, mesh, p) for x, p in zip(parts, [[Replicate()], [Shard(0)]] * 2, strict=True)]
+    with pytest.raises(ValueError, match="low_rank is not served where ranks share the vocabulary"):
+        kdfast.distill_loss(head(*columns), labels=distribute_tensor(Y, mesh, [Replicate()]))
+
+
 def check_compiled(rank, world):
     """Rows that are sharded are one graph; over shards of the vocabulary the compiler goes around."""
     if world != 2:
@@ -459,6 +490,7 @@ CHECKS = (
     check_gradients_that_nobody_wants,
     check_dtensors,
     check_dtensors_that_do_not_fit,
+    check_a_low_rank_product,
     check_compiled,
     check_errors,
 )

@@ -7,18 +7,14 @@ import functools
 import pytest
 import ranks
 import torch
-from machine import DEVICE, INTERPRETING, VARIANTS
+from machine import ONCE_ON_THE_CPU
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from kdfast import LMHead, distill_loss
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to FSDP"),
-]
+pytestmark = ONCE_ON_THE_CPU
 
 N, H, V = 8, 12, 90
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.distiller import Distiller, Teacher
+from kdfast.distiller import Distiller
 from kdfast.integrations.means import Means
 from kdfast.integrations.models import is_causal
 from kdfast.methods import KD
+from kdfast.methods.given import Teacher
 from kdfast.methods.loss import LossLike
 
 
@@ -78,12 +79,12 @@ class DistillMixin:
             losses = [KD(temperature=1.0, alpha=0.5, return_metrics=True)]
         causal = is_causal(student) if causal is None else causal
         self.distiller = d = Distiller(student, teacher, losses, causal=causal, **options)
-        if not d.prepared:
-            if example is None:
-                names = ", ".join(name for name, loss in d.losses.items() if not loss.prepared)
-                msg = f"the parameters of {names} follow from a batch's shapes: give distil(example=) one"
-                raise ValueError(msg)
-            with d:
+        if not d.prepared and example is None:
+            names = ", ".join(name for name, loss in d.losses.items() if not loss.prepared)
+            msg = f"the parameters of {names} follow from a batch's shapes: give distil(example=) one"
+            raise ValueError(msg)
+        with d:  # so that a layer that is not there is named here, and not at the first batch
+            if not d.prepared:
                 d.prepare(example)
         self._constant = 0.0  # the same for all batches and ranks
         self._counted: Tensor | None = None  # since the last optimizer step
@@ -186,7 +187,9 @@ class DistillMixin:
             self._counted = count if self._counted is None else self._counted + count
             loss, terms = d(batch, num_items=self._constant)
             loss = loss * self.trainer.accumulate_grad_batches  # by which the trainer divides
-            terms["loss"] = terms["loss"] * self._constant / count  # of this batch, as the others
+            terms["loss"] = (
+                terms["loss"] * self._constant / torch.where(count > 0, count, 1.0)
+            )  # of this batch, as the others
         self._means.setdefault((stage, loader), Means(d)).add(terms, batch)
         return loss
 

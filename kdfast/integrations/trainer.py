@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from kdfast.cache.reader import Reader
-from kdfast.distiller import Distiller, Teacher
+from kdfast.distiller import Distiller
 from kdfast.integrations.collator import OWN, Collator
 from kdfast.integrations.huggingface import WithoutAdapters
 from kdfast.integrations.means import Means
@@ -23,6 +23,7 @@ from kdfast.integrations.own_optimizer import OwnOptimizer
 from kdfast.integrations.repeats import without_repeats
 from kdfast.methods import KD
 from kdfast.methods.batch import FIELDS, Inputs, split_batch
+from kdfast.methods.given import Teacher
 from kdfast.methods.layers import unwrapped
 from kdfast.methods.loss import LossLike
 from kdfast.methods.positions import arguments, encoder_decoder
@@ -129,6 +130,8 @@ class DistillTrainerMixin:
             head=head_for("head", self.model, head, losses),
             teacher_head=heads or None,
         )
+        with self.distiller:  # so that a layer that is not there is named here, and not at the first batch
+            pass
         self._two_sided = encoder_decoder(self.model, Inputs())
         keyed = any(isinstance(one, Reader) for one in teachers)
         self.data_collator = Collator(self.data_collator, two_sided=self._two_sided, keyed=keyed)

@@ -11,6 +11,7 @@ So neither what stands in padding nor its side or amount changes a value, nor wh
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -208,6 +209,23 @@ def placed(targets: Any, tokens: Tensor | None) -> Any:
 def _device(targets: Any) -> torch.device:
     device: torch.device = targets.device if hasattr(targets, "device") else targets.ids.device
     return device
+
+
+def warn_of_copies(inputs: Inputs, *, stacklevel: int) -> None:
+    """Warns where labels are the tokens that a model sees at the same positions, which it would learn to copy.
+
+    They are what language models are given by convention, to be shifted by who computes the loss. Looks at values.
+    """
+    ids, labels = inputs.kwargs.get("input_ids"), inputs.labels
+    if not isinstance(ids, Tensor) or labels is None or labels.shape != ids.shape or ids.shape[-1] < 2:
+        return
+    kept = labels != IGNORED
+    if bool((torch.where(kept, labels == ids, True).all() & kept.any()).item()):
+        msg = (
+            "labels are input_ids themselves, so that each token is its own label: a model that predicts the next one "
+            "wants causal=True"
+        )
+        warnings.warn(msg, stacklevel=stacklevel + 1)
 
 
 def masked(labels: Tensor, counts: Tensor | None) -> Tensor:

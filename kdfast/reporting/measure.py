@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kdfast.methods.batch import Inputs
-from kdfast.methods.positions import arguments, documents, encoder_decoder, predicting, tokens_of_logits
+from kdfast.methods.positions import (
+    arguments,
+    documents,
+    encoder_decoder,
+    predicting,
+    tokens_of_logits,
+    warn_of_copies,
+)
 from kdfast.methods.step import IGNORED, logits_of
 from kdfast.spec.head import LMHead
 
@@ -161,6 +168,8 @@ class Measurement:
             TypeError: labels that are no integers.
             ValueError: shapes or vocabularies that do not fit, a label out of range, logits that are NaN.
         """
+        if self._labelled is None and not self.causal:  # the first one
+            warn_of_copies(inputs, stacklevel=3)
         self._check(logits)
         device = logits[0].device
         places = logits[0].shape[:-1]

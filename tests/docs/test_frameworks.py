@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from machine import DEVICE, INTERPRETING, VARIANTS
+from machine import ONCE_ON_THE_CPU
 
 PAGES = Path(__file__).parents[2] / "docs" / "frameworks"
 NEEDS = {
@@ -25,11 +25,7 @@ SAYS = {
     "lightning": "train/kd.soft",
 }
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="scripts choose their device themselves"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to a framework"),
-]
+pytestmark = ONCE_ON_THE_CPU
 
 
 def script(page):

@@ -7,7 +7,7 @@ import functools
 import pytest
 import ranks
 import torch
-from machine import DEVICE, INTERPRETING, VARIANTS
+from machine import ONCE_ON_THE_CPU
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
@@ -19,11 +19,7 @@ from kdfast import Distiller
 from kdfast.integrations.huggingface import head_of
 from kdfast.methods import KD
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to Accelerate"),
-]
+pytestmark = ONCE_ON_THE_CPU
 
 
 def accelerated_equals_one(rank, world, kind, precision):

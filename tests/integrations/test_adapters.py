@@ -8,7 +8,7 @@ import functools
 import pytest
 import ranks
 import torch
-from machine import INTERPRETING, VARIANTS
+from machine import ONCE
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("peft", reason="PEFT is not installed")
@@ -21,11 +21,7 @@ from kdfast import Distiller
 from kdfast.integrations.huggingface import WithoutAdapters, head_of
 from kdfast.methods import KD
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to adapters"),
-    pytest.mark.filterwarnings("ignore"),  # of transformers and PEFT
-]
+pytestmark = [*ONCE, pytest.mark.filterwarnings("ignore")]  # of transformers and PEFT
 
 ADAPTED = {
     "body": {"target_modules": ["q_proj", "v_proj"]},

@@ -7,7 +7,7 @@ import functools
 import pytest
 import ranks
 import torch
-from machine import DEVICE, INTERPRETING, VARIANTS
+from machine import ONCE_ON_THE_CPU
 
 pytest.importorskip("lightning", reason="Lightning is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
@@ -21,12 +21,7 @@ from kdfast.integrations.huggingface import head_of
 from kdfast.integrations.lightning import DistillMixin
 from kdfast.methods import KD, FitNet
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to Lightning"),
-    pytest.mark.filterwarnings("ignore"),  # of Lightning
-]
+pytestmark = [*ONCE_ON_THE_CPU, pytest.mark.filterwarnings("ignore")]  # of Lightning
 
 
 class Lit(DistillMixin, lightning.LightningModule):

@@ -7,7 +7,7 @@ import functools
 import pytest
 import ranks
 import torch
-from machine import DEVICE, INTERPRETING, VARIANTS
+from machine import ONCE_ON_THE_CPU
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
@@ -15,20 +15,15 @@ pytest.importorskip("transformers", reason="the hf extra is not installed")
 import accelerate
 import tokenizers
 import transformers
-from tiny_llama import V, model_of
-from trainers import CLIP, LR, Ordered, arguments, causal, close, collate, rows, steps_by_hand
+from tiny_llama import model_of
+from trainers import CLIP, LR, Ordered, arguments, causal, close, collate, filled, rows, steps_by_hand
 
 import kdfast
 from kdfast import cache
 from kdfast.integrations.trainer import DistillTrainer
 from kdfast.methods import KD, FitNet, LearnedTemperature, Linear
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to a trainer"),
-    pytest.mark.filterwarnings("ignore"),  # of transformers
-]
+pytestmark = [*ONCE_ON_THE_CPU, pytest.mark.filterwarnings("ignore")]  # of transformers
 
 
 @pytest.mark.parametrize("head", [None, False])
@@ -166,14 +161,14 @@ def test_the_best_model_s_own_parameters(tmp_path):
     assert trainer.evaluate()["eval_fitnet"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
 
 
+def ids_of(data):
+    return [row["input_ids"] for row in data]
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_cache_s_columns(tmp_path, side):
     data, teacher = rows(), model_of(1).eval()
-    with torch.no_grad(), cache.Writer(tmp_path / "c", vocab_size=V) as writer:
-        for i, row in enumerate(data):
-            ids = torch.tensor(row["input_ids"])
-            writer.write(i, kdfast.soft_targets(teacher(input_ids=ids[None]).logits[0], k=V), ids)
-    stored = cache.Dataset(cache.Reader(tmp_path / "c"), data, key=None)
+    stored = cache.Dataset(filled(tmp_path / "c", teacher, enumerate(ids_of(data))), data, key=None)
 
     def on_a_side(features):
         found = collate(features)
@@ -262,10 +257,7 @@ def test_a_schedule_s_step_and_a_temperature_are_resumed(tmp_path):
 def test_a_reader_and_weights_of_tokens(tmp_path):
     """Columns of the data set that neither model nor collator know."""
     data, teacher = rows(), model_of(1).eval()
-    with torch.no_grad(), cache.Writer(tmp_path / "c", vocab_size=V) as writer:
-        for i, row in enumerate(data):
-            ids = torch.tensor(row["input_ids"])
-            writer.write(f"s{i}", kdfast.soft_targets(teacher(input_ids=ids[None]).logits[0], k=V), ids)
+    reader = filled(tmp_path / "c", teacher, [(f"s{i}", ids) for i, ids in enumerate(ids_of(data))])
     generator = torch.Generator().manual_seed(2)
     for i, row in enumerate(data):  # so small that a step's sum is below 1
         row |= {"id": f"s{i}", "weights": (0.01 * torch.rand(len(row["input_ids"]), generator=generator)).tolist()}
@@ -281,7 +273,7 @@ def test_a_reader_and_weights_of_tokens(tmp_path):
 
     whole, student = model_of(0), model_of(0)
     steps_by_hand(whole, teacher, data, 4, weighted, lambda part: [(r["input_ids"], r["weights"]) for r in part])
-    args = {"train_dataset": data, "data_collator": collate, "teacher": cache.Reader(tmp_path / "c")}
+    args = {"train_dataset": data, "data_collator": collate, "teacher": reader}
     Ordered(student, arguments(tmp_path), **args).train()
     close(student, whole, rtol=2e-3, atol=1e-4)
     data[3]["weights"].append(1.0)
@@ -293,16 +285,12 @@ def test_a_reader_and_weights_of_tokens(tmp_path):
 def test_a_cache_s_columns_under_collators_that_people_have(tmp_path, collator):
     """One that returns a BatchEncoding, which moves what is in it; and the cache's own."""
     data, teacher = rows(), model_of(1).eval()
-    with torch.no_grad(), cache.Writer(tmp_path / "c", vocab_size=V) as writer:
-        for i, row in enumerate(data):
-            ids = torch.tensor(row["input_ids"])
-            writer.write(i, kdfast.soft_targets(teacher(input_ids=ids[None]).logits[0], k=V), ids)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>")),
         pad_token="<pad>",
     )
     made = {"transformers": transformers.DataCollatorForSeq2Seq(tokenizer), "cache": cache.collate}
-    stored = cache.Dataset(cache.Reader(tmp_path / "c"), data, key=None)
+    stored = cache.Dataset(filled(tmp_path / "c", teacher, enumerate(ids_of(data))), data, key=None)
     whole, student = model_of(0), model_of(0)
     steps_by_hand(whole, teacher, data, 4)
     given = arguments(tmp_path)

@@ -7,7 +7,7 @@ import functools
 import pytest
 import ranks
 import torch
-from machine import DEVICE, INTERPRETING, VARIANTS
+from machine import ONCE_ON_THE_CPU
 from torch import nn
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
@@ -15,20 +15,16 @@ pytest.importorskip("datasets", reason="the hf extra is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 import datasets
+import tiny_models
 import transformers
 from tiny_llama import V, model_of
-from trainers import InOrder, Ordered, arguments, causal, close, collate, options, rows, steps_by_hand, sum_of
+from trainers import CLIP, LR, InOrder, Ordered, arguments, causal, close, collate, options, rows, steps_by_hand, sum_of
 
 from kdfast.integrations.models import is_causal
 from kdfast.integrations.trainer import DistillTrainer, DistillTrainerMixin
 from kdfast.methods import KD, CrossEntropy, FitNet
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to a trainer"),
-    pytest.mark.filterwarnings("ignore"),  # of transformers
-]
+pytestmark = [*ONCE_ON_THE_CPU, pytest.mark.filterwarnings("ignore")]  # of transformers
 
 
 def t5(seed):
@@ -326,6 +322,53 @@ def test_models_that_predict_the_next_token(kind):
 
 def test_models_that_do_not():
     assert not any(is_causal(model) for model in (t5(0), vit(0), bert(0), Plain(3)))
+
+
+@pytest.mark.parametrize("kind", ["whisper", "llava"])
+@pytest.mark.parametrize("head", [None, False])
+def test_models_of_sounds_and_images(tmp_path, kind, head):
+    batch = tiny_models.batch_of(kind, rows=4)
+    data = [{name: values[i] for name, values in batch.items()} for i in range(4)]
+    teacher, student, whole = (tiny_models.model_of(kind, seed).eval() for seed in (1, 0, 0))
+    want = tiny_models.by_hand(whole, teacher, batch, tiny_models.causal(kind))
+    want.backward()
+    torch.nn.utils.clip_grad_norm_(whole.parameters(), CLIP)
+    with torch.no_grad():
+        for p in whole.parameters():
+            if p.grad is not None:
+                p.sub_(LR * p.grad)
+    given = arguments(tmp_path, max_steps=1)
+    losses = [KD(temperature=tiny_models.TEMPERATURE, alpha=tiny_models.ALPHA)]
+    trainer = Ordered(
+        student, given, train_dataset=data, data_collator=stacked, teacher=teacher, losses=losses, head=head
+    )
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(want.item(), rel=1e-4)
+    trainer.train()
+    close(student, whole)
+
+
+def test_callbacks_see_the_terms(tmp_path):
+    """As those of TensorBoard and Weights & Biases, which log what they are given."""
+    seen = []
+
+    class Logger(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    given = {"train_dataset": rows(4), "eval_dataset": rows(2), "data_collator": collate, "teacher": model_of(1)}
+    trainer = Ordered(model_of(0), arguments(tmp_path, eval_strategy="epoch"), callbacks=[Logger()], **given)
+    trainer.train()
+    terms = {"kd", "kd.soft", "kd.hard", "entropy", "mean_token_accuracy", "num_tokens"}
+    assert any(terms <= logs.keys() for logs in seen)
+    assert any({f"eval_{name}" for name in terms} <= logs.keys() for logs in seen)
+
+
+def test_a_layer_that_is_not_there_is_named_at_once(tmp_path):
+    losses = [KD(), FitNet("model.layers.7", "model.layers.1")]
+    student = model_of(0)
+    with pytest.raises(ValueError, match=r"model\.layers\.7"):
+        DistillTrainer(student, arguments(tmp_path), teacher=model_of(1), losses=losses)
+    assert not any(module._forward_hooks for module in student.modules())
 
 
 class Plain(nn.Module):

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from machine import DEVICE, INTERPRETING, VARIANTS
+from machine import ONCE_ON_THE_CPU
 
 pytest.importorskip("datasets", reason="the hf extra is not installed")
 pytest.importorskip("trl", reason="TRL is not installed")
@@ -19,7 +19,7 @@ import tokenizers
 import transformers
 import trl
 from tiny_llama import V, model_of
-from trainers import InOrder, causal, close, options
+from trainers import InOrder, causal, close, filled, options
 
 import kdfast
 from kdfast import cache
@@ -27,12 +27,7 @@ from kdfast.integrations.huggingface import WithoutAdapters
 from kdfast.integrations.trainer import DistillTrainerMixin
 from kdfast.methods import KD
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(DEVICE != "cpu", reason="no test of a device"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to a trainer"),
-    pytest.mark.filterwarnings("ignore"),  # of transformers and TRL
-]
+pytestmark = [*ONCE_ON_THE_CPU, pytest.mark.filterwarnings("ignore")]  # of transformers and TRL
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }} <eos> {% endgeneration %}"
@@ -160,11 +155,7 @@ def test_a_cache_beside_the_data(tmp_path, tokenizer):
     """The samples' keys pass TRL's preparation; a data set that is tokenised otherwise is told apart."""
     teacher, whole = model_of(1).eval(), model_of(0)
     rows = list(documents(trainer_of(tmp_path, tokenizer, "text", teacher=teacher)))
-    with torch.no_grad(), cache.Writer(tmp_path / "c", vocab_size=V) as writer:
-        for i, ((ids, _),) in enumerate(rows):
-            targets = kdfast.soft_targets(teacher(input_ids=torch.tensor([ids])).logits[0], k=V)
-            writer.write(f"s{i}", targets, torch.tensor(ids))
-    reader = cache.Reader(tmp_path / "c")
+    reader = filled(tmp_path / "c", teacher, [(f"s{i}", ids) for i, ((ids, _),) in enumerate(rows)])
     trainer = trainer_of(tmp_path, tokenizer, "text", teacher=reader)
     want = steps_alone(whole, teacher, rows, 4)
     trainer.train()

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import transformers
 from tiny_llama import V
 
+import kdfast
+from kdfast import cache
 from kdfast.integrations.trainer import DistillTrainer
 
 LR, CLIP = 0.05, 1.0
@@ -24,6 +26,15 @@ def collate(features):
     fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     fill = {k: v for k, v in fill.items() if k in features[0]}
     return {k: torch.tensor([f[k] + [v] * (longest - len(f[k])) for f in features]) for k, v in fill.items()}
+
+
+def filled(folder, teacher, data):
+    """A cache of all that the teacher says of samples (key, ids)."""
+    with torch.no_grad(), cache.Writer(folder, vocab_size=V) as writer:
+        for key, ids in data:
+            x = torch.tensor(ids)
+            writer.write(key, kdfast.soft_targets(teacher(input_ids=x[None]).logits[0], k=V), x)
+    return cache.Reader(folder)
 
 
 def options(folder, **given):

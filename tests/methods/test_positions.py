@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from machine import INTERPRETING, VARIANTS
+from machine import ONCE
 from torch import nn
 
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 import transformers
+from texts import LENGTHS, QKV, H, Poison, Tokens, V, gradients_of, llama, padded, texts
 
 import kdfast
 from kdfast import Distiller, cache
@@ -20,10 +21,8 @@ from kdfast.methods import (
     CC,
     DIST,
     DKD,
-    FSP,
     KD,
     NKD,
-    NST,
     PKT,
     RKD,
     SP,
@@ -31,7 +30,6 @@ from kdfast.methods import (
     VID,
     AdaptiveKL,
     AttentionMaps,
-    AttentionTransfer,
     CrossEntropy,
     FitNet,
     Inputs,
@@ -41,52 +39,8 @@ from kdfast.methods import (
     TinyBERT,
 )
 from kdfast.methods.positions import documents, placed, predicting
-from kdfast.reporting.measure import positions
 
-pytestmark = [
-    pytest.mark.skipif(not VARIANTS, reason="the compiled extension is not there"),
-    pytest.mark.skipif(INTERPRETING, reason="the kernels' backend makes no difference to a Distiller"),
-    pytest.mark.filterwarnings("ignore"),  # of transformers
-]
-
-V, H = 37, 16
-LENGTHS = (9, 5, 7)
-QKV = "model.layers.1.self_attn.{q,k,v}_proj"
-
-
-def llama(layers=2, seed=0):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=H,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        attn_implementation="eager",
-        output_hidden_states=True,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    return model
-
-
-def padded(rows, *, left=False, more=0, fill=0):
-    """(B, S) of documents of different lengths."""
-    longest = max(map(len, rows)) + more
-    out = torch.full((len(rows), longest), fill, dtype=rows[0].dtype)
-    for one, row in zip(out, rows, strict=True):
-        place = slice(longest - len(row), None) if left else slice(len(row))
-        one[place] = row
-    return out
-
-
-def texts():
-    return [torch.randint(1, V, (n,)) for n in LENGTHS]
-
+pytestmark = [*ONCE, pytest.mark.filterwarnings("ignore")]  # of transformers
 
 #: How a batch may lie: the side, how much padding beyond the longest, and what stands in it.
 LAYOUTS = {
@@ -125,13 +79,6 @@ LOSSES = {
     "rkd": lambda: RKD("model.layers.1", "model.layers.1"),
 }
 NEEDS_LABELS = {"ce", "dkd", "nkd"}
-
-
-def gradients_of(d, student, batch, **options):
-    student.zero_grad()
-    loss, terms = d(batch, **options)
-    loss.backward()
-    return loss.detach(), terms, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("labelled", ["labels", "no labels"])
@@ -178,32 +125,6 @@ def test_a_first_token_is_not_predicted_from_padding():
             torch.testing.assert_close(d(batch)[0], want, rtol=1e-6, atol=0)
             items = sum(LENGTHS) - len(LENGTHS)  # of which the batch's own count is the same
             torch.testing.assert_close(d(batch, num_items=2.0 * items)[0], want / 2, rtol=1e-6, atol=0)
-
-
-class Poison(nn.Module):
-    """NaN at padding, where it is told what that is."""
-
-    padding = None
-
-    def forward(self, x):
-        return x if self.padding is None else x.masked_fill(self.padding[..., None], torch.nan)
-
-
-class Tokens(nn.Module):
-    """A causal model that sees a token alone, so that packing needs no attention mask."""
-
-    def __init__(self, seed):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Embedding(V, H)
-        self.query, self.key, self.value = (nn.Sequential(nn.Linear(H, H), Poison()) for _ in range(3))
-        self.head = nn.Sequential(nn.Linear(H, V), Poison())
-
-    def forward(self, input_ids):
-        x = self.embed(input_ids)
-        for layer in (self.query, self.key, self.value):
-            layer(x)
-        return {"logits": self.head(sum(layer[0](x) for layer in (self.query, self.key, self.value)))}
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -337,119 +258,26 @@ def test_targets_that_are_in_place_stay():
     assert placed(there, None) is there
 
 
-# --- Encoder-decoder models -------------------------------------------------------------------------------------------
-
-
-def t5(seed=0, wide=16):
-    torch.manual_seed(seed)
-    config = transformers.T5Config(
-        vocab_size=V,
-        d_model=wide,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def translation():
-    """Sources and targets as long as each other, with unlike padding."""
-    ids, mask = torch.randint(1, V, (3, 6)), torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] * 4 + [0] * 2])
-    labels = torch.randint(1, V, (3, 6)).masked_fill(
-        torch.tensor([[0] * 3 + [1] * 3, [0] * 6, [0] * 5 + [1]]).bool(), -100
-    )
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def test_the_source_s_mask_says_nothing_of_target_tokens():
-    student, teacher, batch = t5(), t5(1), translation()
-    decoder = student.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-    seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "decoder_input_ids": decoder}
-    z, t = student(**seen).logits, teacher(**seen).logits.detach()
-    with Distiller(student, teacher, [KD()]) as d:
-        got, _ = d(batch)
-        torch.testing.assert_close(got, kdfast.distill_loss(z, t, batch["labels"], temperature=4.0, alpha=0.9))
-        # without labels every token of the decoder counts, or those of its mask
-        got, _ = d(seen)
-        torch.testing.assert_close(got, kdfast.distill_loss(z, t, temperature=4.0))
-        there = (batch["labels"] != -100).long()
-        got, _ = d(seen | {"decoder_attention_mask": there})
-        z, t = (m(**seen, decoder_attention_mask=there).logits for m in (student, teacher))
-        torch.testing.assert_close(got, kdfast.distill_loss(z, t.detach(), temperature=4.0, weights=there.float()))
-
-
-def test_the_labels_are_not_passed_to_a_model():
-    student, batch = t5(), translation()
-    given = []
-    handle = student.register_forward_pre_hook(lambda m, args, kwargs: given.append(set(kwargs)), with_kwargs=True)
-    with Distiller(student, t5(1), [KD()]) as d:
-        d(batch)
-        handle.remove()
-        assert given == [{"input_ids", "attention_mask", "decoder_input_ids"}]
-    with (
-        Distiller(student, t5(1), [KD()], unlabelled=-1) as d,
-        pytest.raises(ValueError, match="labels may be -1, which is no token that a decoder could see"),
-    ):
-        d(batch)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
-        Distiller(student, t5(1), [KD()], causal=True)
-
-
-@pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_layers_of_each_side_have_its_mask(side):
-    student, teacher, batch = t5(wide=16), t5(1, wide=16), translation()
-    layer = f"{side}.block.1.layer.1"
-    mask = batch["attention_mask"].bool() if side == "encoder" else batch["labels"] != -100
-    found = {}
-    for model in (student, teacher):
-        hook = model.get_submodule(layer).register_forward_hook(lambda m, a, out, name=model: found.update({name: out}))
-        decoder = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=decoder)
-        hook.remove()
-    a, b = ((x[0] if isinstance(x, tuple) else x)[mask] for x in found.values())
-    with Distiller(student, teacher, [FitNet(layer, layer, identity=True, weight=1.0)]) as d:
-        d.prepare(batch)
-        torch.testing.assert_close(d(batch)[0], (a - b).square().mean(), rtol=1e-5, atol=1e-7)
-        # cross-attention's keys are of the source
-    keys = "decoder.block.1.layer.1.EncDecAttention.k"
-    with Distiller(student, teacher, [FitNet(keys, keys, identity=True)]) as d:
-        d.prepare(batch)
-        want, _ = d(batch)
-        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 7)
-        torch.testing.assert_close(d(batch)[0], want)
-    with pytest.raises(ValueError, match="of the encoder and of the decoder: name one of them"):
-        Distiller(student, teacher, [FitNet("*.block.1", "*.block.1")]).__enter__()
-
-
-def test_labels_that_are_no_tokens_make_no_decoder_inputs():
-    shape = {"d_model": H, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 2, "pad_token_id": 1}
-    config = transformers.BartConfig(vocab_size=V, num_labels=3, dropout=0.0, **shape, **heads)
-    ids = torch.cat((torch.randint(3, V, (2, 5)), torch.full((2, 1), 2)), 1)
-    labels = torch.tensor([0, 2])
-    model = transformers.BartForSequenceClassification(config)
-    with Distiller(model, None, [CrossEntropy()]) as d:
-        got, _ = d({"input_ids": ids, "labels": labels})
-    torch.testing.assert_close(got, F.cross_entropy(model(input_ids=ids).logits, labels))
-    model = transformers.BartForQuestionAnswering(config)
-    with Distiller(model, None, [CrossEntropy()]) as d:
-        got, _ = d({"input_ids": ids, "start_positions": labels, "end_positions": labels + 1})
-    out = model(input_ids=ids)
-    want = (F.cross_entropy(out.start_logits, labels) + F.cross_entropy(out.end_logits, labels + 1)) / 2
-    torch.testing.assert_close(got, want)
-
-
-def test_a_report_of_an_encoder_decoder_model():
-    batch = translation()
-    inputs = Inputs(kwargs=batch, labels=batch["labels"], mask=batch["attention_mask"].bool())
-    found = positions(inputs, batch["labels"].shape, batch["labels"], causal=False, model=t5())
-    assert torch.equal(found, batch["labels"] != -100)
-
-
-# --- The rule alone ---------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_labels_that_want_a_shift():
+    """A model would learn to copy; said once, and where nothing else is meant."""
+    student, teacher = llama(1), llama(1, seed=1)
+    ids = torch.randint(1, V, (2, 6))
+    prompted = torch.where(torch.arange(6) < 2, -100, ids)
+    for labels in (ids, prompted):
+        with Distiller(student, teacher, [KD()]) as d:
+            with pytest.warns(UserWarning, match="labels are input_ids themselves, .* wants causal=True") as said:
+                d({"input_ids": ids, "labels": labels})
+            assert said[0].filename == __file__
+            d({"input_ids": ids, "labels": labels})
+    with pytest.warns(UserWarning, match="labels are input_ids themselves"):
+        kdfast.report(student, teacher, [{"input_ids": ids, "labels": ids}])
+    shifted = {"input_ids": ids, "labels": torch.cat((ids[:, 1:], ids[:, :1] % (V - 1) + 1), 1)}
+    for fine in ({"input_ids": ids, "labels": ids.roll(1, 1)}, shifted, {"input_ids": ids}):
+        with Distiller(student, teacher, [KD()]) as d:
+            d(fine)
+    with Distiller(student, teacher, [KD()], causal=True) as d:
+        d({"input_ids": ids, "labels": ids})
 
 
 def test_what_has_other_axes_says_nothing():
@@ -592,109 +420,3 @@ def test_items_of_class_probabilities():
     p, q = F.log_softmax(student(x) / 4, -1), F.log_softmax(teacher(x) / 4, -1)
     soft = 16 * (q.exp() * (q - p)).sum(-1).mean()
     torch.testing.assert_close(whole, 0.5 * soft + 0.5 * F.cross_entropy(student(x), y))
-
-
-# --- An answer in a text ----------------------------------------------------------------------------------------------
-
-
-def test_start_and_end_of_an_answer():
-    config = transformers.BertConfig(
-        vocab_size=V, hidden_size=H, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    student, teacher = (transformers.BertForQuestionAnswering(config).eval() for _ in range(2))
-    rows = texts()
-    answers = {"start_positions": torch.tensor([1, 2, 30]), "end_positions": torch.tensor([4, 2, 6])}
-
-    def by_hand(row, start, end):
-        values = []
-        for name, y in (("start_logits", start), ("end_logits", end)):
-            z, t = (m(input_ids=row[None])[name].double()[0] for m in (student, teacher))
-            p, q = F.log_softmax(z / 4, -1), F.log_softmax(t / 4, -1)
-            if y < len(row):  # cut off otherwise: no label, and so no token
-                values.append(0.9 * 16 * (q.exp() * (q - p)).sum() - 0.1 * F.log_softmax(z, -1)[y])
-        return values
-
-    found = [v for row, *span in zip(rows, *answers.values(), strict=True) for v in by_hand(row, *map(int, span))]
-    assert len(found) == 5
-    want = torch.stack(found).mean().float()
-    with Distiller(student, teacher, [KD()]) as d:
-        for layout in ({}, {"more": 4, "fill": 3}):
-            mask = padded([torch.ones(len(row), dtype=torch.int64) for row in rows], **{**layout, "fill": 0})
-            got, _ = d({"input_ids": padded(rows, **layout), "attention_mask": mask, **answers})
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("loss", [DIST, SP, RKD, PKT, CC])
-def test_other_losses_of_spans(loss):
-    config = transformers.BertConfig(
-        vocab_size=V, hidden_size=H, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    student, teacher = (transformers.BertForQuestionAnswering(config).eval() for _ in range(2))
-    rows, found = texts(), []
-    with Distiller(student, teacher, [loss()]) as d:
-        for layout in ({}, {"more": 4, "fill": 3}):
-            mask = padded([torch.ones(len(row), dtype=torch.int64) for row in rows], **{**layout, "fill": 0})
-            found.append(gradients_of(d, student, {"input_ids": padded(rows, **layout), "attention_mask": mask}))
-    for a, b in zip((found[0][0], found[0][2]), (found[1][0], found[1][2]), strict=True):
-        assert bool(a.isfinite().all())
-        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-7 + 1e-4 * a.abs().max().item())
-
-
-# --- Channels last ----------------------------------------------------------------------------------------------------
-
-
-class Maps(nn.Module):
-    def __init__(self, width, last, seed):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.first, self.second = nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, width, 1)
-        self.one, self.two = nn.Identity(), nn.Identity()
-        self.last = last
-
-    def forward(self, x):
-        a = self.first(x)
-        b = self.second(a.relu())
-        if self.last:
-            a, b = a.permute(0, 2, 3, 1).contiguous(), b.permute(0, 2, 3, 1).contiguous()
-        self.one(a)
-        return self.two(b).flatten(1)[:, :5]
-
-
-@pytest.mark.parametrize("loss", [FitNet, VID, NST, AttentionTransfer, FSP])
-def test_maps_with_channels_last(loss):
-    x = torch.randn(4, 3, 12, 12)
-
-    def value(student_last, teacher_last, **options):
-        torch.manual_seed(0)
-        layers = ("one", "two") if loss is FSP else "two"
-        with Distiller(Maps(24, student_last, 1), Maps(24, teacher_last, 2), [loss(layers, layers, **options)]) as d:
-            torch.manual_seed(3)
-            d.prepare(x)
-            return d(x)[0].detach()
-
-    want = value(False, False)
-    torch.testing.assert_close(value(True, True, channels_last=True), want)
-    torch.testing.assert_close(value(False, True, channels_last=(False, True)), want)
-    torch.testing.assert_close(value(False, False, channels_last=False), want)
-    with pytest.raises(ValueError, match=r"looks like \(B, H, W, C\): pass channels_last=True"):
-        value(True, True)
-    with pytest.raises(TypeError, match=r"channels_last must be .*, got 'yes'"):
-        loss(("one", "two"), ("one", "two"), channels_last="yes")
-
-
-def test_strides_change_nothing():
-    x = torch.randn(4, 3, 12, 12)
-    for loss in (FitNet, NST, AttentionTransfer):
-        with Distiller(Maps(24, False, 1), Maps(24, False, 2), [loss("two", "two")]) as d:
-            d.prepare(x)
-            torch.testing.assert_close(d(x.to(memory_format=torch.channels_last))[0], d(x)[0])
-
-
-def test_sequences_that_a_relation_cannot_place():
-    student, teacher = Tokens(1), Tokens(2)
-    batch = {"input_ids": torch.randint(1, V, (3, 8)), "attention_mask": torch.ones(3, 7)}
-    with (
-        Distiller(student, teacher, [SP("embed", "embed")]) as d,
-        pytest.raises(ValueError, match=r"SP: the mask is \(3, 7\), and the student's layer \(3, 8, 16\)"),
-    ):
-        d(batch)

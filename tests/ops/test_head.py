@@ -125,6 +125,20 @@ def test_a_low_rank_product_is_added(who, bias, reduction):
     agree([*mine, *low_rank()], make, reduction=reduction, temperature=2.0, z_loss=1e-3)
 
 
+@pytest.mark.parametrize("taught", ["top-k", "heads", "heads and logits"])
+def test_a_low_rank_product_beside_other_teachers(taught):
+    mine, theirs, y = [*parts(bias=False), *low_rank()], [*parts(bias=False), *low_rank()], labels()
+    stored = 2 * torch.randn(N, V)
+    targets = kdfast.soft_targets(stored, k=7, temperatures=(2.0,))
+
+    def make(leaves, dtype):
+        h, w, a, b = (cast(x, dtype) for x in theirs)
+        others = [LMHead(h, w, low_rank=(a, b)), LMHead(h, w) if taught == "heads" else cast(stored, dtype)]
+        return LMHead(*leaves[:2], low_rank=tuple(leaves[2:])), targets if taught == "top-k" else others, y
+
+    agree(mine, make, temperature=2.0)
+
+
 @pytest.mark.parametrize("frozen", [(0, 1), (2, 3), (1, 3), (0, 1, 2)])
 def test_a_frozen_part_of_a_low_rank_product(frozen):
     tensors, teacher = [*parts(bias=False), *low_rank()], torch.randn(N, V)
