@@ -20,7 +20,12 @@ INTERPRETED = $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,dense mod
 # What of the interpreter's tests the oldest Triton repeats: each kernel, by its edges.
 OLDEST_TESTS = one_kept or one_entry or split or sample or pps or odd_rows or ensembles
 
-.PHONY: demo test triton-oldest environment lint bench docs tables nightly sanitize clean
+# What of the tests the oldest torch repeats, whose compiler warns where it goes around a loss.
+OLDEST_TORCH = torch==2.6.0
+TORCH_TESTS = tests/ops tests/methods $(addprefix tests/test_,$(addsuffix .py,distiller distiller_modes errors module soft_targets uld)) \
+  $(addprefix tests/integrations/test_,$(addsuffix .py,adapters head_refusals heads huggingface))
+
+.PHONY: demo test triton-oldest torch-oldest environment lint bench docs tables nightly sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/kdfast demo $(DEMO)
@@ -42,6 +47,11 @@ triton-oldest: $(VENV)/.test build/oldest
 	cd / && PYTHONPATH=$(CURDIR)/build/oldest $(abspath $(BIN))/python -P -c "import triton; print('Triton', triton.__version__)"
 	PYTHONPATH=$(CURDIR)/build/oldest $(PYTEST) -n $(WORKERS) tests/kernels/test_triton_compile.py
 	PYTHONPATH=$(CURDIR)/build/oldest TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -k "$(OLDEST_TESTS) $(OLDEST_MORE)" $(INTERPRETED)
+
+# Losses, methods and heads with the oldest torch that pyproject.toml lets in; gigabytes, where it comes with CUDA's libraries.
+torch-oldest: $(VENV)/.test build/torch-oldest
+	cd / && PYTHONPATH=$(CURDIR)/build/torch-oldest $(abspath $(BIN))/python -P -c "import torch; print('torch', torch.__version__)"
+	PYTHONPATH=$(CURDIR)/build/torch-oldest $(PYTEST) -n $(WORKERS) -W ignore::UserWarning $(TORCH_TESTS)
 
 # All that test and lint need, so that they can run side by side.
 environment: $(VENV)/.test $(VENV)/.dev build/peers build/oldest
@@ -84,6 +94,9 @@ build/peers: $(VENV)/.test tests/docs/peers.txt
 # Without the constraints of the newest.
 build/oldest: $(VENV)/.test Makefile
 	rm -rf $@ && PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --target $@ "$(OLDEST_TRITON)" "$(OLDEST_NUMPY)"
+
+build/torch-oldest: $(VENV)/.test Makefile
+	rm -rf $@ && PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --target $@ "$(OLDEST_TORCH)"
 
 # Built once for all sets of extras.
 $(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)

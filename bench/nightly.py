@@ -50,6 +50,7 @@ PARTS = {
     "the same, and the interpreter, with the oldest Triton": Part(
         f'{GPUS} make triton-oldest OLDEST_MORE="or every_operator"', 40, TESTS
     ),
+    "losses, methods and heads with the oldest torch": Part("make torch-oldest", 20, TESTS),
     "libFuzzer over the cache's parts": Part(
         "cmake --preset fuzz && cmake --build --preset fuzz && mkdir -p build/fuzzed && "
         "build/fuzz/kdfast_fuzz -max_total_time=600 build/fuzzed csrc/fuzz/corpus",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdfast.ops import _registry
 from kdfast.ops.classes import check_class_dim, classes_last
+from kdfast.ops.eager import in_graphs
 from kdfast.spec.divergence import DivergenceLike
 from kdfast.spec.head import LMHead
 from kdfast.spec.problem import Logits, Reduction, Teacher, build_problem
@@ -74,6 +75,7 @@ def distill_loss(
     return_metrics: Literal[True],
     **options: Unpack[Options],
 ) -> DistillTerms: ...
+@in_graphs
 def distill_loss(
     student: Logits,
     teacher: Teacher | None = None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kdfast.ops.eager import in_graphs
 from kdfast.ops.uld.autograd import token_losses
 from kdfast.spec import reference
 from kdfast.spec.problem import Reduction, build_problem, check_plain_logits
 from kdfast.spec.reduction import keep, token_weights, weighted
 
 
+@in_graphs
 def uld_loss(
     student: Tensor,
     teacher: Tensor,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 try:
     from kdfast import _core
@@ -33,6 +34,9 @@ ONCE = [
 ]
 #: The same, of tests that start processes and give each a device of its own.
 ONCE_ON_THE_CPU = [*ONCE, pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU")]
+
+#: Whether torch's compiler takes a loss into its graph; it goes around the loss before.
+TRACES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
 def choose(variant, monkeypatch):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from machine import DEVICE
+from machine import DEVICE, TRACES
 from scipy.special import softmax
 
 from kdfast import LMHead, uld_loss
@@ -321,7 +321,7 @@ def test_compiles_into_one_graph():
     student, teacher = logits(4, 15), logits(4, 18)
     weights = torch.tensor([1.0, 0, 2, 1])
     leaf = student.clone().requires_grad_()
-    compiled = torch.compile(lambda z, t, w: uld_loss(z, t, weights=w), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda z, t, w: uld_loss(z, t, weights=w), fullgraph=TRACES, backend="aot_eager")
     loss = compiled(leaf, teacher, weights)
     loss.backward()
     want, want_grad = run(student, teacher, weights=weights)

@@ -306,7 +306,7 @@ def _keep(store: _Store, pattern: str, part: str, path: str, who: str, detach: b
             )
             raise RuntimeError(msg)
         if part == "input":
-            found = [next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)]
+            found = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1] or [None]  # type: ignore[list-item]
         elif part == "output":
             found = [output[0] if isinstance(output, (tuple, list)) and output else output]
         else:

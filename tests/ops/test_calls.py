@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from machine import DEVICE, KERNEL, TRITON
+from machine import DEVICE, KERNEL, TRACES, TRITON
 
 import kdfast
 from kdfast import DistillLoss, LMHead, SparseTargets, distill_loss, soft_targets, uld_loss
@@ -163,7 +163,7 @@ def test_right_values_in_tensors_pass(backend):
 @pytest.mark.skipif(TRITON, reason="the kernels under a tracer are the CPU's here")
 def test_tracers_do_not_look_at_values():
     student, teacher, y = batch()
-    compiled = torch.compile(distill_loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(distill_loss, fullgraph=TRACES, backend="aot_eager")
     options = {"alpha": torch.tensor(0.5), "weights": torch.ones(N), "z_loss": torch.tensor(0.1)}
     want = distill_loss(student, teacher, y, **options)
     torch.testing.assert_close(compiled(student, teacher, y, **options), want)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from machine import KERNEL, TRITON, VARIANTS, choose
+from machine import KERNEL, TRACES, TRITON, VARIANTS, choose
 from torch.library import opcheck
 
 from kdfast import DistillLoss, LMHead, distill_loss, soft_targets
@@ -231,6 +231,6 @@ def test_a_compiled_model_of_images(name):
 
     want, got = (student.detach().requires_grad_() for _ in range(2))
     loss(want).backward()
-    torch.compile(loss, fullgraph=True)(got).backward()
+    torch.compile(loss, fullgraph=TRACES)(got).backward()
     torch.testing.assert_close(got.grad, want.grad)
     torch._dynamo.reset()

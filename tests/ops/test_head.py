@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from formulas import CASES, pairs_of, untie
-from machine import DEVICE, INTERPRETING, KERNEL, VARIANTS
+from machine import DEVICE, INTERPRETING, KERNEL, TRACES, VARIANTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
@@ -501,7 +501,7 @@ def test_fullgraph(reduction):
         return distill_loss(student, teacher, y, temperature=2.0, reduction=reduction, memory_budget=BUDGET)
 
     results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+    for function in (step, torch.compile(step, fullgraph=TRACES, backend="aot_eager")):
         loss = function(*mine, *theirs, y)
         results.append([loss.detach(), *torch.autograd.grad(loss.sum(), mine)])
     for a, b in zip(*results, strict=True):

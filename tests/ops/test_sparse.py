@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from formulas import half_ulp
-from machine import DEVICE, INTERPRETING, KERNEL, VARIANTS, choose
+from machine import DEVICE, INTERPRETING, KERNEL, TRACES, VARIANTS, choose
 
 from kdfast import LMHead, SparseTargets, distill_loss
 
@@ -346,7 +346,7 @@ def test_fullgraph(reduction):
 
     inputs = (s, targets.ids, targets.logprobs, targets.lse[2.0], y)
     results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+    for function in (loss, torch.compile(loss, fullgraph=TRACES, backend="aot_eager")):
         value = function(*inputs)
         results.append([value.detach(), *torch.autograd.grad(value.sum(), s)])
     for a, b in zip(*results, strict=True):
