@@ -37,8 +37,9 @@ class Distiller:
     A context manager. Inside it the teachers are in eval mode whenever they run, whatever an outer ``train()`` did in
     between, and forward hooks keep the layers that the losses ask for; on leaving, hooks are gone and modes are as
     before. No module is replaced, and no ``state_dict`` changes.
-    Teachers run without gradient. What the losses learn themselves (projectors, temperatures, memories) is apart from
-    both models: in :meth:`parameters` and :meth:`state_dict`.
+    Teachers run without gradient, but for one that is a student as well, that is a part of one, or whose inputs require
+    it. What the losses learn themselves (projectors, temperatures, memories) is apart from both models: in
+    :meth:`parameters` and :meth:`state_dict`.
 
     ::
 
@@ -60,7 +61,8 @@ class Distiller:
             callable and its weight.
         split: how a batch is split into inputs and labels; :func:`kdfast.methods.split_batch` by default.
         causal: logits at position i are compared with the label at i + 1: logits lose their last position, labels their
-            first. kdfast never shifts of itself. Which positions count is said in :mod:`kdfast.methods.positions`.
+            first. kdfast never shifts of itself, and warns where labels are ``input_ids`` themselves. Which positions
+            count is said in :mod:`kdfast.methods.positions`.
         unlabelled: a label, as -1, of tokens that have none: they keep their soft terms, with an alpha of 1, where -100
             drops a token from every term.
         head: the student's output projection: its logits are never made, and the losses are computed there, inside its

@@ -217,8 +217,9 @@ def warn_of_copies(inputs: Inputs, *, stacklevel: int) -> None:
     They are what language models are given by convention, to be shifted by who computes the loss. Looks at values.
     """
     ids, labels = inputs.kwargs.get("input_ids"), inputs.labels
-    if not isinstance(ids, Tensor) or labels is None or labels.shape != ids.shape or ids.shape[-1] < 2:
+    if not isinstance(ids, Tensor) or labels is None or labels.shape != ids.shape or ids.dim() < 2:
         return
+    labels = labels.to(ids.device)
     kept = labels != IGNORED
     if bool((torch.where(kept, labels == ids, True).all() & kept.any()).item()):
         msg = (

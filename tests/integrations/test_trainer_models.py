@@ -29,10 +29,7 @@ pytestmark = [*ONCE_ON_THE_CPU, pytest.mark.filterwarnings("ignore")]  # of tran
 
 def t5(seed):
     torch.manual_seed(seed)
-    sizes = {"vocab_size": V, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    model = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0)
-    )
+    model = tiny_models.t5(num_layers=1, pad_token_id=0)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.2)
     return model

@@ -37,6 +37,12 @@ def vision():
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def t5(**options):
+    shape = {"vocab_size": V, "d_model": H, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = transformers.T5Config(**shape | {"decoder_start_token_id": 0, "dropout_rate": 0.0} | options)
+    return transformers.T5ForConditionalGeneration(config)
+
+
 #: Models from their configurations: causal ones, encoder-decoder models, a masked one, and one that reads images.
 MODELS = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
@@ -57,31 +63,8 @@ MODELS = {
             **DECODER, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.3, head_dim=8
         )
     ),
-    "t5": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=V,
-            d_model=H,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-        )
-    ),
-    "t5, tied": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=V,
-            d_model=H,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-            tie_word_embeddings=True,
-        )
-    ),
+    "t5": t5,
+    "t5, tied": lambda: t5(tie_word_embeddings=True),
     "whisper": lambda: transformers.WhisperForConditionalGeneration(
         transformers.WhisperConfig(
             vocab_size=V,

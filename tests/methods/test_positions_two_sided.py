@@ -9,6 +9,7 @@ from machine import ONCE
 
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
+import tiny_models
 import transformers
 from texts import H, V
 
@@ -27,17 +28,7 @@ pytestmark = [*ONCE, pytest.mark.filterwarnings("ignore")]  # of transformers
 
 def t5(seed=0, wide=16):
     torch.manual_seed(seed)
-    config = transformers.T5Config(
-        vocab_size=V,
-        d_model=wide,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    return transformers.T5ForConditionalGeneration(config)
+    return tiny_models.t5(vocab_size=V, d_model=wide)
 
 
 def translation():
