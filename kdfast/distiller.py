@@ -19,7 +19,14 @@ from kdfast.methods.given import Teacher, check_options, checked_head, losses_of
 from kdfast.methods.layers import Capture, parse, unwrapped
 from kdfast.methods.loss import Loss, LossLike
 from kdfast.methods.modes import Quiet
-from kdfast.methods.positions import arguments, count_items, encoder_decoder, placed, warn_of_copies
+from kdfast.methods.positions import (
+    arguments,
+    count_items,
+    encoder_decoder,
+    placed,
+    refuse_cut_sequences,
+    warn_of_copies,
+)
 from kdfast.methods.projection import Projection
 from kdfast.methods.router import router_loss
 from kdfast.methods.schedule import value
@@ -139,6 +146,8 @@ class Distiller:
         if self._captures is not None:
             msg = "this Distiller is entered already"
             raise RuntimeError(msg)
+        if self.causal:
+            refuse_cut_sequences()
         losses = self.losses.values()
         captures: list[Capture] = []
         try:

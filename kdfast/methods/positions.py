@@ -11,6 +11,7 @@ So neither what stands in padding nor its side or amount changes a value, nor wh
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -209,6 +210,23 @@ def placed(targets: Any, tokens: Tensor | None) -> Any:
 def _device(targets: Any) -> torch.device:
     device: torch.device = targets.device if hasattr(targets, "device") else targets.ids.device
     return device
+
+
+def refuse_cut_sequences() -> None:
+    """Raises where Accelerate cuts sequences over ranks, which have the label of i + 1 somewhere else.
+
+    Raises:
+        ValueError: context or sequence parallelism.
+    """
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    config = None if state is None else state._shared_state.get("parallelism_config")
+    for kind, name in (("cp", "context"), ("sp", "sequence")):
+        if getattr(config, f"{kind}_enabled", False):
+            msg = (
+                f"causal=True under {name} parallelism ({kind}_size > 1): the label of position i + 1 may be on "
+                "another rank: shift labels before the sequences are cut, and give causal=False"
+            )
+            raise ValueError(msg)
 
 
 def warn_of_copies(inputs: Inputs, *, stacklevel: int) -> None:

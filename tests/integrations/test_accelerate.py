@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import pytest
 import ranks
@@ -96,3 +97,17 @@ def test_teachers_that_are_dispatched_or_offloaded():
         loss, _ = d(batch)
         loss.backward()
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cp", "sp"])
+def test_sequences_that_are_cut_over_ranks(monkeypatch, kind):
+    import accelerate
+
+    config = types.SimpleNamespace(**{f"{kind}_enabled": True})
+    monkeypatch.setitem(accelerate.state.AcceleratorState._shared_state, "parallelism_config", config)
+    with pytest.raises(
+        ValueError, match=rf"causal=True under .* parallelism \({kind}_size > 1\): .* shift labels before"
+    ):
+        Distiller(model_of(0), model_of(1), [KD()], causal=True).__enter__()
+    with Distiller(model_of(0), model_of(1), [KD()]):
+        pass

@@ -13,8 +13,10 @@ pytest.importorskip("lightning", reason="Lightning is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 import lightning
+from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny_llama import model_of
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from trainers import CLIP, LR, causal, close, collate, rows, steps_by_hand
 
 from kdfast.integrations.huggingface import head_of
@@ -124,8 +126,31 @@ def ranks_equal_one(rank, world, folder):
     close(student, whole)
 
 
+class Sharded(Lit):
+    """As Lightning's ModelParallelStrategy wants it."""
+
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.student.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.student, mesh=mesh)
+
+
+def sharded_ranks_equal_one(rank, world, folder, headed):
+    data, teacher, student, whole = rows(), model_of(1), model_of(0), model_of(0)
+    steps_by_hand(whole, teacher, data, 8)
+    module = Sharded(student, teacher, **({"head": head_of(student)} if headed else {}))
+    strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+    trainer = trainer_of(folder, strategy=strategy, devices=world, use_distributed_sampler=False)
+    trainer.fit(module, loader(data[rank::world]))
+    for (name, a), b in zip(student.named_parameters(), whole.parameters(), strict=True):
+        got = a.full_tensor().detach()
+        torch.testing.assert_close(got, b.detach(), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_two_processes_equal_one(tmp_path):
-    ranks.run([functools.partial(ranks_equal_one, folder=str(tmp_path))], 2, tmp_path)
+    checks = [functools.partial(sharded_ranks_equal_one, headed=headed) for headed in (True, False)]
+    ranks.run([functools.partial(check, folder=str(tmp_path)) for check in (ranks_equal_one, *checks)], 2, tmp_path)
 
 
 def test_what_is_not_served_says_so(tmp_path):
