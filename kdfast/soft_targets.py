@@ -73,8 +73,9 @@ def soft_targets(
         fp32, x - L, at temperature 1 over all V columns for every method; ``lse`` {T: (...)} fp32,
         logsumexp((x - L) / T); for the sampled methods ``mass`` (..., K) fp32 and ``neg_entropy`` (...) fp32, the sum
         of mass * log q_T. What the most probable column lacks of 1 is right to about 1e-6 of itself for T >= 1, and so
-        is a tail relative to that. Columns of -inf are never kept. A token with a NaN or +inf among its logits, or
-        nothing but -inf, is NaN throughout, and its ids are 0, 1, ...
+        is a tail relative to that. Columns of -inf are never kept, nor are drawn ones whose mass
+        is 0 in fp32. A token with a NaN or +inf among its logits, or nothing but -inf, is NaN throughout, and its ids
+        are 0, 1, ...
 
     Raises:
         TypeError: an argument of the wrong kind.

@@ -268,6 +268,20 @@ def test_threshold_sampling(backend, dtype, tau, v):
             np.testing.assert_allclose(targets.mass[i, :used], np.maximum(q[i][ids], step), rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("tau", [0.1, 0.02])
+def test_a_mass_that_fp32_does_not_have(backend, tau):
+    """Of a low temperature: what is drawn for certain because k columns have room may weigh less than any number."""
+    x = 3 * torch.randn(8, 100)
+    targets = capture(x, "pps", k=80, temperatures=(tau,))
+    place = torch.arange(80) < targets.k_eff[:, None]
+    assert torch.equal(targets.mass > 0, place)
+    assert torch.equal(targets.ids >= 0, place)
+    q = torch.softmax(x.double() / tau, -1)
+    if tau == 0.02:
+        assert int(targets.k_eff.min()) < 80
+    torch.testing.assert_close(targets.dense().double(), q, rtol=1e-4, atol=1e-7)
+
+
 @many_tokens
 @pytest.mark.parametrize("method", ["sample", "pps"])
 def test_unbiased(backend, method):

@@ -340,6 +340,7 @@ void add_cache(py::module_& m) {
         .def("__contains__", &cache::Writer::has, py::arg("key"))
         .def("commit", &cache::Writer::commit, py::call_guard<py::gil_scoped_release>())
         .def("close", &cache::Writer::close, py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("damage", [](const cache::Writer& w) { return to_python(w.damage()); })
         .def_property_readonly("id", &cache::Writer::id)
         .def_property_readonly("waiting_bytes", &cache::Writer::waiting_bytes);
 

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <string>
 
+#include "cache/rows/check.h"
 #include "cache/rows/drawn.h"
 #include "cache/rows/fixed.h"
 #include "core/error.h"
@@ -11,11 +12,10 @@ namespace kdfast::cache {
 namespace {
 
 // The limits that both directions rely on; those of a frame are its reader's business.
-void check(const Layout& layout, std::int64_t tokens) {
+void check_layout(const Layout& layout) {
     const auto demand = [](bool holds, const char* what) {
         if (!holds) throw ArgumentError(what);
     };
-    demand(tokens >= 1 && tokens <= 256, "a block has 1 to 256 tokens");
     demand(layout.vocab_size >= 1 && layout.vocab_size <= 1u << 24, "vocab_size must be 1 to 2^24");
     demand(layout.kept >= 1 && layout.kept <= 65535, "K must be 1 to 65535");
     demand(layout.grid >= 2 && layout.grid <= 10, "grid must be 2 to 10");
@@ -26,10 +26,21 @@ void check(const Layout& layout, std::int64_t tokens) {
            "the number of draws must be a whole number from 1 to 2^24");
 }
 
+void check_limits(const Layout& layout, std::int64_t tokens) {
+    if (tokens < 1 || tokens > 256) throw ArgumentError("a block has 1 to 256 tokens");
+    check_layout(layout);
+}
+
 }  // namespace
 
+void check(const Layout& layout, const Source& targets) {
+    check_layout(layout);
+    if (targets.tokens == 0) return;
+    layout.codec == Codec::drawn ? check_drawn(layout, targets) : check_fixed(layout, targets);
+}
+
 void encode(const Layout& layout, const Source& targets, std::vector<std::byte>& out) {
-    check(layout, targets.tokens);
+    check_limits(layout, targets.tokens);
     const std::size_t before = out.size();
     try {
         switch (layout.codec) {
@@ -51,7 +62,7 @@ void encode(const Layout& layout, const Source& targets, std::vector<std::byte>&
 
 void decode(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens, std::int64_t first,
             const Destination& out) {
-    check(layout, tokens);
+    check_limits(layout, tokens);
     if (first < 0 || out.tokens < 0 || out.tokens > tokens - first)
         throw ArgumentError("tokens " + std::to_string(first) + " to " + std::to_string(first + out.tokens) +
                             " of a block of " + std::to_string(tokens));

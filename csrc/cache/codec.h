@@ -66,8 +66,12 @@ using Destination = Targets<std::int32_t, float>;
 
 inline constexpr std::size_t padding_after_block = 64;  // bytes behind a block that a decoder may load, never use
 
-// Appends one block. The entries of a row may come in any order. Throws ArgumentError for values that the format cannot
-// hold, naming the token: ids out of range or twice, log-probabilities that are not finite or above 0 and so on.
+// Throws ArgumentError for values that the format cannot hold, naming the token: ids out of range or twice,
+// log-probabilities that are not finite or above 0 and so on; and for a layout outside the limits. Any number of
+// tokens.
+void check(const Layout& layout, const Source& targets);
+
+// Appends one block of targets that have been checked. The entries of a row may come in any order.
 void encode(const Layout& layout, const Source& targets, std::vector<std::byte>& out);
 
 // The tokens [first, first + out.tokens) of a block of `tokens`; `block` is followed by padding_after_block bytes that

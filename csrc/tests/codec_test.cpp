@@ -58,6 +58,7 @@ struct Case {
     }
     Block encoded() const {
         Block out;
+        check(layout, source());
         encode(layout, source(), out);
         return out;
     }
@@ -398,7 +399,7 @@ TEST(encoding_refuses_what_the_format_cannot_hold) {
         Case c = from;
         change(c);
         Block out(3, std::byte{7});
-        CHECK_THROWS(ArgumentError, encode(c.layout, c.source(), out));
+        CHECK_THROWS(ArgumentError, (check(c.layout, c.source()), encode(c.layout, c.source(), out)));
         CHECK_EQUAL(out.size(), 3u);
     };
     Layout layout = fixed_layout(1000, 8);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -32,10 +33,11 @@ class Writer:
     r"""Stores a teacher's soft targets under keys; many writers may fill one cache at once.
 
     A sample is copied and comes back from :meth:`write` at once; threads behind it encode and write, and the caller
-    waits only where ``queue_bytes`` of samples are on their way already. What goes wrong there is raised by the next
-    call, and by :meth:`close`. Samples are durable after :meth:`commit`, after ``close``, and every ``commit_bytes``
-    unasked: neither a kill nor a power cut loses them then. What was not committed is not there afterwards; to resume,
-    open another writer and write what is :meth:`missing`.
+    waits only where ``queue_bytes`` of samples are on their way already. What goes wrong there, as a full disk, is
+    raised by the next call, and by :meth:`close`; targets that cannot be stored are refused by ``write`` itself, and
+    cost nothing else. Samples are durable after :meth:`commit`, after ``close``, and every ``commit_bytes`` unasked:
+    neither a kill nor a power cut loses them then. What was not committed is not there afterwards; to resume, open
+    another writer and write what is :meth:`missing`.
 
     As a context manager it closes, and so commits, on exit, also when the block raised.
 
@@ -63,6 +65,9 @@ class Writer:
         commit_bytes: as many bytes written are committed unasked.
         queue_bytes: bytes of samples that may wait.
         threads: that encode; None: half of torch's, one at least.
+
+    A part of the cache that is damaged is warned of, and its samples are missing; what the system refuses to open (no
+    permission, no descriptor left, an error of the disk) is no damage, and raises.
 
     Raises:
         CacheError: the directory holds another cache, or one that cannot be read.
@@ -126,6 +131,9 @@ class Writer:
     def _open(self, temperatures: tuple[float, ...]) -> _core.CacheWriter:
         self._engine = self._make(temperatures=temperatures)
         self._temperatures = temperatures
+        for fault in self._engine.damage:
+            msg = f"a part of the cache is damaged, and what it held counts as missing until a repair: {fault}"
+            warnings.warn(msg, stacklevel=3)
         return self._engine
 
     def write(
@@ -281,9 +289,20 @@ class Writer:
             self._receive(everything=True)
         finally:
             if self._engine is not None:
-                self._engine.close()
-                write_manifest(self.path)
+                self._describe(self._engine.close())
             self._closed = True
+
+    def _describe(self, written: int) -> None:
+        """The manifest made anew: of a damaged cache by its repair alone."""
+        assert self._engine is not None
+        if self._engine.damage:
+            return
+        try:
+            write_manifest(self.path)
+        except CacheError as error:
+            # Who had nothing to write may close in a folder that cannot be written, as it is.
+            if written or error.code != "system":
+                raise
 
     def __enter__(self) -> Writer:
         return self

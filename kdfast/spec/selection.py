@@ -76,7 +76,7 @@ def select(logits: Tensor, request: Request, first_token: int) -> Selected:
         log_q_tau = log_q / tau - lse[0][:, None]
         tokens = first_token + torch.arange(n, device=x.device)
         weights = (_multinomial if request.method == "sample" else _pps)(log_q_tau.exp(), request, tokens)
-        column = torch.where(weights > 0, torch.arange(v, device=x.device), v)
+        column = torch.where(weights.float() > 0, torch.arange(v, device=x.device), v)
         ids = column.topk(room, largest=False, sorted=True).values  # ascending
         kept = ids < v
     else:

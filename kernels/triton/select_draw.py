@@ -254,8 +254,6 @@ def write_kernel(
     column = tl.where(good, tl.load(drawn + j, mask=j < most, other=ANY_NUMBER), ANY_NUMBER)
     previous = tl.load(drawn + j - 1, mask=(j > 0) & (j < most), other=-1)
     entry = (column != previous) & (column < columns)
-    place = tl.cumsum(entry.to(tl.int32), 0) - 1
-    n = tl.sum(entry.to(tl.int32), 0)
 
     x = tl.load(row_of(logits, i) + column, mask=entry, other=0.0).to(tl.float32)
     c = scales[0]
@@ -274,6 +272,9 @@ def write_kernel(
             low = tl.where(past | (low >= high), low, middle + 1)
             high = tl.where(past, middle, high)
         share = (low - j).to(tl.float32) / most  # which has no methods where it is 1, a constant then
+    entry = entry & (share > 0)  # a mass below fp32's least is none
+    place = tl.cumsum(entry.to(tl.int32), 0) - 1
+    n = tl.sum(entry.to(tl.int32), 0)
     nan = float("nan")
     entropy = tl.sum(tl.where(entry, share.to(tl.float64) * log_q, 0.0), 0)
     tl.store(neg_entropy + i, tl.where(good, entropy, nan).to(tl.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -294,20 +295,43 @@ class TestWriting:
             (lambda t: t.lse[2.0][3:4].fill_(float("inf")), "lse"),
         ],
     )
-    def test_values_that_cannot_be_stored_raise_later_and_name_the_sample(self, tmp_path, spoil, match):
+    def test_values_that_cannot_be_stored_cost_their_sample_alone(self, tmp_path, spoil, match):
         targets = capture(tokens=9)
         good = capture(tokens=4)
         spoil(targets)
-        writer = cache.Writer(tmp_path / "c", vocab_size=V)
-        writer.write("good", good)
-        writer.write("spoilt", targets)
-        with pytest.raises(ValueError, match=f"spoilt.*({match})"):
-            writer.commit()
-        with pytest.raises(ValueError, match="spoilt"):
+        with cache.Writer(tmp_path / "c", vocab_size=V) as writer:
+            writer.write("good", good)
+            with pytest.raises(ValueError, match=f"sample spoilt, token 3: .*({match})"):
+                writer.write("spoilt", targets)
+            assert "spoilt" not in writer
+            assert writer.missing(["good", "spoilt"]) == ["spoilt"]
             writer.write("next", good)
-        with pytest.raises(ValueError, match="spoilt"):
+            assert writer.commit() == 2
+        assert list(cache.Reader(tmp_path / "c")) == ["good", "next"]
+
+    @pytest.mark.parametrize("wrong", [0.0, -0.5, float("nan"), float("inf")])
+    def test_drawn_values_that_cannot_be_stored(self, tmp_path, wrong):
+        targets = capture(tokens=4, k=5, method="pps", temperatures=(1.0,), seed=4)
+        good = targets.map(torch.clone)
+        targets.mass[2, 1] = wrong
+        with cache.Writer(tmp_path / "c", vocab_size=V) as writer:
+            with pytest.raises(ValueError, match=r"sample spoilt, token 2: entry 1: mass is"):
+                writer.write("spoilt", targets)
+            writer.write("good", good)
+        assert list(cache.Reader(tmp_path / "c")) == ["good"]
+
+    def test_closing_where_nothing_was_written_and_nothing_can_be(self, tmp_path, monkeypatch):
+        def refuses(**_):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        fill(tmp_path / "c", some(2))
+        monkeypatch.setattr("kdfast.cache.manifest.tempfile.mkstemp", refuses)
+        with cache.Writer(tmp_path / "c", vocab_size=V) as writer:
+            assert writer.missing(["sample 0", "x"]) == ["x"]
+        writer = cache.Writer(tmp_path / "c", vocab_size=V)
+        writer.write("x", capture(tokens=3))
+        with pytest.raises(CacheError, match="cannot write the manifest: Read-only file system"):
             writer.close()
-        assert list(cache.Reader(tmp_path / "c")) == ["good"]  # what came before it is there
 
     def test_an_error_in_the_block_leaves_what_was_written(self, tmp_path):
         def fails():

@@ -252,7 +252,7 @@ WRONG = [
     (["d.jsonl"], ("--factory", "cache_teachers:f"), "has no function 'f'"),
     (["d.jsonl"], ("--factory", "cache_teachers:nothing"), "returned NoneType"),
     (["d.jsonl"], ("--factory", "cache_teachers:transposed"), "must return logits (1, 1, V), got (300, 1, 1)"),
-    (["d.jsonl"], ("--factory", "cache_teachers:nan"), "sample 0, tokens from 0 on"),
+    (["d.jsonl"], ("--factory", "cache_teachers:nan"), "sample 0, token 0: entry 0: logprob is nan"),
     (["d.jsonl", "--field", "text"], None, "has no field 'text', it has input_ids, n, bad"),
     (["d.jsonl", "--id-field", "id"], None, "pass --id-field"),
     (["d.jsonl", "--id-field", "input_ids"], None, "must be a text or a whole number, got list"),

@@ -5,6 +5,8 @@
 
 namespace kdfast::cache {
 
+inline constexpr double most_nats = 104;  // of a weight above the least one
+
 void encode_drawn(const Layout& layout, const Source& targets, std::vector<std::byte>& out);
 void decode_drawn(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens, std::int64_t first,
                   const Destination& out);

@@ -20,7 +20,6 @@ class Encoder {
         : layout_(layout),
           t_(targets),
           widths_(layout, targets),
-          seen_(layout.vocab_size),
           kernels_(*cpu::kernels().cache),
           scale_(std::ldexp(1.0, static_cast<int>(layout.grid))),
           step_(1 / scale_),
@@ -29,8 +28,6 @@ class Encoder {
           rounded_(true_.size()),
           tops_(static_cast<std::size_t>(t_.tokens)),
           lses_(layout.temperatures.size() * tops_.size()) {
-        if (!t_.ids || !t_.logprobs || (!layout.temperatures.empty() && !t_.lse))
-            throw ArgumentError("the fixed codec needs ids, logprobs and an lse for each temperature but 1");
         std::int64_t bytes = 0;
         for (std::int64_t i = 0; i < t_.tokens; ++i) {
             bytes += id_bytes(widths_[i], layout.id_bits()) + delta_bytes(widths_[i]);
@@ -62,20 +59,14 @@ class Encoder {
     }
 
   private:
-    // Token i's entries in order and checked: ids_, true_ and rounded_ logarithms relative to entry 0, steps_.
+    // Token i's entries in order: ids_, true_ and rounded_ logarithms relative to entry 0, steps_.
     void take(std::int64_t i, std::int64_t k) {
         const std::int32_t* ids = t_.ids + i * layout_.kept;
         const float* logprobs = t_.logprobs + i * layout_.kept;
         // Without a branch on an entry, which a compiler could not make wide.
-        unsigned illegal = 0, unsorted = 0;
-        for (std::int64_t j = 0; j < k; ++j) illegal |= !finite_log(logprobs[j]);
+        unsigned unsorted = 0;
         for (std::int64_t j = 1; j < k; ++j)
             unsorted |= !(logprobs[j - 1] > logprobs[j]) & !((logprobs[j - 1] == logprobs[j]) & (ids[j - 1] < ids[j]));
-        for (std::int64_t j = 0; illegal != 0 && j < k; ++j)
-            if (!finite_log(logprobs[j]))
-                refuse(i, j, "logprob is " + std::to_string(logprobs[j]) + ", not finite and at most 0");
-        for (std::int64_t j = 0; j < k; ++j) seen_.add(i, j, ids[j]);
-        seen_.forget(ids, k);
         if (unsorted != 0) {
             order_.resize(static_cast<std::size_t>(k));
             std::iota(order_.begin(), order_.end(), 0);
@@ -119,16 +110,12 @@ class Encoder {
         const double top = k > 0 ? logprobs_[0] : 0;
         steps_.resize(static_cast<std::size_t>(k));
         constexpr double shift = 0x1.8p52;  // leaves no room for a fraction
-        double most = 0;
         for (std::size_t j = 0; j < steps_.size(); ++j) {
             true_[j] = logprobs_[j] - top;
-            const double steps = (std::min(-true_[j] * scale_, double{steps_limit}) + shift) - shift;
-            most = std::max(most, steps);
+            const double steps = (-true_[j] * scale_ + shift) - shift;
             steps_[j] = static_cast<std::int32_t>(steps);
             rounded_[j] = -steps * step_;
         }
-        if (most >= steps_limit)
-            refuse(i, "entries are 2^" + std::to_string(24 - layout_.grid) + " nats or more below the first");
         const std::size_t padded = (steps_.size() + 7) / 8 * 8;
         std::fill(true_.begin() + k, true_.begin() + static_cast<std::ptrdiff_t>(padded), absent);
         std::fill(rounded_.begin() + k, rounded_.begin() + static_cast<std::ptrdiff_t>(padded), absent);
@@ -148,10 +135,7 @@ class Encoder {
             if (!known) sum_at(inverse, sums);
             const double* at = known ? two : sums;
             const double moved = lse + (tops_[row] - top) * inverse + std::log1p((at[1] - at[0]) / at[0]);
-            float& stored = lses_[t * tops_.size() + row];
-            if (!finite(lse) || !finite(stored = static_cast<float>(moved)))
-                refuse(i, "lse at temperature " + std::to_string(layout_.temperatures[t]) + " is " +
-                              std::to_string(lse) + ", not finite");
+            lses_[t * tops_.size() + row] = static_cast<float>(moved);
         }
     }
 
@@ -181,7 +165,6 @@ class Encoder {
     const Layout& layout_;
     const Source& t_;
     Widths widths_;
-    Seen seen_;
     const Kernels& kernels_;
     double scale_, step_;  // steps in a nat, nats in a step
     bool has_two_;         // whether temperature 2 is captured

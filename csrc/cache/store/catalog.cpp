@@ -157,7 +157,7 @@ Catalog::Catalog(std::string directory, std::vector<Fault>* damage) : directory_
         throw fault.in(header_path);
     }
     const auto tolerate = [&](Fault fault) {
-        if (!damage) throw fault;
+        if (!damage || fault.code == Code::system) throw fault;  // what cannot be read now is not damaged, and not gone
         damage->push_back(std::move(fault));
     };
     for (const std::string& name : names) {
@@ -348,6 +348,7 @@ void Catalog::resolve() {
                     Fault(Code::duplicate, "the key was written twice, with different token ids or contents: " +
                                                path(shards_[other.shard]) + " and " + path(shards_[places_[i].shard])));
         } catch (const Fault& fault) {
+            if (fault.code == Code::system) throw;
             conflicts_.try_emplace(found->first, fault);
         }
         if (order(places_[i]) < order(other)) found->second = i;

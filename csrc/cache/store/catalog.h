@@ -61,7 +61,8 @@ struct CatalogShard : JournalShard {
 // Reads header, journals and indices once. They are believed after their checksums; the frames are for who reads them.
 class Catalog {
   public:
-    // Damage that may hide keys is thrown, or, with `damage` given, appended there and left out.
+    // Damage that may hide keys is thrown, or, with `damage` given, appended there and left out. What the system
+    // refuses is thrown.
     explicit Catalog(std::string directory, std::vector<Fault>* damage = nullptr);
     Catalog(const Catalog&) = delete;
     Catalog& operator=(const Catalog&) = delete;

@@ -36,9 +36,12 @@ auto uninterrupted(Call call) {
 }  // namespace
 
 File File::read(const std::string& path) {
-    const int fd = uninterrupted([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC); });
+    // Of a pipe or a device, which somebody has put here, the opening would wait for ever.
+    const int fd = uninterrupted([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); });
     if (fd < 0) fail("cannot open", path);
-    return {fd, path};
+    File file{fd, path};
+    if (!S_ISREG(file.status().st_mode)) throw Fault(Code::corrupt, "this is no file but something else").in(path);
+    return file;
 }
 
 File File::create(const std::string& path) {
@@ -49,7 +52,7 @@ File File::create(const std::string& path) {
 }
 
 File File::append_to(const std::string& path) {
-    const int fd = uninterrupted([&] { return ::open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC); });
+    const int fd = uninterrupted([&] { return ::open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC | O_NONBLOCK); });
     if (fd < 0) fail("cannot open", path);
     return {fd, path};
 }
@@ -68,11 +71,13 @@ File& File::operator=(File&& other) noexcept {
     return *this;
 }
 
-std::uint64_t File::size() const {
+struct stat File::status() const {
     struct stat status{};
     if (::fstat(descriptor_, &status) != 0) fail("cannot stat", path_);
-    return static_cast<std::uint64_t>(status.st_size);
+    return status;
 }
+
+std::uint64_t File::size() const { return static_cast<std::uint64_t>(status().st_size); }
 
 void File::read_at(std::uint64_t offset, std::span<std::byte> out) const {
     while (!out.empty()) {

@@ -1,6 +1,8 @@
 // Descriptors and directories. Every failure of the system is a Fault that names the path.
 #pragma once
 
+#include <sys/stat.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -15,7 +17,7 @@ namespace kdfast::cache {
 class File {
   public:
     File() = default;
-    static File read(const std::string& path);       // Fault missing where it is not there
+    static File read(const std::string& path);       // Fault missing where it is not there, corrupt if it is no file
     static File create(const std::string& path);     // for appending; throws where the name is taken
     static File append_to(const std::string& path);  // one that is there
     ~File();
@@ -42,6 +44,7 @@ class File {
 
   private:
     File(int descriptor, std::string path) : descriptor_(descriptor), path_(std::move(path)) {}
+    struct stat status() const;
     int descriptor_ = -1;
     std::string path_;
 };

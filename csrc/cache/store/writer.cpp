@@ -100,6 +100,11 @@ Writer::Job::Job(const Sample& s, const WriterOptions& options) : tokens(s.targe
     bytes = 4 * (ids.size() + k_eff.size() + logprobs.size() + mass.size() + lse.size() + gold.size() +
                  neg_entropy.size()) +
             s.key.size() + sizeof(Job);
+    try {
+        check(layout, source());
+    } catch (const ArgumentError& fault) {
+        throw ArgumentError("sample " + header.key + ", " + fault.what());
+    }
 }
 
 Source Writer::Job::source() const {
@@ -122,12 +127,7 @@ void Writer::Job::encode(std::shared_ptr<const CompactModel> with) {
     for (std::int64_t first = 0; first < tokens; first += header.block_tokens) {
         const std::int64_t count = std::min<std::int64_t>(header.block_tokens, tokens - first);
         const std::size_t before = blocks.size();
-        try {
-            cache::encode(first_layout, all.rows(first, count, header.kept), blocks);
-        } catch (const ArgumentError& fault) {
-            throw ArgumentError("sample " + header.key + ", tokens from " + std::to_string(first) +
-                                " on: " + fault.what());
-        }
+        cache::encode(first_layout, all.rows(first, count, header.kept), blocks);
         const Bytes block = Bytes(blocks).subspan(before);
         header.blocks.push_back({static_cast<std::uint32_t>(block.size()), crc32c(block)});
     }
@@ -160,8 +160,7 @@ Writer::Writer(std::string directory, WriterOptions options)
         std::snprintf(temporary, sizeof temporary, "%016llx.temporary", static_cast<unsigned long long>(writer_));
         publish(directory_, "cache.header", header_bytes_, temporary);
     }
-    std::vector<Fault> damage;  // hides keys, which are then missing, and are written again
-    const Catalog catalog(directory_, &damage);
+    const Catalog catalog(directory_, &damage_);
     if (catalog.header_bytes() != header_bytes_)
         throw Fault(Code::mismatch, differs(catalog.header(), options_.header)).in(directory_);
     for (std::size_t i = 0; i < catalog.size(); ++i) {
@@ -290,16 +289,17 @@ std::uint64_t Writer::commit() {
     return committed_;
 }
 
-void Writer::close() {
+std::uint64_t Writer::close() {
     check_process();
     {
         std::lock_guard lock(signals_->mutex);
-        if (closed_ && !error_) return;
+        if (closed_ && !error_) return committed_;
         check_usable();
     }
     wait_for(std::make_shared<Job>(Task::close));
     std::lock_guard lock(signals_->mutex);
     closed_ = true;
+    return committed_;
 }
 
 void Writer::encode_jobs() {

@@ -51,13 +51,16 @@ class Writer {
     Writer& operator=(const Writer&) = delete;
 
     // Whether the sample is new: one that is there already, with equal token ids, is left as it is. Copies what it is
-    // given. Every call throws the first error of the threads behind it.
+    // given, of which it throws ArgumentError where the format cannot hold it, and nothing else is lost. Every call
+    // throws the first error of the threads behind it.
     bool write(const Sample& sample);
     bool has(std::string_view key) const;
     std::uint64_t commit();  // samples of this writer that are durable now, which are all that were written
-    void close();            // commits, finishes the shard, ends the journal
+    std::uint64_t close();   // commits, finishes the shard, ends the journal; samples as commit
     std::uint64_t id() const { return writer_; }
     std::uint64_t waiting_bytes() const;
+    // What hides keys of the cache, which are then missing, and may be written again.
+    const std::vector<Fault>& damage() const { return damage_; }
 
   private:
     struct Job;
@@ -76,6 +79,7 @@ class Writer {
     const std::uint64_t writer_;
     const long process_;
     std::vector<std::byte> header_bytes_;
+    std::vector<Fault> damage_;
     std::unordered_map<std::string, std::optional<TokenHash>> known_;  // keys there, and those written
 
     // Of the thread that appends.

@@ -1,0 +1,109 @@
+#include "cache/rows/check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "cache/kernels.h"
+#include "cache/rows/drawn.h"
+#include "cache/rows/fields.h"
+
+namespace kdfast::cache {
+namespace {
+
+void check_gold(const Layout& layout, const Source& t) {
+    if (!layout.gold) return;
+    if (!t.gold) throw ArgumentError("a layout with gold needs gold");
+    for (std::int64_t i = 0; i < t.tokens; ++i)
+        if (!(t.gold[i] <= 0)) refuse(i, "gold is " + std::to_string(t.gold[i]) + ", not a log-probability");
+}
+
+// A fixed block moves an lse by less than the half that is left here, so that what it stores is finite, too.
+void check_lse(const Layout& layout, const Source& t) {
+    constexpr float most = std::numeric_limits<float>::max() / 2;
+    for (std::size_t at = 0; at < layout.temperatures.size(); ++at)
+        for (std::int64_t i = 0; i < t.tokens; ++i) {
+            const float lse = t.lse[static_cast<std::int64_t>(at) * t.lse_stride + i];
+            if (!(std::abs(lse) <= most))
+                refuse(i, "lse at temperature " + std::to_string(layout.temperatures[at]) + " is " +
+                              std::to_string(lse) + ", not finite");
+        }
+}
+
+// Without a branch on an entry, which a compiler could not make wide.
+void check_logprobs(std::int64_t token, const float* logprobs, std::int64_t k, std::uint32_t grid) {
+    unsigned illegal = 0;
+    float top = std::numeric_limits<float>::lowest(), least = 0;
+    for (std::int64_t j = 0; j < k; ++j) {
+        illegal |= !finite_log(logprobs[j]);
+        top = std::max(top, logprobs[j]);
+        least = std::min(least, logprobs[j]);
+    }
+    for (std::int64_t j = 0; illegal != 0 && j < k; ++j)
+        if (!finite_log(logprobs[j]))
+            refuse(token, j, "logprob is " + std::to_string(logprobs[j]) + ", not finite and at most 0");
+    if (k > 0 && std::nearbyint(std::ldexp(double{top} - least, static_cast<int>(grid))) >= steps_limit)
+        refuse(token, "entries are 2^" + std::to_string(24 - grid) + " nats or more below the first");
+}
+
+void check_draws(std::int64_t token, const float* mass, std::int64_t k, double draws) {
+    constexpr double rounding = 0x1p-22;  // of a division, or of a product with 1 / N, in f32
+    for (std::int64_t j = 0; j < k; ++j) {
+        const double n = std::nearbyint(mass[j] * draws);
+        if (!(n >= 1 && n <= draws) || std::abs(mass[j] * draws - n) > n * rounding)
+            refuse(token, j, "mass is " + std::to_string(mass[j]) + ", not a multiple of 1 / " + std::to_string(draws));
+    }
+}
+
+void check_weights(std::int64_t token, const float* mass, std::int64_t k, std::uint32_t grid) {
+    if (k == 0) return;
+    const float* most = std::max_element(mass, mass + k);
+    const double nats = std::log(double{*most} / *std::min_element(mass, mass + k));
+    if (std::nearbyint(std::ldexp(nats, static_cast<int>(grid))) > std::ldexp(most_nats, static_cast<int>(grid)))
+        refuse(token, most - mass, "mass is " + std::to_string(*most) + ", more than e^104 times the least");
+}
+
+}  // namespace
+
+void check_fixed(const Layout& layout, const Source& t) {
+    if (!t.ids || !t.logprobs || (!layout.temperatures.empty() && !t.lse))
+        throw ArgumentError("the fixed codec needs ids, logprobs and an lse for each temperature but 1");
+    const Widths widths(layout, t);
+    Seen seen(layout.vocab_size);
+    for (std::int64_t i = 0; i < t.tokens; ++i) {
+        const std::int64_t k = widths[i], row = i * layout.kept;
+        check_logprobs(i, t.logprobs + row, k, layout.grid);
+        for (std::int64_t j = 0; j < k; ++j) seen.add(i, j, t.ids[row + j]);
+        seen.forget(t.ids + row, k);
+    }
+    check_lse(layout, t);
+    check_gold(layout, t);
+}
+
+void check_drawn(const Layout& layout, const Source& t) {
+    if (!t.ids || !t.mass || !t.neg_entropy || (!layout.temperatures.empty() && !t.lse))
+        throw ArgumentError("the drawn codec needs ids, mass, neg_entropy and an lse for each temperature but 1");
+    const Widths widths(layout, t);
+    Seen seen(layout.vocab_size);
+    for (std::int64_t i = 0; i < t.tokens; ++i) {
+        const std::int64_t k = widths[i], row = i * layout.kept;
+        for (std::int64_t j = 0; j < k; ++j) {
+            seen.add(i, j, t.ids[row + j]);
+            const float mass = t.mass[row + j];
+            if (!(mass > 0) || !finite(mass))
+                refuse(i, j, "mass is " + std::to_string(mass) + ", not finite and above 0");
+        }
+        seen.forget(t.ids + row, k);
+        if (layout.method == Method::sample)
+            check_draws(i, t.mass + row, k, layout.draws);
+        else
+            check_weights(i, t.mass + row, k, layout.grid);
+        if (!finite_log(t.neg_entropy[i]))
+            refuse(i, "neg_entropy is " + std::to_string(t.neg_entropy[i]) + ", not finite and at most 0");
+    }
+    check_lse(layout, t);
+    check_gold(layout, t);
+}
+
+}  // namespace kdfast::cache
