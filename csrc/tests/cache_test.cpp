@@ -145,22 +145,39 @@ TEST(cache_many_writers_and_readers) {
 
 namespace {
 
-void errors_of_the_threads_behind_a_writer(Codec tier) {
+void values_cost_their_sample_alone(Codec tier) {
     const Folder folder;
     Writer writer(folder.path(), options(tier));
     writer.write(Targets8(1).sample("good"));
     Targets8 bad(2);
     bad.ids[5] = vocab_size;
-    writer.write(bad.sample("bad"));
-    CHECK_THROWS(ArgumentError, writer.commit());
-    CHECK_THROWS(ArgumentError, writer.write(Targets8(3).sample("late")));
-    CHECK_THROWS(ArgumentError, writer.close());
+    CHECK_THROWS(ArgumentError, writer.write(bad.sample("bad")));
+    CHECK(!writer.has("bad"));
+    writer.write(Targets8(3).sample("late"));
+    CHECK_EQUAL(writer.close(), std::uint64_t{2});
     const Reader reader(folder.path());
-    CHECK_EQUAL(reader.catalog().size(), std::size_t{1});
+    CHECK_EQUAL(reader.catalog().size(), std::size_t{2});
     check_sample(reader, "good", 1);
+    check_sample(reader, "late", 3);
+}
+
+// Of a folder that is gone: a shard cannot be given its finished name.
+void errors_of_the_threads_behind_a_writer(Codec tier) {
+    const Folder folder;
+    Writer writer(folder.path(), options(tier));
+    writer.write(Targets8(1).sample("good"));
+    CHECK_EQUAL(writer.commit(), std::uint64_t{1});
+    std::filesystem::remove_all(folder.path());
+    CHECK_THROWS(Fault, writer.close());
+    CHECK_THROWS(Fault, writer.write(Targets8(3).sample("late")));
+    CHECK_THROWS(Fault, writer.commit());
 }
 
 }  // namespace
+
+TEST(cache_values_cost_their_sample_alone) {
+    for (const Codec tier : tiers) values_cost_their_sample_alone(tier);
+}
 
 TEST(cache_errors_of_the_threads_behind_a_writer) {
     for (const Codec tier : tiers) errors_of_the_threads_behind_a_writer(tier);
