@@ -97,6 +97,22 @@ def test_damage_is_warned_of_and_missing(shards):
     assert sorted(cache.Reader(shards[0].parent)) == ["a", "b", "c"]
 
 
+def test_no_space_is_left_for_a_new_cache(tmp_path):
+    program = """
+import resource, signal, sys
+from kdfast import CacheError, cache
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+try:
+    cache.Writer(sys.argv[1], vocab_size=50, temperatures=[2.0])
+except CacheError as error:
+    print(error.code)
+"""
+    command = [sys.executable, "-P", "-c", program, str(tmp_path / "c")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["system"]
+    assert list((tmp_path / "c").iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
 def test_what_is_no_file(shards, kind):
     shards[1].unlink()

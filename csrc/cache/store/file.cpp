@@ -182,18 +182,17 @@ std::string join(const std::string& directory, const std::string& name) {
 
 bool publish(const std::string& directory, const std::string& name, Bytes bytes, const std::string& temporary) {
     const std::string from = join(directory, temporary), to = join(directory, name);
-    {
-        File file = File::create(from);
+    File file = File::create(from);
+    bool mine = false;
+    try {
         file.append(bytes);
         file.sync_data();
         file.close();
-    }
-    const bool mine = ::link(from.c_str(), to.c_str()) == 0;
-    if (!mine && errno != EEXIST) {
-        const int number = errno;
+        mine = ::link(from.c_str(), to.c_str()) == 0;
+        if (!mine && errno != EEXIST) fail("cannot link", to);
+    } catch (...) {  // as where no space is left: nothing of it stays
         ::unlink(from.c_str());
-        errno = number;
-        fail("cannot link", to);
+        throw;
     }
     remove_file(from);
     sync_directory(directory);
