@@ -449,7 +449,8 @@ class Selection {
     }
 
     void write_entries(std::int64_t i, float top, double log_one, Scratch& s) const {
-        std::erase_if(s.entries, [](const Entry& e) { return !(static_cast<float>(e.mass) > 0); });  // below f32's least
+        std::erase_if(s.entries,
+                      [](const Entry& e) { return !(static_cast<float>(e.mass) > 0); });  // below f32's least
         std::sort(s.entries.begin(), s.entries.end(), [](const Entry& x, const Entry& y) { return x.id < y.id; });
         const auto n = static_cast<std::int64_t>(s.entries.size());
         const double lse = std::log1p(s.others[0]) - log_one / drawn_at();
