@@ -14,8 +14,9 @@ import torch
 
 try:
     from kdfast import _core
+    from kdfast.ops.eager import TRACING
 except ImportError:
-    _core = None
+    _core, TRACING = None, (0, 0)
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = os.environ.get("KDFAST_TEST_DEVICE", "cpu")
@@ -36,7 +37,7 @@ ONCE = [
 ONCE_ON_THE_CPU = [*ONCE, pytest.mark.skipif(DEVICE != "cpu", reason="several processes and one GPU")]
 
 #: Whether torch's compiler takes a loss into its graph; it goes around the loss before.
-TRACES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+TRACES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= TRACING
 
 
 def choose(variant, monkeypatch):

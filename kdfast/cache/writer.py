@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import warnings
@@ -300,8 +301,8 @@ class Writer:
         try:
             write_manifest(self.path)
         except CacheError as error:
-            # Who had nothing to write may close in a folder that cannot be written, as it is.
-            if written or error.code != "system":
+            # Who had nothing to write may close in a folder that cannot be written, whose manifest is as it was.
+            if written or getattr(error.__cause__, "errno", None) not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
 
     def __enter__(self) -> Writer:

@@ -325,6 +325,13 @@ class TestWriting:
             raise OSError(errno.EROFS, "Read-only file system")
 
         fill(tmp_path / "c", some(2))
+
+        def fails(**_):
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr("kdfast.cache.manifest.tempfile.mkstemp", fails)
+        with pytest.raises(CacheError, match="cannot write the manifest: Input/output error"):
+            cache.Writer(tmp_path / "c", vocab_size=V).close()
         monkeypatch.setattr("kdfast.cache.manifest.tempfile.mkstemp", refuses)
         with cache.Writer(tmp_path / "c", vocab_size=V) as writer:
             assert writer.missing(["sample 0", "x"]) == ["x"]

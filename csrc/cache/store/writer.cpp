@@ -239,6 +239,10 @@ bool Writer::write(const Sample& sample) {
     {
         std::lock_guard lock(signals_->mutex);
         check_usable();
+    }
+    auto job = std::make_shared<Job>(sample, options_);  // before the key is known, as it may be refused
+    {
+        std::lock_guard lock(signals_->mutex);
         const auto [found, fresh] = known_.try_emplace(sample.key, sample.token_hash);
         if (!fresh) {
             const bool comparable = found->second && sample.token_hash;
@@ -251,7 +255,6 @@ bool Writer::write(const Sample& sample) {
         }
     }
     try {
-        auto job = std::make_shared<Job>(sample, options_);
         std::unique_lock lock(signals_->mutex);
         submit(lock, std::move(job));
     } catch (...) {
