@@ -87,9 +87,11 @@ struct SampleEntry {
     const Place* place;
 };
 
-std::shared_ptr<cache::Reader> open_reader(const std::string& path, bool damaged, std::vector<Fault>& damage) {
+std::shared_ptr<cache::Reader> open_reader(const std::string& path, bool damaged, std::size_t open_files,
+                                           std::vector<Fault>& damage) {
+    if (open_files == 0) throw ArgumentError("open_files must be at least 1");
     const py::gil_scoped_release release;
-    return std::make_shared<cache::Reader>(path, damaged ? &damage : nullptr);
+    return std::make_shared<cache::Reader>(path, damaged ? &damage : nullptr, open_files);
 }
 
 // Of all readers; the interpreter's lock guards it, and there is no end at which it would be gone before a tensor.
@@ -129,7 +131,8 @@ struct CacheReader {
     std::vector<Fault> damage;
     std::shared_ptr<cache::Reader> reader;
 
-    CacheReader(const std::string& path, bool damaged) : reader(open_reader(path, damaged, damage)) {}
+    CacheReader(const std::string& path, bool damaged, std::size_t open_files)
+        : reader(open_reader(path, damaged, open_files, damage)) {}
 
     // For each sample: its entry, the first token and how many; offset, top, lse, k_eff and gold.
     using PackItem = std::tuple<SampleEntry, std::int64_t, std::int64_t, View, View, Optional, Optional, Optional>;
@@ -191,7 +194,8 @@ std::unique_ptr<cache::Writer> make_writer(const std::string& path, std::uint32_
                                            const std::vector<double>& temperatures, std::uint8_t shift,
                                            const std::string& metadata, const std::string& tier, std::uint8_t grid,
                                            std::uint16_t block_tokens, std::uint64_t shard_bytes,
-                                           std::uint64_t commit_bytes, std::uint64_t queue_bytes, int threads) {
+                                           std::uint64_t commit_bytes, std::uint64_t queue_bytes, int threads,
+                                           bool keep_duplicates) {
     cache::WriterOptions options;
     options.header = {.vocab_size = vocab_size, .shift = shift, .temperatures = temperatures, .metadata = metadata};
     if (tier == "compact")
@@ -203,6 +207,7 @@ std::unique_ptr<cache::Writer> make_writer(const std::string& path, std::uint32_
     options.limits = {.shard_bytes = shard_bytes, .commit_bytes = commit_bytes};
     options.queue_bytes = queue_bytes;
     options.threads = threads;
+    options.keep_duplicates = keep_duplicates;
     const py::gil_scoped_release release;
     return std::make_unique<cache::Writer>(path, std::move(options));
 }
@@ -249,7 +254,8 @@ void add_cache(py::module_& m) {
         .def_property_readonly("shard", [](const SampleEntry& s) { return s.place->shard; });
 
     py::class_<CacheReader>(m, "CacheReader", "Samples out of a cache, by key.")
-        .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("damaged"))
+        .def(py::init<const std::string&, bool, std::size_t>(), py::arg("path"), py::arg("damaged"),
+             py::arg("open_files") = cache::Reader::usual_open_files)
         .def_property_readonly("header", [](const CacheReader& r) { return header_of(r.reader->catalog()); })
         .def_property_readonly("damage", [](const CacheReader& r) { return to_python(r.damage); })
         .def_property_readonly(
@@ -299,6 +305,18 @@ void add_cache(py::module_& m) {
             },
             py::arg("shard"), py::arg("path"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
         .def(
+            "verify_shard",
+            [](const CacheReader& r, std::uint32_t shard, const std::string& path, int threads) {
+                if (shard >= r.reader->catalog().shards().size()) throw ArgumentError("no shard has this number");
+                std::vector<Fault> faults;
+                {
+                    const py::gil_scoped_release release;
+                    faults = cache::verify_shard(*r.reader, shard, path, std::max(1, threads));
+                }
+                return to_python(faults);
+            },
+            py::arg("shard"), py::arg("path"), py::arg("threads"))
+        .def(
             "select",
             [](const CacheReader& r, const py::iterable& selectors, const py::function& key_text) {
                 return Selection(r.reader, selectors, key_text);
@@ -315,6 +333,7 @@ void add_cache(py::module_& m) {
             py::keep_alive<0, 1>())
         .def_property_readonly("shards", &Selection::shards)
         .def_property_readonly("groups", &Selection::groups)
+        .def_property_readonly("bytes", &Selection::bytes)
         .def(
             "read",
             [](const Selection& s, const std::vector<Selection::Addresses>& tensors, int threads,
@@ -334,7 +353,8 @@ void add_cache(py::module_& m) {
     py::class_<cache::Writer>(m, "CacheWriter", "Samples into a cache, behind a bounded queue.")
         .def(py::init(&make_writer), py::kw_only(), py::arg("path"), py::arg("vocab_size"), py::arg("temperatures"),
              py::arg("shift"), py::arg("metadata"), py::arg("tier"), py::arg("grid"), py::arg("block_tokens"),
-             py::arg("shard_bytes"), py::arg("commit_bytes"), py::arg("queue_bytes"), py::arg("threads"))
+             py::arg("shard_bytes"), py::arg("commit_bytes"), py::arg("queue_bytes"), py::arg("threads"),
+             py::arg("keep_duplicates"))
         .def("write", &write, py::kw_only(), py::arg("key"), py::arg("method"), py::arg("parameter"), py::arg("seed"),
              py::arg("token_hash"), py::arg("tensors"), py::arg("temperatures"))
         .def("__contains__", &cache::Writer::has, py::arg("key"))
@@ -366,12 +386,14 @@ void add_cache(py::module_& m) {
         py::arg("path"), "Saves what can be saved; samples copied, what was lost, what was done, journals in use.");
     m.def(
         "cache_merge",
-        [](const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes) {
+        [](const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes,
+           bool keep_duplicates) {
             const py::gil_scoped_release release;
-            const cache::Merged merged = cache::merge(sources, destination, shard_bytes);
+            const cache::Merged merged = cache::merge(sources, destination, shard_bytes, keep_duplicates);
             return std::pair(merged.samples, merged.there_already);
         },
-        py::arg("sources"), py::arg("destination"), py::arg("shard_bytes"), "Several caches into one.");
+        py::arg("sources"), py::arg("destination"), py::arg("shard_bytes"), py::arg("keep_duplicates"),
+        "Several caches into one.");
 }
 
 }  // namespace kdfast::bindings

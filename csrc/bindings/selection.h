@@ -61,6 +61,18 @@ class Selection {
         return out;
     }
 
+    // Of the entries that a read gives back, and of what it reads for them.
+    std::pair<std::uint64_t, std::uint64_t> bytes() const {
+        std::uint64_t given = 0, stored = 0;
+        for (const Range& r : ranges_) {
+            const cache::IndexEntry& e = r.place->entry;
+            const auto count = static_cast<std::uint64_t>(r.count);
+            given += count * e.kept * (sizeof(std::int32_t) + sizeof(float));
+            if (count > 0) stored += e.frame_bytes / e.tokens * count;
+        }
+        return {given, stored};
+    }
+
     // Of each group K, the method, whether it is ragged and has gold, the places in the order asked for, and the tokens
     // of each.
     pybind11::list groups() const {

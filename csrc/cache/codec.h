@@ -63,6 +63,17 @@ struct Targets {
 };
 using Source = Targets<const std::int32_t, const float>;
 using Destination = Targets<std::int32_t, float>;
+inline Source source_of(const Destination& d) {
+    return {.tokens = d.tokens,
+            .ids = d.ids,
+            .logprobs = d.logprobs,
+            .mass = d.mass,
+            .lse = d.lse,
+            .lse_stride = d.lse_stride,
+            .k_eff = d.k_eff,
+            .gold = d.gold,
+            .neg_entropy = d.neg_entropy};
+}
 
 inline constexpr std::size_t padding_after_block = 64;  // bytes behind a block that a decoder may load, never use
 
@@ -77,8 +88,9 @@ void encode(const Layout& layout, const Source& targets, std::vector<std::byte>&
 // The tokens [first, first + out.tokens) of a block of `tokens`; `block` is followed by padding_after_block bytes that
 // may be loaded. Its checksum has been verified by the caller, which does not make its contents legal: throws Fault
 // (corrupt) for what FORMAT.md forbids, in any of its tokens' lengths or in the tokens asked for, whose `out` then
-// holds anything; but that an id stands twice in a row of the fixed codec is not looked for. A layout outside the
-// limits, which whoever read it has checked, and tokens that are not there are ArgumentErrors.
+// holds anything; what entries are to each other rows/prove.h looks at. A layout outside the limits, which whoever read
+// it has checked, and tokens that are not there are ArgumentErrors. Of a fixed block without `out.ids` only the fields
+// of one number a token are read.
 void decode(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens, std::int64_t first,
             const Destination& out);
 

@@ -403,6 +403,8 @@ FrameHeader FrameHeader::parse(Bytes bytes) {
         const std::size_t at = fixed_bytes + align8(key_bytes) + 8 * b;
         h.blocks.push_back({load<std::uint32_t>(bytes, at), load<std::uint32_t>(bytes, at + 4)});
         require(h.blocks.back().bytes % 8 == 0, "a block's length is not a multiple of 8");
+        require(h.blocks.back().bytes <= most_block_bytes(h.tokens_of(b), h.kept),
+                "a block is longer than its tokens can be");
     }
     require(h.frame_bytes() == lengths.frame_bytes, "a frame's lengths do not add up");
     return h;

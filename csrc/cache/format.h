@@ -22,6 +22,10 @@ inline constexpr std::uint64_t most_entries = std::uint64_t{1} << 28;  // tokens
 inline constexpr std::uint64_t most_shard_bytes = std::uint64_t{1} << 48;
 inline constexpr std::uint32_t least_grid = 2, most_grid = 10;
 inline constexpr std::uint32_t most_shards = 1000000;  // of a writer
+// No code of an entry takes more than 20 bytes, nor what a token has besides more than 128.
+constexpr std::uint64_t most_block_bytes(std::uint32_t tokens, std::uint16_t kept) {
+    return 256 + std::uint64_t{tokens} * (128 + 20 * std::uint64_t{kept});
+}
 constexpr bool is_block_tokens(std::uint32_t n) { return n == 64 || n == 128 || n == 256; }
 
 // Section 3.

@@ -49,7 +49,7 @@ struct Targets8 {
                                                         vocab_size));
                 logprobs.push_back(-1.0f - static_cast<float>(j) * 0.5f);
             }
-            lse.push_back(static_cast<float>(i % 5));
+            lse.push_back(static_cast<float>(1 + i % 5));  // of entries whose logarithm is 0.86
         }
     }
     Sample sample(const std::string& key) const {

@@ -178,6 +178,7 @@ inline Decoded plain_drawn(const cache::Layout& layout, PlainReader in, std::siz
         const auto k = static_cast<std::size_t>(out.k_eff[i]);
         if (pps) demand(k == 0 ? is_plus_zero(steps[i]) : steps[i] > 0 && std::isfinite(steps[i]));
         std::uint64_t next = 0;
+        double drawn = 0;
         for (std::size_t j = 0; j < layout.kept; ++j) {
             if (j >= k) {
                 out.ids.push_back(-1);
@@ -190,7 +191,8 @@ inline Decoded plain_drawn(const cache::Layout& layout, PlainReader in, std::siz
             const std::uint64_t value = in.bit() == 1 ? in.golomb(values) + 1 : 0;
             demand(value < 1 << 24);
             const auto v = static_cast<double>(value);
-            demand(pps ? std::ldexp(v, -static_cast<int>(layout.grid)) <= 104 : v < layout.draws);
+            drawn += v + 1;
+            demand(pps ? std::ldexp(v, -static_cast<int>(layout.grid)) <= 104 : drawn <= layout.draws);
             const double mass =
                 pps ? (value == 0 ? 1 : std::exp(std::ldexp(v, -static_cast<int>(layout.grid)))) * steps[i]
                     : (v + 1) / layout.draws;

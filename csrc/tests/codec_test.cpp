@@ -13,8 +13,8 @@
 #include "codec_plain.h"
 #include "core/error.h"
 #include "cpu/dispatch.h"
-#include "environment.h"
 #include "harness.h"
+#include "isas.h"
 
 using namespace kdfast;
 using namespace kdfast::cache;
@@ -23,16 +23,6 @@ using namespace kdfast::test;
 namespace {
 
 using Block = std::vector<std::byte>;
-
-template <class Body>
-void for_each_isa(Body body) {
-    for (const cpu::Isa& isa : cpu::isa_table()) {
-        if (!isa.supported()) continue;
-        const Scope scope{std::string(isa.name)};
-        const Environment forced("KDFAST_FORCE_ISA", std::string(isa.name).c_str());
-        body();
-    }
-}
 
 double uniform(Random& random) { return static_cast<double>(random() >> 11) * 0x1p-53; }
 std::size_t below(Random& random, std::size_t n) { return random() % n; }
@@ -97,6 +87,7 @@ double gap(Random& random, int kind) {
 Case make(Random& random, Layout layout, std::size_t n, int kind = 0) {
     Case c;
     layout.kept = std::min(layout.kept, layout.vocab_size);
+    if (layout.method == Method::sample) layout.draws = std::max(layout.draws, static_cast<double>(layout.kept));
     c.layout = layout;
     c.n = n;
     const std::size_t K = layout.kept;
@@ -115,15 +106,19 @@ Case make(Random& random, Layout layout, std::size_t n, int kind = 0) {
             is.neg_entropy.push_back(static_cast<float>(-5 * uniform(random)));
             std::sort(is.ids.begin() + static_cast<std::ptrdiff_t>(i * K),
                       is.ids.begin() + static_cast<std::ptrdiff_t>(i * K + k));
-            for (std::size_t j = 0; j < k; ++j)
-                is.mass[i * K + j] =
-                    layout.method == Method::sample
-                        ? static_cast<float>(
-                              (below(random, 3)
-                                   ? 1
-                                   : 1 + static_cast<double>(below(random, static_cast<std::size_t>(layout.draws)))) /
-                              layout.draws)
-                        : static_cast<float>(below(random, 2) ? 0.01 : 0.01 * std::exp(4 * uniform(random)));
+            double left = layout.draws - static_cast<double>(k);  // beyond one for each entry
+            for (std::size_t j = 0; j < k; ++j) {
+                if (layout.method == Method::pps) {
+                    is.mass[i * K + j] =
+                        static_cast<float>(below(random, 2) ? 0.01 : 0.01 * std::exp(4 * uniform(random)));
+                    continue;
+                }
+                const double more = below(random, 3) || left < 1
+                                        ? 0
+                                        : static_cast<double>(below(random, static_cast<std::size_t>(left) + 1));
+                left -= more;
+                is.mass[i * K + j] = static_cast<float>((1 + more) / layout.draws);
+            }
             for (std::size_t t = 0; t < layout.temperatures.size(); ++t)
                 is.lse[t * n + i] = static_cast<float>(uniform(random) * 8);
             continue;
@@ -325,7 +320,7 @@ TEST(encoding_sorts_rows) {
             round % 2 ? fixed_layout(500, 40) : drawn_layout(round % 4 ? Method::sample : Method::pps, 500, 40, 30);
         layout.ragged = true;
         Case c = make(random, layout, 5);
-        for (float& x : c.is.logprobs) x = std::round(x);  // ties
+        for (float& x : c.is.logprobs) x = std::floor(x);  // ties
         order_ties(c);
         const Block expected = c.encoded();
         CHECK(plain_decode(c.layout, expected, c.n).ids.size() == c.is.ids.size());

@@ -10,8 +10,8 @@
 #include "cache/fault.h"
 #include "core/error.h"
 #include "cpu/dispatch.h"
-#include "environment.h"
 #include "harness.h"
+#include "isas.h"
 
 using namespace kdfast;
 using namespace kdfast::cache;
@@ -97,16 +97,6 @@ struct Sample {
     }
 };
 
-template <class Body>
-void for_each_isa(Body body) {
-    for (const cpu::Isa& isa : cpu::isa_table()) {
-        if (!isa.supported()) continue;
-        const Scope scope{std::string(isa.name)};
-        const Environment forced("KDFAST_FORCE_ISA", std::string(isa.name).c_str());
-        body();
-    }
-}
-
 }  // namespace
 
 TEST(packed_tokens_hold_what_their_block_does) {
@@ -124,15 +114,6 @@ TEST(packed_tokens_hold_what_their_block_does) {
             }
         });
     }
-}
-
-TEST(packing_refuses_an_id_that_stands_twice) {
-    Sample sample(random, 1, 1);
-    sample.layout.kept = 3;  // and a vocabulary of which every id is 0
-    sample.layout.ragged = false;
-    // top and lse, then a byte each of ids and deltas
-    sample.block.assign((10 * Sample::tokens + 7) / 8 * 8 + padding_after_block, std::byte{0});
-    CHECK_THROWS(Fault, sample.pack(0, Sample::tokens));
 }
 
 TEST(hostile_tokens_are_refused_or_unpacked) {

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kdfast.cache.duplicates import OnDuplicate, keeps_duplicates
 from kdfast.cache.error import CacheError
 from kdfast.cache.manifest import write_manifest
 from kdfast.cache.reader import LOCAL_BYTES
@@ -36,7 +37,7 @@ class Merge(NamedTuple):
     """What a merge did."""
 
     samples: int  # copied
-    there_already: int  # left, as their keys and token ids were there
+    there_already: int  # left, as their keys were there
 
 
 def verify(
@@ -92,16 +93,27 @@ def repair(path: str | os.PathLike[str]) -> Repair:
 
 
 def merge(
-    sources: Sequence[str | os.PathLike[str]], destination: str | os.PathLike[str], *, shard_bytes: int = 1 << 30
+    sources: Sequence[str | os.PathLike[str]],
+    destination: str | os.PathLike[str],
+    *,
+    shard_bytes: int = 1 << 30,
+    on_duplicate: OnDuplicate = "error",
 ) -> Merge:
     """Copies the samples of some caches, byte for byte, into another, which is made where there is none.
 
     All caches are looked at before anything is copied or made, as far as their indices tell: that they are caches with
-    the same header, and no key with different token ids. Every sample is verified as it is copied.
+    the same header, and no key with different token ids in two of them; samples of one key and the same token ids are
+    compared. Every sample is verified as it is copied.
+
+    Args:
+        sources: directories of caches.
+        destination: directory of the cache that they go to, whose own samples come first.
+        shard_bytes: a file that has as many is finished, and the next begun.
+        on_duplicate: where samples of one key and the same token ids have other targets: "error", or "keep" the first.
 
     Raises:
-        CacheError: caches whose headers differ, damage in a source, or a key with different token ids in two of them.
-        ValueError: no source, or a URL.
+        CacheError: caches whose headers differ, damage in a source, or samples of one key in two of them that differ.
+        ValueError: no source, a URL, or an unknown ``on_duplicate``.
     """
     from kdfast import _core
 
@@ -112,6 +124,7 @@ def merge(
     for url in filter(is_url, [*paths, os.fspath(destination)]):
         msg = f"merge is for directories, {url} is a URL: copy its files to a directory, merge there, push the result"
         raise ValueError(msg)
-    merged = Merge(*_core.cache_merge(paths, os.fspath(destination), shard_bytes))
+    keep = keeps_duplicates(on_duplicate)
+    merged = Merge(*_core.cache_merge(paths, os.fspath(destination), shard_bytes, keep))
     write_manifest(os.fspath(destination))
     return merged

@@ -38,7 +38,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from kdfast.cache.duplicates import OnDuplicate
 from kdfast.cache.error import CacheError, JobError
+from kdfast.cache.grid import Grid
 from kdfast.cache.keys import key_text, token_hash
 from kdfast.cache.reader import Reader
 from kdfast.cache.writer import Tier, Writer
@@ -180,7 +182,8 @@ def import_parquet(
     shift: int | None = None,
     metadata: Mapping[str, str] | None = None,
     tier: Tier = "fixed",
-    grid: int = 4,
+    grid: Grid = "auto",
+    on_duplicate: OnDuplicate = "error",
 ) -> Imported:
     """Writes the rows of a file into a cache, as they are.
 
@@ -199,10 +202,11 @@ def import_parquet(
         metadata: teacher, tokenizer and revision, over what the file says.
         tier: of the writer.
         grid: of the writer.
+        on_duplicate: of the writer.
 
     Raises:
         JobError: a file that cannot be read so; it names the sample and the token.
-        CacheError: of the writer, as for a key that is there with other token ids, or without any.
+        CacheError: of the writer, as for a key that is there with other token ids or targets.
     """
     names = columns or Columns()
     try:
@@ -235,6 +239,7 @@ def import_parquet(
                 metadata={k: x for k, x in described.items() if k not in known},
                 tier=tier,
                 grid=grid,
+                on_duplicate=on_duplicate,
                 **{k: described[k] for k in known if k in described},
             ) as writer,
         ):

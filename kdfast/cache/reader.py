@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 #: What the shards of remote caches take in the local folder at most.
 LOCAL_BYTES = 32 << 30
+#: Files that a reader has open at most.
+OPEN_FILES = 64
+#: What the entries that one call gives back take at most, unless they are stored in a 64th of that.
+READ_BYTES = 1 << 30
 #: What to read: a sample, or some of its tokens.
 Selector: TypeAlias = Key | tuple[Key, slice]
 
@@ -33,6 +37,7 @@ _KEYS_AT_ONCE = 4096
 _CPU = torch.device("cpu")  # whatever torch's default is
 _ADVISED_BYTES = 256 << 20
 _POOLED_BYTES = 256 << 10  # for what is smaller malloc has room that stays
+_MOST_EXPANSION = 64  # of stored bytes in memory, beyond which read_bytes counts: full rows take at most a third of it
 
 
 class Shard(NamedTuple):
@@ -50,8 +55,11 @@ class Reader:
 
     Opening reads header, journals and indices, not the samples. Every block is verified against its checksum when it is
     read. A reader may be used by many threads, in processes forked from its own (the workers of a DataLoader), and may
-    be pickled. It sees what was committed when it was opened. Up to 64 MiB of memory that targets have left is kept
-    for the next.
+    be pickled. It sees what was committed when it was opened; of samples that a repair has moved since, the copies. Up
+    to 64 MiB of memory that targets have left is kept for the next.
+
+    What the entries of a token are to each other (no id twice, no mass above 1) is verified when a block is first read,
+    and remembered of the last million blocks.
 
     A remote cache is opened by its indices; a shard is fetched whole when it is first read, verified, and kept in a
     local folder that any number of processes and caches share. What its manifest said then is what the reader sees.
@@ -63,6 +71,9 @@ class Reader:
         local_cache: for a URL, the folder; None: ``kdfast`` in the user's cache folder.
         local_bytes: for a URL, what the shards in that folder take at most; those used longest ago leave.
         storage_options: for a URL, what fsspec is to be told.
+        open_files: shards that are open at most at the same time; the one used longest ago is closed.
+        read_bytes: what the entries that one call gives back may take, or 64 times what they take on disk, if that is
+            more: rows of 65535 places may be stored in six bytes each, where none of them is in use.
 
     Raises:
         CacheError: no cache is there, or it is damaged.
@@ -78,10 +89,16 @@ class Reader:
         local_cache: str | os.PathLike[str] | None = None,
         local_bytes: int = LOCAL_BYTES,
         storage_options: Mapping[str, Any] | None = None,
+        open_files: int = OPEN_FILES,
+        read_bytes: int = READ_BYTES,
     ) -> None:
         if damaged not in ("raise", "skip"):
             msg = f'damaged must be "raise" or "skip", got {damaged!r}'
             raise ValueError(msg)
+        for name, value in (("open_files", open_files), ("read_bytes", read_bytes)):
+            if value < 1:
+                msg = f"{name} must be at least 1, got {value}"
+                raise ValueError(msg)
         path = os.fspath(path)
         remote = None
         if is_url(path):
@@ -93,15 +110,24 @@ class Reader:
             folder = None if local_cache is None else os.fspath(local_cache)
             options = RemoteOptions(folder, local_bytes, None if storage_options is None else dict(storage_options))
             remote = RemoteShards(path, options)
-        self._open(path, damaged, remote)
+        self._open(path, damaged, remote, open_files, read_bytes)
 
-    def _open(self, path: str, damaged: Literal["raise", "skip"], remote: RemoteShards | None) -> None:
+    def _open(
+        self,
+        path: str,
+        damaged: Literal["raise", "skip"],
+        remote: RemoteShards | None,
+        open_files: int,
+        read_bytes: int,
+    ) -> None:
         from kdfast import _core
 
         self.path = path
-        self._damaged = damaged
+        self._options = damaged, remote, open_files, read_bytes
         self._remote = remote
-        self._engine = _core.CacheReader(path if remote is None else remote.directory, damaged=damaged == "skip")
+        self._read_bytes = read_bytes
+        directory = path if remote is None else remote.directory
+        self._engine = _core.CacheReader(directory, damaged=damaged == "skip", open_files=open_files)
         if remote is not None:
             remote.open(self._engine)
         header = self._engine.header
@@ -117,7 +143,7 @@ class Reader:
         self._lse_rows = tuple(rows.index(t) for t in self.temperatures)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.path, self._damaged, self._remote)
+        return _reopened, (self.path, *self._options)
 
     def shards(self) -> list[Shard]:
         """The files that hold samples."""
@@ -168,8 +194,16 @@ class Reader:
         Raises:
             CacheError: a key that is not there, data that are damaged, or token ids that are others.
             IndexError: a slice with a step.
+            ValueError: targets that would take more than ``read_bytes``.
         """
         selection = self._select(keys, token_ids)
+        given, stored = selection.bytes
+        if given > max(self._read_bytes, _MOST_EXPANSION * stored):
+            msg = (
+                f"the targets of {len(selection)} selections would take {given} bytes, of {stored} that are stored: "
+                f"read fewer of them, or ranges, or pass read_bytes={given} to the reader"
+            )
+            raise ValueError(msg)
         groups = selection.groups
         tensors = [self._empty(kept, method, ragged, gold, sum(n)) for kept, method, ragged, gold, _, n in groups]
         addresses = [_addresses(fields) for fields in tensors]
@@ -339,7 +373,13 @@ def _addresses(fields: _Fields) -> tuple[int, int, int, int, int, int]:
     return (ids, values, *rest)  # type: ignore[return-value]  # as many as there are fields
 
 
-def _reopened(path: str, damaged: Literal["raise", "skip"], remote: RemoteShards | None) -> Reader:
+def _reopened(
+    path: str,
+    damaged: Literal["raise", "skip"],
+    remote: RemoteShards | None,
+    open_files: int = OPEN_FILES,
+    read_bytes: int = READ_BYTES,
+) -> Reader:
     reader = Reader.__new__(Reader)
-    reader._open(path, damaged, remote)
+    reader._open(path, damaged, remote, open_files, read_bytes)
     return reader

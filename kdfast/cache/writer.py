@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from kdfast.cache.duplicates import OnDuplicate, keeps_duplicates
 from kdfast.cache.error import CacheError
+from kdfast.cache.grid import Grid, grid_for
 from kdfast.cache.keys import Key, TokenIds, key_text, token_hash
 from kdfast.cache.manifest import write_manifest
 from kdfast.cache.metadata import metadata_text
@@ -44,7 +47,9 @@ class Writer:
 
     Log-probabilities are rounded to a grid of 2^-``grid`` nats below each token's largest, which is then moved, and so
     is each ``lse``, so that the mass of the kept entries and of the tail is as it was at every captured temperature.
-    At grid 4 the mean KL divergence of what is stored from what was given is below 1e-4 nats.
+    The mean KL divergence of what is stored from what was given is below 1e-4 nats at every captured temperature where
+    a step is at most a sixteenth of the lowest, which is what the grid "auto" sees to: 4 for T >= 1, one more for every
+    half of that.
 
     Args:
         path: directory of the cache; made where there is none.
@@ -59,13 +64,16 @@ class Writer:
         metadata: more of that kind, JSON.
         temperatures: those that every sample's targets were captured at; None: those of the first sample.
         shift: 1: row i of a sample is the distribution of token i + 1 (language models); 0: of item i itself.
-        grid: see above, 2 to 10.
+        grid: see above, 2 to 10, or "auto".
         block_tokens: tokens under one checksum, 64, 128 or 256: the least that a range is read in. None: 64, or 128 in
             the compact tier, each of whose blocks ends with the state of its coder.
         shard_bytes: a file that has as many is finished, and the next begun.
         commit_bytes: as many bytes written are committed unasked.
         queue_bytes: bytes of samples that may wait.
         threads: that encode; None: half of torch's, one at least.
+        on_duplicate: of a sample whose key and token ids are there already, with other targets: "error", or "keep" the
+            first, as a sampler that pads writes some samples twice, computed in other batches. Other writers' samples
+            count as soon as they were committed when this one was opened.
 
     A part of the cache that is damaged is warned of, and its samples are missing; what the system refuses to open (no
     permission, no descriptor left, an error of the disk) is no damage, and raises.
@@ -88,12 +96,13 @@ class Writer:
         metadata: Mapping[str, Any] | None = None,
         temperatures: Sequence[float] | None = None,
         shift: int = 1,
-        grid: int = 4,
+        grid: Grid = "auto",
         block_tokens: int | None = None,
         shard_bytes: int = 1 << 30,
         commit_bytes: int = 64 << 20,
         queue_bytes: int = 256 << 20,
         threads: int | None = None,
+        on_duplicate: OnDuplicate = "error",
     ) -> None:
         self.path = os.fspath(path)
         named = {"teacher": teacher, "tokenizer": tokenizer, "revision": revision, "dtype": dtype}
@@ -102,6 +111,8 @@ class Writer:
             msg = f"metadata may not hold {', '.join(clash)}: pass {clash[0]}= itself"
             raise ValueError(msg)
         described = {k: v for k, v in named.items() if v is not None} | dict(metadata or {})
+        grid_for(grid, (1.0,))  # which raises for one that cannot be meant
+        self._grid = grid
         encoders = max(1, torch.get_num_threads() // 2) if threads is None else threads
         self._make = functools.partial(
             _new_engine,
@@ -110,17 +121,18 @@ class Writer:
             shift=shift,
             metadata=metadata_text(described),
             tier=tier,
-            grid=grid,
             block_tokens=(128 if tier == "compact" else 64) if block_tokens is None else block_tokens,
             shard_bytes=shard_bytes,
             commit_bytes=commit_bytes,
             queue_bytes=queue_bytes,
             threads=encoders,
+            keep_duplicates=keeps_duplicates(on_duplicate),
         )
         self._vocab_size = vocab_size
         self._temperatures: tuple[float, ...] | None = None
         self._engine: _core.CacheWriter | None = None
         self._closed = False
+        self._opening = threading.Lock()
         self._staging = Staging()
         if temperatures is not None:
             self._open(tuple(sorted(float(t) for t in temperatures)))
@@ -130,11 +142,15 @@ class Writer:
             self._open(tuple(_core.CacheReader(self.path, damaged=True).header["temperatures"]))
 
     def _open(self, temperatures: tuple[float, ...]) -> _core.CacheWriter:
-        self._engine = self._make(temperatures=temperatures)
+        with self._opening:  # of threads that come at once the first: another engine would lose what this one was given
+            return self._engine or self._opened(temperatures)
+
+    def _opened(self, temperatures: tuple[float, ...]) -> _core.CacheWriter:
+        self._engine = self._make(temperatures=temperatures, grid=grid_for(self._grid, temperatures))
         self._temperatures = temperatures
         for fault in self._engine.damage:
             msg = f"a part of the cache is damaged, and what it held counts as missing until a repair: {fault}"
-            warnings.warn(msg, stacklevel=3)
+            warnings.warn(msg, stacklevel=4)
         return self._engine
 
     def write(
@@ -154,12 +170,12 @@ class Writer:
         :meth:`close`; it names the sample.
 
         Returns:
-            Whether the sample is new. One whose key is there already, with equal token ids, is left as it was: samplers
-            pad.
+            Whether the sample is new. One whose key is there already, with equal token ids and targets, is left as it
+            was.
 
         Raises:
-            CacheError: the key is there with other token ids or, without token ids, at all; or an error of an earlier
-                sample.
+            CacheError: the key is there with other token ids, with other targets unless ``on_duplicate`` is "keep" or,
+                without token ids, at all; or an error of an earlier sample.
             TypeError, ValueError: targets that do not fit the cache.
         """
         name = key_text(key)
@@ -190,7 +206,10 @@ class Writer:
         return self._write(name, targets, hashed, seed)
 
     def _write(self, name: str, targets: SparseTargets, hashed: bytes | None, seed: int | None) -> bool:
-        engine = self._engine or self._open(_captured(targets))
+        engine = self._engine
+        if engine is None:
+            engine = self._open(_captured(targets))
+            self._check(name, targets)  # against the temperatures of another thread's sample, if that was first
         tensors = self._tensors(targets)
         return engine.write(
             key=name,

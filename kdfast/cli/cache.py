@@ -166,10 +166,13 @@ def repair(path: _Directory) -> None:
 def merge(
     sources: Annotated[list[str], typer.Argument(help="directories of the caches to copy from", show_default=False)],
     into: Annotated[str, typer.Option(help="directory of the cache to copy to", show_default=False)],
+    on_duplicate: Annotated[
+        str, typer.Option(help="of a key that is there with the same token ids and other targets: error, or keep it")
+    ] = "error",
 ) -> None:
     """Copy the samples of some caches into another, byte for byte."""
     writable(into, "--into", folder=True)
-    merged = guarded(store.merge, sources, into)
+    merged = guarded(store.merge, sources, into, on_duplicate=on_duplicate)
     typer.echo(f"{counted(merged.samples, 'sample')} copied, {were_there(merged.there_already)}")
 
 

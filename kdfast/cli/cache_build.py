@@ -15,6 +15,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from kdfast.cache import CacheError
+from kdfast.cache.grid import grid_from
 from kdfast.cli.ending import EXIT_FAULTY, EXIT_INTERRUPTED, EXIT_USAGE, fail, needs, writable
 from kdfast.cli.interrupt import Interrupt
 from kdfast.cli.terminal import console, program
@@ -61,7 +62,9 @@ def build(
     temperatures: Annotated[str, typer.Option(help="Temperatures at which a loss will be exact, as in 1,2.")] = "1",
     seed: Annotated[int, typer.Option(help="Of sample and pps.", min=0)] = 0,
     tier: Annotated[str, typer.Option(help="fixed, fastest, or compact, two thirds of its bytes.")] = "fixed",
-    grid: Annotated[int, typer.Option(help="Log-probabilities are rounded to 2^-grid nats.", min=2, max=10)] = 4,
+    grid: Annotated[
+        str, typer.Option(help="Log-probabilities are rounded to 2^-grid nats; auto, or 2 to 10.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the model: auto (as its files), bf16, fp16 or fp32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one if not given.")] = None,
     whole_logits: Annotated[
@@ -105,7 +108,7 @@ def build(
                 length=length,
                 batch_tokens=batch_tokens,
                 tier=tier,
-                grid=grid,
+                grid=grid_from(grid),
                 dtype=dtype,
                 device=device,
                 whole_logits=whole_logits,

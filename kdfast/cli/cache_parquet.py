@@ -8,6 +8,8 @@ from typing import Annotated, cast
 import typer
 
 from kdfast.cache import CacheError, Reader
+from kdfast.cache.duplicates import OnDuplicate
+from kdfast.cache.grid import grid_from
 from kdfast.cache.writer import Tier
 from kdfast.cli.ending import EXIT_FAULTY, EXIT_USAGE, fail, guarded, needs, writable
 from kdfast.reporting.words import counted, were_there
@@ -56,7 +58,12 @@ def import_(
     revision: Annotated[str | None, typer.Option(help="Kept in the cache.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Its fingerprint; kept in the cache.")] = None,
     tier: Annotated[str, typer.Option(help="fixed, fastest, or compact, two thirds of its bytes.")] = "fixed",
-    grid: Annotated[int, typer.Option(help="Log-probabilities are rounded to 2^-grid nats.")] = 4,
+    grid: Annotated[
+        str, typer.Option(help="Log-probabilities are rounded to 2^-grid nats; auto, or 2 to 10.")
+    ] = "auto",
+    on_duplicate: Annotated[
+        str, typer.Option(help="Of a key that is there with the same token ids and other targets: error, or keep it.")
+    ] = "error",
 ) -> None:
     """Write a Parquet file of ids and log-probabilities, such as vLLM's, into a cache."""
     from kdfast.cache.job import JobError
@@ -76,7 +83,8 @@ def import_(
                 shift=shift,
                 metadata={name: value for name, value in named.items() if value is not None},
                 tier=cast(Tier, tier),
-                grid=grid,
+                grid=grid_from(grid),
+                on_duplicate=cast(OnDuplicate, on_duplicate),
             )
     except JobError as error:
         fail(str(error), EXIT_USAGE)

@@ -47,6 +47,17 @@ class Block:
         self.part.check(max(values) <= self.frame.kept, "k_eff is above the frame's kept")
         return values
 
+    def prove(self) -> None:
+        """What the entries of its tokens are to each other."""
+        check = self.part.check
+        for i, token in enumerate(self.tokens):
+            check(len(set(token.ids.tolist())) == len(token.ids), "an id is twice in a token")
+            for t in (1.0, *self.header.other_temperatures) if len(token.ids) else ():
+                lse = 0.0 if t == 1 else float(self.columns[f"lse {t!r}"][i])
+                q = [math.exp(min(700.0, float(x) / t - lse)) for x in token.weights]
+                slack = 2.0**-21 * (1 + abs(float(token.weights[0])) / t + abs(lse))
+                check(math.fsum(q) <= 1 + 1e-5 + slack, f"a mass above 1 at temperature {t}")
+
     def end(self) -> None:
         self.part.check(align8(self.used) == len(self.part.data), "a block is longer than its sections")
         self.part.zero(self.used, len(self.part.data), "padding of a block")
@@ -86,6 +97,7 @@ def decode_fixed(block: Block) -> None:
         check(k == 0 or k % 2 == 1 or nibbles[i][-1] >> 4 == 0, "a nibble after the last delta")
         below = np.array(steps, np.float32) * np.float32(2.0**-block.frame.grid)
         block.tokens.append(Token(ids[i], top[i] - below))
+    block.prove()
 
 
 def decode_drawn(block: Block) -> None:
@@ -119,7 +131,7 @@ def decode_drawn(block: Block) -> None:
         return (1 << b | number(b)) - 1 << order | number(order)
 
     for i, k in enumerate(k_eff):
-        ids, masses, last = [], [], -1
+        ids, masses, last, draws = [], [], -1, 0
         for _ in range(k):
             last += 1 + golomb(r)
             check(last < block.header.vocab_size, "an id beyond the vocabulary")
@@ -131,7 +143,8 @@ def decode_drawn(block: Block) -> None:
                 step = float(block.columns["step"][i])
                 masses.append(step * math.exp(v * 2.0**-frame.grid) if v else step)
             else:
-                check(v + 1 <= frame.parameter, "more draws than there were")
+                draws += v + 1
+                check(draws <= frame.parameter, "more draws than there were")
                 masses.append((v + 1) / frame.parameter)
         if pps:
             step = block.columns["step"][i]

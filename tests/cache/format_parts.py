@@ -292,7 +292,8 @@ def read_frame_header(file: str, data: bytes, at: int, end: int, shard_id: int) 
     key = _key(part, part.data[88 : 88 + key_bytes])
     part.zero(88 + key_bytes, table, "padding of the key")
     blocks = [struct.unpack_from("<II", part.data, table + 8 * i) for i in range(count)]
-    part.check(all(b % 8 == 0 for b, _ in blocks), "length of a block")
+    most = [256 + min(block_tokens, tokens - i * block_tokens) * (128 + 20 * kept) for i in range(count)]
+    part.check(all(b % 8 == 0 and b <= limit for (b, _), limit in zip(blocks, most, strict=True)), "length of a block")
     part.check(length + sum(b for b, _ in blocks) == size, "frame_bytes")
     part.check(offset == at and its_shard == shard_id, "the frame belongs elsewhere", "mismatch")
     said = (key, at, size, length, token_hash, tokens, kept, flags, method, codec)

@@ -221,14 +221,33 @@ class TestRefused:
             ({"samples": "many"}, "without its fields"),
             ({"bytes": 4096}, "do not say the same|journal|shard"),
             ({"file": "0123456789abcdef-000000.open"}, "is not finished"),
+            ({"bytes": 2**36}, r"\d+ bytes came, \d+ were asked for"),
+            ({"bytes": 2**48}, r"the shard has \d+ bytes, the manifest says \d+"),
+            ({"bytes": 2**48, "samples": 2**41}, r"the shard has \d+ bytes, the manifest says \d+"),
+            ({"bytes": 2**48 + 8}, "impossible size"),
+            ({"samples": 2**40}, "impossible size"),
         ],
     )
     def test_a_hostile_manifest(self, source, flaky, tmp_path, change, message):
         content = json.loads((source / "manifest.json").read_text())
         content["shards"][0].update(change)
+        for total in {"bytes", "samples"} & change.keys() - {k for k, v in change.items() if isinstance(v, str)}:
+            content[total] = sum(shard[total] for shard in content["shards"])
         (source / "manifest.json").write_text(json.dumps(content))
         with pytest.raises(CacheError, match=message):
             opened(f"flaky://{source}", tmp_path)
+
+    @pytest.mark.parametrize("total", ["samples", "tokens", "bytes"])
+    def test_a_manifest_whose_list_has_lost_a_shard(self, total, source, flaky, tmp_path):
+        """The journals have an older state for every beginning of the list."""
+        whole = json.loads((source / "manifest.json").read_text())
+        content = whole | {"shards": whole["shards"][:-1]}
+        for other in {"samples", "tokens", "bytes"} - {total}:
+            content[other] = sum(shard[other] for shard in content["shards"])
+        (source / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(CacheError, match=r"the manifest says|do not say the same") as raised:
+            opened(f"flaky://{source}", tmp_path)
+        assert raised.value.code == "mismatch"
 
 
 class TestCommands:

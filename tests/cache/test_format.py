@@ -305,13 +305,18 @@ def random_targets(rng, vocab_size, temperatures):
             k = rng.randint(0, k)
         ids[row, :k] = torch.tensor(rng.sample(range(vocab_size), k), dtype=torch.int32)
         values[row, :k] = torch.rand(k).exp() * 1e-3 if method == "pps" else -spread * torch.rand(k) - 0.1
+    lse = {t: torch.zeros(tokens) for t in temperatures}
+    if not drawn:  # no mass is above 1
+        values = torch.where(ids >= 0, values - values.logsumexp(-1, keepdim=True).clamp(min=0), values)
+        room = {t: (values / t).logsumexp(-1).clamp(min=-50) + 5 * torch.rand(tokens) for t in temperatures}
+        lse |= {t: x for t, x in room.items() if t != 1}
     gold = -torch.rand(tokens)
     gold[-1:] = -torch.inf
     return SparseTargets(
         ids,
         None if drawn else values,
         vocab_size=vocab_size,
-        lse={t: torch.zeros(tokens) if t == 1 else torch.randn(tokens) for t in temperatures},
+        lse=lse,
         method=method,
         k_eff=(ids >= 0).sum(-1).int() if ragged else None,
         mass=values if drawn else None,

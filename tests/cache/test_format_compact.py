@@ -42,12 +42,13 @@ def stored(files, folder):
 
 
 def random_tokens(rng, vocab_size, others, *, gold, ragged, kept):
+    """Of mass above 1, but for what ``make_cache.possible`` makes of them."""
     tokens = []
     for _ in range(rng.choice([1, 3, 64, 65])):
         k = rng.randint(0, kept) if ragged else kept
         deltas = [int(rng.expovariate(1) * rng.choice([0, 1, 5, 300])) for _ in range(k - 1)]
         ids = rng.sample(range(vocab_size), k)
-        lse = [rng.uniform(-5, 5) for _ in range(others)]
+        lse = [rng.uniform(0, 5) for _ in others]
         gold_logprob = -rng.choice([0.5, 1.0, float("inf"), rng.random()]) if gold else None
         tokens.append(Token(-rng.random() if k else 0.0, ids, deltas, lse, gold_logprob, row_class=rng.randrange(4)))
     return tokens
@@ -59,16 +60,17 @@ def test_frames_of_any_legal_model_are_read_to_what_was_written(make_cache, tria
     rng = random.Random(SEED + trial)
     vocab_size = (1, 2, 300, 65536, 128256, 2**24)[trial]
     teacher = make_cache.Teacher(vocab_size, rng.choice([(1.0,), (2.0,), (0.5, 1.0, 4.0)]))
-    others = len(teacher.others)
+    others = teacher.others
     frames, first = [], len(teacher.header) + 32
     for number in range(3):
         gold, ragged = rng.random() < 0.5, rng.random() < 0.5
         kept = rng.randint(1, min(vocab_size, 70))
         tokens = random_tokens(rng, vocab_size, others, gold=gold, ragged=ragged, kept=kept)
-        model = model_of(tokens, vocab_size, others, listed=rng.choice([0, 1, 100]), escape=rng.choice([1, 50]))
+        tokens = [make_cache.possible(token, others) for token in tokens]
+        model = model_of(tokens, vocab_size, len(others), listed=rng.choice([0, 1, 100]), escape=rng.choice([1, 50]))
         if number == 1:
             listed = rng.sample(range(vocab_size), rng.randint(0, min(vocab_size, 9)))
-            model = raw_model(vocab_size, others, listed=listed, class_bits=2)
+            model = raw_model(vocab_size, len(others), listed=listed, class_bits=2)
         flags, choice = GOLD * gold | RAGGED * ragged, rng.choice
         frames += copies(model.payload(vocab_size))
         frames.append(
@@ -148,7 +150,7 @@ def test_noise_in_a_model_behind_a_sound_checksum_is_refused_by_its_code(make_ca
 
 def test_a_writer_takes_the_shortest_code_and_any_other_is_no_shorter(make_cache):
     rng = random.Random(SEED)
-    tokens = random_tokens(rng, 300, 0, gold=False, ragged=False, kept=20)
+    tokens = random_tokens(rng, 300, (), gold=False, ragged=False, kept=20)
     model = model_of(tokens, 300, 0, listed=20)
     longest = compact_block(tokens, model, ragged=False, choose=lambda codes: codes[-1])
     assert len(compact_block(tokens, model, ragged=False)) < len(longest)

@@ -74,26 +74,6 @@ struct Lane {
 };
 static_assert((words_between_checks + 1) * 4 <= padding_after_block);
 
-// Which ids a row has had; empty again after each row.
-class Seen {
-  public:
-    explicit Seen(std::uint32_t vocab_size) : bits_(vocab_size / 64 + 1) {}
-    bool twice(const std::uint32_t* ids, std::uint32_t count) {
-        bool found = false;
-        for (std::uint32_t i = 0; i < count; ++i) {
-            std::uint64_t& word = bits_[ids[i] / 64];
-            const std::uint64_t bit = std::uint64_t{1} << ids[i] % 64;
-            found |= (word & bit) != 0;
-            word |= bit;
-        }
-        for (std::uint32_t i = 0; i < count; ++i) bits_[ids[i] / 64] = 0;
-        return found;
-    }
-
-  private:
-    std::vector<std::uint64_t> bits_;
-};
-
 // What a lane decodes at the moment.
 struct Row {
     const std::uint16_t* slots = nullptr;
@@ -133,7 +113,6 @@ class CompactReading {
           layout_(layout),
           first_(first),
           out_(out),
-          seen_(model.vocab_size_),
           scratch_(first > 0 ? 2 * lanes * std::size_t{layout.kept} : 0),
           listed_(model.listed_.data()),
           listed_count_(static_cast<std::uint32_t>(model.listed_.size())) {}
@@ -238,7 +217,6 @@ class CompactReading {
 
     void finish(const Row& row, std::int64_t token) {
         if (row.wrong || row.step >> 24 != 0) corrupt("an entry out of range, token " + std::to_string(token));
-        if (seen_.twice(row.ids, row.count)) corrupt("an id twice in token " + std::to_string(token));
         std::fill(row.ids + row.count, row.ids + layout_.kept, 0u);
         std::fill(row.steps + row.count, row.steps + layout_.kept, 0u);
     }
@@ -247,7 +225,6 @@ class CompactReading {
     const Layout& layout_;
     std::int64_t first_;
     const QuantisedDestination& out_;
-    Seen seen_;
     std::vector<std::uint32_t> scratch_;
     const std::uint32_t* listed_;
     std::uint32_t listed_count_;

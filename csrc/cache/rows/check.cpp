@@ -8,6 +8,8 @@
 #include "cache/kernels.h"
 #include "cache/rows/drawn.h"
 #include "cache/rows/fields.h"
+#include "cache/rows/mass.h"
+#include "cpu/dispatch.h"
 
 namespace kdfast::cache {
 namespace {
@@ -31,8 +33,33 @@ void check_lse(const Layout& layout, const Source& t) {
         }
 }
 
-// Without a branch on an entry, which a compiler could not make wide.
-void check_logprobs(std::int64_t token, const float* logprobs, std::int64_t k, std::uint32_t grid) {
+void check_ids(const Layout& layout, Columns& columns, std::int64_t token, const std::int32_t* ids, std::int64_t k) {
+    std::uint32_t largest = 0;
+    for (std::int64_t j = 0; j < k; ++j) largest = std::max(largest, static_cast<std::uint32_t>(ids[j]));
+    for (std::int64_t j = 0; largest >= layout.vocab_size && j < k; ++j)
+        if (static_cast<std::uint32_t>(ids[j]) >= layout.vocab_size)
+            refuse(token, j, "id " + std::to_string(ids[j]) + " is not below " + std::to_string(layout.vocab_size));
+    if (const std::int64_t j = columns.twice(ids, k, layout.vocab_size); j >= 0)
+        refuse(token, j, "id " + std::to_string(ids[j]) + " is there twice");
+}
+
+// At every captured temperature.
+void check_mass(const Layout& layout, const Source& t, std::int64_t token, std::int64_t k, float top) {
+    const float* logprobs = t.logprobs + token * layout.kept;
+    const auto at = [&](double temperature, float lse) {
+        const double mass =
+            mass_beyond(*cpu::kernels().cache, logprobs, k, top, 1 / temperature, lse, rounding_written);
+        if (mass != 0)
+            refuse(token, "its entries have a mass of " + std::to_string(mass) + " at temperature " +
+                              std::to_string(temperature) + ", more than 1");
+    };
+    at(1, 0);
+    for (std::size_t i = 0; i < layout.temperatures.size(); ++i)
+        at(layout.temperatures[i], t.lse[static_cast<std::int64_t>(i) * t.lse_stride + token]);
+}
+
+// The largest. Without a branch on an entry, which a compiler could not make wide.
+float check_logprobs(std::int64_t token, const float* logprobs, std::int64_t k, std::uint32_t grid) {
     unsigned illegal = 0;
     float top = std::numeric_limits<float>::lowest(), least = 0;
     for (std::int64_t j = 0; j < k; ++j) {
@@ -45,15 +72,21 @@ void check_logprobs(std::int64_t token, const float* logprobs, std::int64_t k, s
             refuse(token, j, "logprob is " + std::to_string(logprobs[j]) + ", not finite and at most 0");
     if (k > 0 && std::nearbyint(std::ldexp(double{top} - least, static_cast<int>(grid))) >= steps_limit)
         refuse(token, "entries are 2^" + std::to_string(24 - grid) + " nats or more below the first");
+    return top;
 }
 
 void check_draws(std::int64_t token, const float* mass, std::int64_t k, double draws) {
     constexpr double rounding = 0x1p-22;  // of a division, or of a product with 1 / N, in f32
+    double drawn = 0;
     for (std::int64_t j = 0; j < k; ++j) {
         const double n = std::nearbyint(mass[j] * draws);
         if (!(n >= 1 && n <= draws) || std::abs(mass[j] * draws - n) > n * rounding)
             refuse(token, j, "mass is " + std::to_string(mass[j]) + ", not a multiple of 1 / " + std::to_string(draws));
+        drawn += n;
     }
+    if (drawn > draws)
+        refuse(token, "its entries were drawn " + std::to_string(static_cast<std::int64_t>(drawn)) + " times of " +
+                          std::to_string(static_cast<std::int64_t>(draws)));
 }
 
 void check_weights(std::int64_t token, const float* mass, std::int64_t k, std::uint32_t grid) {
@@ -70,14 +103,14 @@ void check_fixed(const Layout& layout, const Source& t) {
     if (!t.ids || !t.logprobs || (!layout.temperatures.empty() && !t.lse))
         throw ArgumentError("the fixed codec needs ids, logprobs and an lse for each temperature but 1");
     const Widths widths(layout, t);
-    Seen seen(layout.vocab_size);
+    check_lse(layout, t);
+    thread_local Columns columns;
     for (std::int64_t i = 0; i < t.tokens; ++i) {
         const std::int64_t k = widths[i], row = i * layout.kept;
-        check_logprobs(i, t.logprobs + row, k, layout.grid);
-        for (std::int64_t j = 0; j < k; ++j) seen.add(i, j, t.ids[row + j]);
-        seen.forget(t.ids + row, k);
+        const float top = check_logprobs(i, t.logprobs + row, k, layout.grid);
+        check_ids(layout, columns, i, t.ids + row, k);
+        check_mass(layout, t, i, k, top);
     }
-    check_lse(layout, t);
     check_gold(layout, t);
 }
 
@@ -85,16 +118,15 @@ void check_drawn(const Layout& layout, const Source& t) {
     if (!t.ids || !t.mass || !t.neg_entropy || (!layout.temperatures.empty() && !t.lse))
         throw ArgumentError("the drawn codec needs ids, mass, neg_entropy and an lse for each temperature but 1");
     const Widths widths(layout, t);
-    Seen seen(layout.vocab_size);
+    thread_local Columns columns;
     for (std::int64_t i = 0; i < t.tokens; ++i) {
         const std::int64_t k = widths[i], row = i * layout.kept;
+        check_ids(layout, columns, i, t.ids + row, k);
         for (std::int64_t j = 0; j < k; ++j) {
-            seen.add(i, j, t.ids[row + j]);
             const float mass = t.mass[row + j];
             if (!(mass > 0) || !finite(mass))
                 refuse(i, j, "mass is " + std::to_string(mass) + ", not finite and above 0");
         }
-        seen.forget(t.ids + row, k);
         if (layout.method == Method::sample)
             check_draws(i, t.mass + row, k, layout.draws);
         else

@@ -154,7 +154,7 @@ void decode_drawn(const Layout& layout, std::span<const std::byte> block, std::i
         const float step = pps && wanted ? load<float>(steps + 4 * i) : 0;
         if (pps && wanted && !(k == 0 ? std::bit_cast<std::uint32_t>(step) == 0 : step > 0 && finite(step)))
             corrupt("a block has a step of " + std::to_string(step));
-        std::uint64_t next = 0;
+        std::uint64_t next = 0, drawn = 0;
         for (std::int64_t j = 0; j < k; ++j) {
             const std::uint64_t id = next + get_golomb(stream, gap_order);
             if (id >= layout.vocab_size)
@@ -163,7 +163,8 @@ void decode_drawn(const Layout& layout, std::span<const std::byte> block, std::i
             next = id + 1;
             const std::uint64_t value = stream.bits(1) ? get_golomb(stream, value_order) + 1 : 0;
             const auto number = static_cast<double>(value);
-            if (value >= value_limit || (pps ? number * grid > most_nats : number + 1 > layout.draws))
+            drawn += value + 1;
+            if (value >= value_limit || (pps ? number * grid > most_nats : static_cast<double>(drawn) > layout.draws))
                 corrupt("token " + std::to_string(i) + " of a block has a value that is too large");
             if (!wanted) continue;
             const double mass = !pps ? (number + 1) / layout.draws : value == 0 ? step : step * std::exp(number * grid);

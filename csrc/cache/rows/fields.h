@@ -1,6 +1,7 @@
 // What the codecs have in common: the fields with one number a token, and how an entry is named in an error.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -99,27 +100,33 @@ inline void check_padding(const std::byte* from, std::span<const std::byte> bloc
         if (from[i] != std::byte{0}) corrupt("a block's padding is not zero");
 }
 
-// Which ids of a row were there before, by one bit for each column.
-class Seen {
+// Which columns the entries of a row have: a byte for each says in which row it was last, so that nothing is cleared,
+// and no entry waits for the one before it.
+class Columns {
   public:
-    explicit Seen(std::uint32_t vocab_size) : vocab_size_(vocab_size), words_((vocab_size + 63) / 64) {}
-
-    void add(std::int64_t token, std::int64_t entry, std::int32_t id) {
-        const auto column = static_cast<std::uint32_t>(id);
-        if (column >= vocab_size_)
-            refuse(token, entry, "id " + std::to_string(id) + " is not below " + std::to_string(vocab_size_));
-        std::uint64_t& word = words_[column / 64];
-        const std::uint64_t bit = std::uint64_t{1} << column % 64;
-        if (word & bit) refuse(token, entry, "id " + std::to_string(id) + " is there twice");
-        word |= bit;
-    }
-    void forget(const std::int32_t* ids, std::int64_t count) {
-        for (std::int64_t i = 0; i < count; ++i) words_[static_cast<std::uint32_t>(ids[i]) / 64] = 0;
+    // The first entry whose id, all below vocab_size, one before it has, or -1.
+    std::int64_t twice(const std::int32_t* ids, std::int64_t count, std::uint32_t vocab_size) {
+        if (last_.size() < vocab_size) last_.resize(vocab_size);
+        if (++row_ == 0) {
+            std::ranges::fill(last_, std::uint8_t{0});
+            row_ = 1;
+        }
+        std::uint8_t* const last = last_.data();
+        const std::uint8_t row = row_;
+        bool found = false;
+        for (std::int64_t i = 0; i < count; ++i) {
+            std::uint8_t& its = last[static_cast<std::uint32_t>(ids[i])];
+            found |= its == row;
+            its = row;
+        }
+        for (std::int64_t i = 1; found && i < count; ++i)
+            if (std::find(ids, ids + i, ids[i]) != ids + i) return i;
+        return -1;
     }
 
   private:
-    std::uint32_t vocab_size_;
-    std::vector<std::uint64_t> words_;
+    std::vector<std::uint8_t> last_;
+    std::uint8_t row_ = 0;
 };
 
 }  // namespace kdfast::cache

@@ -256,6 +256,7 @@ void decode_fixed(const Layout& layout, std::span<const std::byte> block, std::i
     if (layout.gold) read_gold(sections.take(4 * tokens, "gold"), first, out);
     const Widths widths(layout, sections, tokens, false);
     fill_k_eff(widths, first, out);
+    if (!out.ids) return;
 
     const unsigned bits = layout.id_bits();
     const std::int64_t last = first + out.tokens;

@@ -15,56 +15,6 @@
 namespace kdfast::cache {
 namespace {
 
-// Entries that are decoded at a time, only to be checked.
-constexpr std::int64_t checked_entries = 1 << 14;
-
-// That no id of a token stands there twice; one bit for each column, kept between blocks.
-class Columns {
-  public:
-    void check(const std::int32_t* ids, std::int64_t count, std::int64_t token, std::uint32_t vocab_size) {
-        words_.resize(std::max<std::size_t>(words_.size(), (vocab_size + 63) / 64));
-        std::uint64_t twice = 0;
-        for (std::int64_t i = 0; i < count; ++i) {
-            const auto id = static_cast<std::uint32_t>(ids[i]);
-            std::uint64_t& word = words_[id / 64];
-            const std::uint64_t bit = std::uint64_t{1} << id % 64;
-            twice |= word & bit;
-            word |= bit;
-        }
-        for (std::int64_t i = 0; i < count; ++i) words_[static_cast<std::uint32_t>(ids[i]) / 64] = 0;
-        if (twice) corrupt("token " + std::to_string(token) + " of a block has an id twice");
-    }
-
-  private:
-    std::vector<std::uint64_t> words_;
-};
-
-// Decodes the tokens, which is what finds everything that is wrong with them.
-void check(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens, std::int64_t first,
-           std::int64_t count, const Destination& rest) {
-    thread_local std::vector<std::int32_t> ids, k_eff;
-    thread_local std::vector<float> logprobs;
-    thread_local Columns columns;
-    const std::int64_t kept = layout.kept, at_once = std::max<std::int64_t>(1, checked_entries / kept);
-    const auto rows = static_cast<std::size_t>(std::min(at_once, count));
-    ids.resize(std::max(ids.size(), rows * layout.kept));
-    logprobs.resize(std::max(logprobs.size(), rows * layout.kept));
-    k_eff.resize(std::max(k_eff.size(), rows));
-    for (std::int64_t done = 0; done < count; done += at_once) {
-        const std::int64_t n = std::min(at_once, count - done);
-        Destination out = rest.rows(done, n, kept);
-        out.ids = ids.data();
-        out.logprobs = logprobs.data();
-        out.k_eff = k_eff.data();
-        decode_fixed(layout, block, tokens, first + done, out);
-        for (std::int64_t i = 0; i < n; ++i) {
-            const std::int64_t k = k_eff[static_cast<std::size_t>(i)];
-            columns.check(ids.data() + i * kept, k, first + done + i, layout.vocab_size);
-            if (rest.k_eff) rest.k_eff[done + i] = static_cast<std::int32_t>(k);
-        }
-    }
-}
-
 void take(std::vector<std::byte>& out, const std::byte* from, std::int64_t bytes) {
     out.insert(out.end(), from, from + bytes);
 }
@@ -75,7 +25,7 @@ void pack(const Layout& layout, std::span<const std::byte> block, std::int64_t t
           std::int64_t count, const Packed& out, std::int64_t row) {
     if (layout.codec != Codec::fixed) throw ArgumentError("only blocks of the fixed codec can be packed");
     if (first < 0 || count < 0 || count > tokens - first) throw ArgumentError("tokens beyond the block");
-    check(layout, block, tokens, first, count, out.rest.rows(row, count, layout.kept));
+    decode_fixed(layout, block, tokens, first, out.rest.rows(row, count, layout.kept));
 
     Sections sections(block);
     const std::byte* tops = sections.take(4 * tokens, "top");

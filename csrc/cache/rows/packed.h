@@ -22,8 +22,8 @@ struct Packed {
 };
 
 // Appends the tokens [first, first + count) of a block of `tokens`, which are rows [row, row + count) of `out`. The
-// block is followed by padding_after_block bytes. Checks all that `decode` does, and that no id stands twice in a
-// token: who unpacks the bytes need not look. Throws as `decode`, and ArgumentError for another codec.
+// block is followed by padding_after_block bytes, and has been proven: who unpacks the bytes need not look. Throws as
+// `decode` without ids, and ArgumentError for another codec.
 void pack(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens, std::int64_t first,
           std::int64_t count, const Packed& out, std::int64_t row);
 

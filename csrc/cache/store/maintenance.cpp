@@ -2,46 +2,23 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <unordered_map>
 
 #include "cache/compact/block.h"
 #include "cache/crc/crc32c.h"
-#include "cache/store/catalog.h"
+#include "cache/rows/prove.h"
+#include "cache/store/compare.h"
 #include "cache/store/model_frame.h"
-#include "cache/store/reader.h"
+#include "cache/store/scratch.h"
 #include "cache/store/shard.h"
 #include "core/threads.h"
 
 namespace kdfast::cache {
 namespace {
-
-// Room for one sample, of any kind.
-struct Scratch {
-    std::vector<std::int32_t> ids, k_eff;
-    std::vector<float> values, lse, gold, neg_entropy;
-
-    Destination rows(const IndexEntry& e, std::size_t temperatures) {
-        const std::size_t n = e.tokens, entries = n * e.kept;
-        ids.resize(entries);
-        values.resize(entries);
-        lse.resize(n * temperatures);
-        k_eff.resize(n);
-        gold.resize(n);
-        neg_entropy.resize(n);
-        const bool drawn = e.codec == Codec::drawn;
-        return {.tokens = e.tokens,
-                .ids = ids.data(),
-                .logprobs = drawn ? nullptr : values.data(),
-                .mass = drawn ? values.data() : nullptr,
-                .lse = lse.data(),
-                .lse_stride = e.tokens,
-                .k_eff = e.flags & flag::ragged ? k_eff.data() : nullptr,
-                .gold = e.flags & flag::gold ? gold.data() : nullptr,
-                .neg_entropy = drawn ? neg_entropy.data() : nullptr};
-    }
-};
 
 // The blocks of a frame, each verified.
 std::vector<std::byte> read_blocks(const File& shard, const FrameHeader& header) {
@@ -109,18 +86,18 @@ class ShardFrames {
         if (header.codec == Codec::drawn && cache_.temperatures.size() != 1)
             corrupt("a drawn frame in a cache of several temperatures");
         const Layout layout = header.layout(cache_);
-        const Destination out = scratch_.rows(header.entry(), layout.temperatures.size());
         const std::size_t size = frame.blocks.size();
         frame.blocks.resize(size + padding_after_block);
         std::size_t at = 0;
         for (std::size_t b = 0; b < header.blocks.size(); ++b) {
             const Bytes block = Bytes(frame.blocks).subspan(at, header.blocks[b].bytes);
             const std::int64_t tokens = header.tokens_of(b);
-            const Destination rows = out.rows(static_cast<std::int64_t>(b) * header.block_tokens, tokens, header.kept);
+            const Destination rows = scratch_.rows(layout, tokens);
             if (model)
                 decode_compact(model->decoder, layout, block, tokens, 0, rows);
             else
                 decode(layout, block, tokens, 0, rows);
+            prove(layout, source_of(rows));
             at += block.size();
         }
         frame.blocks.resize(size);
@@ -141,13 +118,33 @@ void check_model(const File& shard, std::uint64_t shard_id, const IndexEntry& en
     static_cast<void>(read_model_copy(shard, header));
 }
 
+// The places of a shard, which follow each other.
+std::span<const Place> places_of(const Catalog& catalog, std::uint32_t shard) {
+    const auto [first, last] = std::ranges::equal_range(catalog.places(), shard, {}, &Place::shard);
+    return {first, last};
+}
+
+// The faults of samples that cannot be read, in any order.
+std::vector<Fault> unreadable(const Reader& reader, std::span<const Place> places, const File* file, int threads) {
+    std::vector<Fault> faults;
+    std::mutex mutex;
+    parallel_for(static_cast<std::int64_t>(places.size()), threads, [&](std::int64_t i) {
+        try {
+            reader.verify(places[static_cast<std::size_t>(i)], file);
+        } catch (const Fault& fault) {
+            const std::lock_guard lock(mutex);
+            faults.push_back(fault);
+        }
+    });
+    return faults;
+}
+
 }  // namespace
 
 Verified verify(const std::string& directory, int threads) {
     Verified result;
     const Reader reader(directory, &result.faults);
     const Catalog& catalog = reader.catalog();
-    const std::size_t temperatures = catalog.header().stored_temperatures().size();
     for (const auto& [key, fault] : catalog.conflicts())  // a damaged frame is found below
         if (fault.code == Code::duplicate) result.faults.push_back(Fault(fault).in(directory).of(std::string(key)));
     for (const CatalogShard& shard : catalog.shards()) {
@@ -161,17 +158,7 @@ Verified verify(const std::string& directory, int threads) {
             }
     }
     const std::vector<Place>& places = catalog.places();
-    std::mutex mutex;
-    parallel_for(static_cast<std::int64_t>(places.size()), threads, [&](std::int64_t i) {
-        const Place& place = places[static_cast<std::size_t>(i)];
-        thread_local Scratch scratch;
-        try {
-            reader.read({.place = &place, .first = 0, .out = scratch.rows(place.entry, temperatures)});
-        } catch (const Fault& fault) {
-            const std::lock_guard lock(mutex);
-            result.faults.push_back(fault);
-        }
-    });
+    for (Fault& fault : unreadable(reader, places, nullptr, threads)) result.faults.push_back(std::move(fault));
     result.samples = places.size();
     for (const Place& place : places) result.tokens += place.entry.tokens;
     std::sort(result.faults.begin(), result.faults.end(), [](const Fault& a, const Fault& b) {
@@ -205,12 +192,16 @@ void check_shard(const Catalog& catalog, std::uint32_t number, const std::string
     } catch (Fault& fault) {
         throw fault.in(path);
     }
-    const std::vector<Place>& places = catalog.places();
-    const auto first = std::ranges::lower_bound(places, number, {}, &Place::shard);
-    const auto last = std::ranges::upper_bound(places, number, {}, &Place::shard);
     for (const IndexEntry& model : shard.models) check_model(file, shard.shard_id, model);
-    parallel_for(last - first, threads,
-                 [&](std::int64_t i) { read_blocks(file, catalog.frame_header(file, first[i])); });
+    const std::span<const Place> places = places_of(catalog, number);
+    parallel_for(static_cast<std::int64_t>(places.size()), threads, [&](std::int64_t i) {
+        read_blocks(file, catalog.frame_header(file, places[static_cast<std::size_t>(i)]));
+    });
+}
+
+std::vector<Fault> verify_shard(const Reader& reader, std::uint32_t shard, const std::string& path, int threads) {
+    const File file = File::read(path);
+    return unreadable(reader, places_of(reader.catalog(), shard), &file, threads);
 }
 
 // --- Repair
@@ -456,102 +447,110 @@ Repaired repair(const std::string& directory) { return Repair(directory).run(); 
 
 namespace {
 
-// The header that all caches of a merge must have, and the keys that were met, with their token ids' hashes.
+// The header that all caches of a merge must have, and the keys that were met, with their samples.
 class Union {
   public:
-    explicit Union(const std::string& destination) : destination_(destination) {}
+    explicit Union(std::string name) : name_(std::move(name)) {}
 
     // Takes the cache that is there.
-    void begin(const Catalog& there) {
-        header_ = there.header_bytes();
-        for (std::size_t i = 0; i < there.size(); ++i) known_.emplace(there.key(there.at(i)), hash_of(there.at(i)));
+    void begin(const Reader& there) {
+        const Catalog& catalog = there.catalog();
+        header_ = catalog.header_bytes();
+        for (std::size_t i = 0; i < catalog.size(); ++i)
+            known_.emplace(catalog.key(catalog.at(i)), Sample{&there, &catalog.at(i)});
     }
     void require_header(const Catalog& source) {
         if (header_.empty()) header_ = source.header_bytes();
         if (source.header_bytes() != header_)
-            throw Fault(Code::mismatch, "the headers of the caches differ: " + destination_ + " and this")
+            throw Fault(Code::mismatch, "the headers of the caches differ: " + name_ + " and this")
                 .in(source.directory());
     }
-    // Whether the key is new; one that is there must be of the same token ids.
-    bool add(const Catalog& source, const std::string& key, const Place& place) {
-        const auto hash = hash_of(place);
-        const auto [found, fresh] = known_.try_emplace(key, hash);
-        if (!fresh && (!found->second || found->second != hash))
-            throw Fault(Code::duplicate, "the key is there with other token ids, or without any to compare")
-                .in(source.directory())
-                .of(key);
-        return fresh;
+    // Whether the key is new; one that is there must be of the same token ids and, if `compare`, targets.
+    bool add(const Reader& source, const Place& place, bool compare) {
+        const Catalog& catalog = source.catalog();
+        const auto [found, fresh] = known_.try_emplace(catalog.key(place), Sample{&source, &place});
+        if (fresh) return true;
+        const auto refuse = [&](const char* why) {
+            throw Fault(Code::duplicate, why).in(catalog.directory()).of(std::string(catalog.key(place)));
+        };
+        const auto& [reader, there] = found->second;
+        if ((there->entry.flags & place.entry.flags & flag::hashed) == 0 ||
+            there->entry.token_hash != place.entry.token_hash)
+            refuse("the key is there with other token ids, or without any to compare");
+        if (compare && !same_targets(*reader, *there, source, place))
+            refuse(
+                "the key is there with the same token ids and other targets; on_duplicate=\"keep\" leaves the first");
+        return false;
     }
     const std::vector<std::byte>& header() const { return header_; }
 
   private:
-    static std::optional<TokenHash> hash_of(const Place& p) {
-        if (p.entry.flags & flag::hashed) return p.entry.token_hash;
-        return {};
-    }
-
-    std::string destination_;
+    struct Sample {
+        const Reader* reader;
+        const Place* place;
+    };
+    std::string name_;
     std::vector<std::byte> header_;
-    std::unordered_map<std::string, std::optional<TokenHash>> known_;
+    std::unordered_map<std::string_view, Sample> known_;  // keys as their catalogues hold them
 };
 
-// All that indices tell of the sources: a merge that cannot come to its end makes nothing.
-void require_mergeable(const std::vector<std::string>& sources, const std::string& destination) {
-    const bool there = exists(join(destination, "cache.header"));
-    Union all(there ? destination : sources.front());
-    if (there) all.begin(Catalog(destination));
-    for (const std::string& path : sources) {
-        const Catalog source(path);
-        all.require_header(source);
-        for (std::size_t i = 0; i < source.size(); ++i) {
-            const std::string key(source.key(source.at(i)));
-            all.add(source, key, *source.find(key));
-        }
-    }
+// What counts for each key of a source, in the order of the disk; throws where frames of a key differ.
+template <class Use>
+void for_each_sample(const Catalog& source, Use use) {
+    for (std::size_t i = 0; i < source.size(); ++i) use(*source.find(source.key(source.at(i))));
 }
 
 }  // namespace
 
-Merged merge(const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes) {
+Merged merge(const std::vector<std::string>& paths, const std::string& destination, std::uint64_t shard_bytes,
+             bool keep_duplicates) {
     Merged result;
-    if (sources.empty()) return result;
-    require_mergeable(sources, destination);
-    std::optional<ShardSeries> series;
+    if (paths.empty()) return result;
+    std::vector<std::unique_ptr<const Reader>> sources;
+    for (const std::string& path : paths) sources.push_back(std::make_unique<const Reader>(path));
+    // All that can be told before anything is made: a merge that cannot come to its end makes nothing.
+    {
+        std::optional<Reader> there;
+        if (exists(join(destination, "cache.header"))) there.emplace(destination);
+        Union all(there ? destination : paths.front());
+        if (there) all.begin(*there);
+        for (const auto& source : sources) {
+            all.require_header(source->catalog());
+            for_each_sample(source->catalog(), [&](const Place& place) { all.add(*source, place, !keep_duplicates); });
+        }
+    }
+    const std::vector<std::byte>& header = sources.front()->catalog().header_bytes();
+    make_directories(destination);
+    const std::uint64_t writer = random_id();
+    if (!exists(join(destination, "cache.header")))
+        publish(destination, "cache.header", header, journal_name(writer) + ".temporary");
+    const Reader there(destination);
     Union all(destination);
-    const auto open_destination = [&](const std::vector<std::byte>& wanted) {
-        make_directories(destination);
-        const std::uint64_t writer = random_id();
-        if (!exists(join(destination, "cache.header")))
-            publish(destination, "cache.header", wanted, journal_name(writer) + ".temporary");
-        all.begin(Catalog(destination));
-        series.emplace(destination, all.header(), writer, ShardSeries::Limits{.shard_bytes = shard_bytes});
-    };
-    for (const std::string& path : sources) {
-        const Catalog source(path);
-        if (!series) open_destination(source.header_bytes());
-        all.require_header(source);
+    all.begin(there);
+    ShardSeries series(destination, all.header(), writer, ShardSeries::Limits{.shard_bytes = shard_bytes});
+    for (const auto& source : sources) {
+        const Catalog& catalog = source->catalog();
+        all.require_header(catalog);
         std::optional<File> file;
         std::optional<ShardFrames> frames;
         std::uint32_t open_shard = 0;
-        for (std::size_t i = 0; i < source.size(); ++i) {
-            const std::string key(source.key(source.at(i)));
-            const Place& place = *source.find(key);  // which throws where frames of the key differ
-            if (!all.add(source, key, place)) {
+        for_each_sample(catalog, [&](const Place& place) {
+            if (!all.add(*source, place, false)) {
                 ++result.there_already;
-                continue;
+                return;
             }
-            const CatalogShard& shard = source.shards()[place.shard];
+            const CatalogShard& shard = catalog.shards()[place.shard];
             if (!file || open_shard != place.shard) {
-                file.emplace(File::read(source.path(shard)));
-                frames.emplace(*file, shard.shard_id, source.header());
+                file.emplace(File::read(catalog.path(shard)));
+                frames.emplace(*file, shard.shard_id, catalog.header());
             }
             open_shard = place.shard;
             ShardFrames::Frame frame = frames->at(place.entry);
-            series->append(frame.header, frame.blocks, frame.model);
+            series.append(frame.header, frame.blocks, frame.model);
             ++result.samples;
-        }
+        });
     }
-    if (series) series->close();
+    series.close();
     return result;
 }
 

@@ -7,6 +7,7 @@
 
 #include "cache/fault.h"
 #include "cache/store/catalog.h"
+#include "cache/store/reader.h"
 
 namespace kdfast::cache {
 
@@ -21,6 +22,9 @@ Verified verify(const std::string& directory, int threads);
 // of every block and of every model. Throws the first fault.
 void check_shard(const Catalog& catalog, std::uint32_t shard, const std::string& path, int threads);
 
+// What is wrong with the values of the samples in a catalogued shard, of which `path` is the file.
+std::vector<Fault> verify_shard(const Reader& reader, std::uint32_t shard, const std::string& path, int threads);
+
 struct Repaired {
     std::uint64_t kept = 0;           // samples copied to a shard of their own
     std::vector<Fault> lost;          // what could not be saved, and why
@@ -34,8 +38,10 @@ Repaired repair(const std::string& directory);
 struct Merged {
     std::uint64_t samples = 0, there_already = 0;
 };
-// The samples of `sources`, byte for byte but verified, into a cache that is there or is made; once all indices are
-// known to allow it.
-Merged merge(const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes);
+// The samples of caches at `paths`, byte for byte but verified, into one that is there or is made; once all indices are
+// known to allow it. Of a key that several have, with equal token ids, the first stays; others must have its targets,
+// unless `keep_duplicates`.
+Merged merge(const std::vector<std::string>& paths, const std::string& destination, std::uint64_t shard_bytes,
+             bool keep_duplicates);
 
 }  // namespace kdfast::cache

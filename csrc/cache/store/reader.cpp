@@ -1,45 +1,89 @@
 #include "cache/store/reader.h"
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "cache/compact/block.h"
 #include "cache/crc/crc32c.h"
 #include "cache/fault.h"
+#include "cache/rows/prove.h"
+#include "cache/store/scratch.h"
 #include "core/error.h"
 #include "core/threads.h"
 
 namespace kdfast::cache {
 
-Reader::Reader(const std::string& directory, std::vector<Fault>* damage)
-    : catalog_(directory, damage),
-      files_(catalog_.shards().size()),
-      models_(files_.size(), catalog_.header().vocab_size, catalog_.header().stored_temperatures().size()) {}
+// A block of a frame, and which of its tokens are asked for.
+struct Reader::Part {
+    const Layout& layout;
+    Bytes block;  // followed by padding_after_block bytes
+    std::int64_t tokens;
+    std::int64_t first, count;
+    std::int64_t row;    // of the first, among all that are asked for
+    std::uint64_t name;  // for Proven
+};
 
-Reader::~Reader() {
-    for (const auto& file : files_) delete file.load();
+Reader::Reader(const std::string& directory, std::vector<Fault>* damage, std::size_t open_files)
+    : catalog_(directory, damage),
+      files_(open_files),
+      models_(catalog_.shards().size(), catalog_.header().vocab_size, catalog_.header().stored_temperatures().size()) {}
+
+Reader::~Reader() { delete successor_.load(); }
+
+const Reader& Reader::successor() const {
+    if (const Reader* there = successor_.load(std::memory_order_acquire)) return *there;
+    std::vector<Fault> damage;
+    auto mine = std::make_unique<const Reader>(catalog_.directory(), &damage, files_.most());
+    const Reader* none = nullptr;
+    if (successor_.compare_exchange_strong(none, mine.get(), std::memory_order_acq_rel)) return *mine.release();
+    return *none;  // another thread was first
 }
 
-const File& Reader::file(const Place& place) const {
-    std::atomic<const File*>& slot = files_[place.shard];
-    if (const File* open = slot.load(std::memory_order_acquire)) return *open;
+template <class Use>
+void Reader::with_file(const Place& place, Use use) const {
     const CatalogShard& shard = catalog_.shards()[place.shard];
-    std::unique_ptr<const File> mine;
+    const auto open = [&] {
+        try {
+            return File::read(catalog_.path(shard));
+        } catch (const Fault& fault) {
+            if (fault.code != Code::missing || shard.finished) throw;  // its writer may have finished it since
+            return File::read(join(catalog_.directory(), shard_name(shard.writer, shard.ordinal, true)));
+        }
+    };
+    std::optional<OpenFiles::Handle> handle;
     try {
-        mine = std::make_unique<const File>(File::read(catalog_.path(shard)));
-    } catch (const Fault& fault) {
-        if (fault.code != Code::missing || shard.finished) throw;  // its writer may have finished it since
-        mine = std::make_unique<const File>(
-            File::read(join(catalog_.directory(), shard_name(shard.writer, shard.ordinal, true))));
+        handle.emplace(files_.get(place.shard, open));
+    } catch (Fault& fault) {
+        if (fault.code != Code::missing) throw;
+        // A repair since then has copied what was good of the shard.
+        const IndexEntry& e = place.entry;
+        const Reader& now = successor();
+        const Place* copy = now.catalog_.find(catalog_.key(place));
+        if (!copy || now.catalog_.shards()[copy->shard].shard_id == shard.shard_id)
+            throw fault.of(std::string(catalog_.key(place)));
+        const IndexEntry& c = copy->entry;
+        const bool alike = c.tokens == e.tokens && c.kept == e.kept && c.frame_bytes == e.frame_bytes &&
+                           c.flags == e.flags && c.method == e.method && c.codec == e.codec &&
+                           c.token_hash == e.token_hash;
+        if (!alike)
+            throw Fault(Code::missing, "the sample is gone, and its key has another since this reader was opened")
+                .in(fault.path)
+                .of(std::string(catalog_.key(place)));
+        return now.with_file(*copy, use);
     }
-    const File* none = nullptr;
-    if (slot.compare_exchange_strong(none, mine.get(), std::memory_order_acq_rel)) return *mine.release();
-    return *none;  // another thread was first
+    use(*this, **handle, place);
 }
 
 const Place& Reader::find(std::string_view key) const {
     if (const Place* place = catalog_.find(key)) return *place;
     throw Fault(Code::missing, "no sample has this key").in(catalog_.directory()).of(std::string(key));
+}
+
+FrameHeader Reader::header(const Place& place) const {
+    FrameHeader found;
+    with_file(place, [&](const Reader& reader, const File& file, const Place& at) { found = reader.header(file, at); });
+    return found;
 }
 
 FrameHeader Reader::header(const File& file, const Place& place) const {
@@ -81,7 +125,8 @@ void Reader::blocks(const File& shard, const FrameHeader& h, std::int64_t first,
             const std::int64_t block_first = static_cast<std::int64_t>(b) * h.block_tokens;
             const std::int64_t tokens = h.tokens_of(b);
             const std::int64_t from = std::max(first, block_first), to = std::min(last, block_first + tokens);
-            use(layout, block, tokens, from - block_first, to - from, from - first);
+            use(Part{layout, block, tokens, from - block_first, to - from, from - first,
+                     Proven::name(h, begin + at, h.blocks[b])});
             at += block.size();
         }
     } catch (Fault& fault) {
@@ -93,27 +138,59 @@ void Reader::blocks(const File& shard, const FrameHeader& h, std::int64_t first,
     }
 }
 
+void Reader::decode(const Place& place, const File& shard, const FrameHeader& h, const Part& part, std::int64_t first,
+                    const Destination& out) const {
+    if (part.layout.codec != Codec::compact) return cache::decode(part.layout, part.block, part.tokens, first, out);
+    decode_compact(models_.get(place.shard, h.model, shard, h.shard_id, h.offset), part.layout, part.block, part.tokens,
+                   first, out);
+}
+
+void Reader::prove(const Place& place, const File& shard, const FrameHeader& h, const Part& part) const {
+    if (proven_.has(part.name)) return;
+    thread_local Scratch scratch;
+    const Destination all = scratch.rows(part.layout, part.tokens);
+    decode(place, shard, h, part, 0, all);
+    cache::prove(part.layout, source_of(all));
+    proven_.add(part.name);
+}
+
 void Reader::read(const ReadRequest& request) const {
-    const Place& place = *request.place;
-    const File& shard = request.file ? *request.file : file(place);
-    const FrameHeader frame = header(shard, place);
-    blocks(shard, frame, request.first, request.out.tokens,
-           [&](const Layout& layout, Bytes block, std::int64_t tokens, std::int64_t first, std::int64_t count,
-               std::int64_t row) {
-               const Destination out = request.out.rows(row, count, layout.kept);
-               if (layout.codec != Codec::compact) return decode(layout, block, tokens, first, out);
-               decode_compact(models_.get(place.shard, frame.model, shard, frame.shard_id, frame.offset), layout, block,
-                              tokens, first, out);
-           });
+    const auto read_from = [&](const Reader& reader, const File& shard, const Place& place) {
+        const FrameHeader h = reader.header(shard, place);
+        reader.blocks(shard, h, request.first, request.out.tokens, [&](const Part& part) {
+            const Destination out = request.out.rows(part.row, part.count, part.layout.kept);
+            const bool all = part.count == part.tokens && (out.lse || part.layout.temperatures.empty());
+            if (!all) reader.prove(place, shard, h, part);
+            reader.decode(place, shard, h, part, part.first, out);
+            if (!all || reader.proven_.has(part.name)) return;
+            cache::prove(part.layout, source_of(out));
+            reader.proven_.add(part.name);
+        });
+    };
+    if (request.file) return read_from(*this, *request.file, *request.place);
+    with_file(*request.place, read_from);
 }
 
 void Reader::pack(const PackRequest& request) const {
-    const File& shard = request.file ? *request.file : file(*request.place);
-    const FrameHeader frame = header(shard, *request.place);
-    *request.out.grid = frame.grid;
-    blocks(shard, frame, request.first, request.tokens,
-           [&](const Layout& layout, Bytes block, std::int64_t tokens, std::int64_t first, std::int64_t count,
-               std::int64_t row) { cache::pack(layout, block, tokens, first, count, request.out, row); });
+    const auto pack_from = [&](const Reader& reader, const File& shard, const Place& place) {
+        const FrameHeader h = reader.header(shard, place);
+        *request.out.grid = h.grid;
+        reader.blocks(shard, h, request.first, request.tokens, [&](const Part& part) {
+            reader.prove(place, shard, h, part);
+            cache::pack(part.layout, part.block, part.tokens, part.first, part.count, request.out, part.row);
+        });
+    };
+    if (request.file) return pack_from(*this, *request.file, *request.place);
+    with_file(*request.place, pack_from);
+}
+
+void Reader::verify(const Place& place, const File* elsewhere) const {
+    const auto verify_in = [](const Reader& reader, const File& shard, const Place& at) {
+        const FrameHeader h = reader.header(shard, at);
+        reader.blocks(shard, h, 0, h.tokens, [&](const Part& part) { reader.prove(at, shard, h, part); });
+    };
+    if (elsewhere) return verify_in(*this, *elsewhere, place);
+    with_file(place, verify_in);
 }
 
 namespace {

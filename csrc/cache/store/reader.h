@@ -10,6 +10,8 @@
 #include "cache/rows/packed.h"
 #include "cache/store/catalog.h"
 #include "cache/store/model_store.h"
+#include "cache/store/open_files.h"
+#include "cache/store/proven.h"
 
 namespace kdfast::cache {
 
@@ -30,12 +32,15 @@ struct PackRequest {
     const File* file = nullptr;
 };
 
-// Safe for many threads at once, and in a process forked from one that has it: files are opened when they are first
-// read, and never seeked in.
+// Safe for many threads at once, and in a process forked from one that has it: files are opened when they are read,
+// `open_files` of them at a time, and never seeked in.
 class Reader {
   public:
+    static constexpr std::size_t usual_open_files = 64;
+
     // Throws for damage that may hide keys, unless it may be appended to `damage`.
-    explicit Reader(const std::string& directory, std::vector<Fault>* damage = nullptr);
+    explicit Reader(const std::string& directory, std::vector<Fault>* damage = nullptr,
+                    std::size_t open_files = usual_open_files);
     ~Reader();
     Reader(const Reader&) = delete;
     Reader& operator=(const Reader&) = delete;
@@ -44,7 +49,7 @@ class Reader {
     // Throws Fault missing, or duplicate.
     const Place& find(std::string_view key) const;
     // What the fields of a sample are, from its verified header.
-    FrameHeader header(const Place& place) const { return header(file(place), place); }
+    FrameHeader header(const Place& place) const;
     FrameHeader header(const File& file, const Place& place) const;  // its shard lies elsewhere
     void read(const ReadRequest& request) const;
     // Sorted by where they lie, on up to `threads` threads.
@@ -52,17 +57,27 @@ class Reader {
     // Of samples of the fixed codec.
     void pack(const PackRequest& request) const;
     void pack(std::vector<PackRequest> requests, int threads) const;
+    // Every value of a sample, block by block: throws what a read of it all would. `elsewhere` as in a request.
+    void verify(const Place& place, const File* elsewhere = nullptr) const;
 
   private:
-    // use(layout, block, tokens of the block, first of them, how many, row of the first) for each block of a frame that
-    // holds some of the tokens, once its checksum has been verified.
+    struct Part;
+    // use(part) for each block of a frame that holds some of the tokens, once its checksum has been verified.
     template <class Use>
     void blocks(const File& shard, const FrameHeader& h, std::int64_t first, std::int64_t count, Use use) const;
-    const File& file(const Place& place) const;
+    // use(reader, file, place), with the file of the place's shard or, where a repair has copied it, of another's.
+    template <class Use>
+    void with_file(const Place& place, Use use) const;
+    void decode(const Place& place, const File& shard, const FrameHeader& h, const Part& part, std::int64_t first,
+                const Destination& out) const;
+    void prove(const Place& place, const File& shard, const FrameHeader& h, const Part& part) const;
+    const Reader& successor() const;
 
     Catalog catalog_;
-    mutable std::vector<std::atomic<const File*>> files_;  // of shards; null: not opened yet
+    OpenFiles files_;
     ModelStore models_;
+    Proven proven_;
+    mutable std::atomic<const Reader*> successor_ = nullptr;  // opened when a shard was found to be gone
 };
 
 }  // namespace kdfast::cache

@@ -158,6 +158,7 @@ void ShardSeries::finish_shard() {
 void ShardSeries::close() {
     finish_shard();
     if (journal_) journal_->append({.type = RecordType::close, .samples = finished_samples_});
+    journal_.reset();  // whose lock would say that the writer is alive
 }
 
 std::uint64_t ShardSeries::committed() const { return finished_samples_ + (shard_ ? shard_->committed_samples() : 0); }

@@ -3,9 +3,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "cache/crc/crc32c.h"
 #include "cache/fault.h"
+#include "cache/store/compare.h"
 #include "core/error.h"
 
 namespace kdfast::cache {
@@ -52,11 +54,13 @@ struct Writer::Job {
     bool encoded = false;
     std::exception_ptr error;       // of encoding
     std::vector<std::byte> blocks;  // of the compact tier without a model: fixed ones
+    std::uint64_t content = 0;      // names the targets, not 0
     std::shared_ptr<const CompactModel> model;
 
     Job(const Sample& s, const WriterOptions& options);
     explicit Job(Task t) : task(t), encoded(true) {}
     Source source() const;
+    void make_blocks();  // of the compact tier fixed ones
     void encode(std::shared_ptr<const CompactModel> with);
 };
 
@@ -120,7 +124,7 @@ Source Writer::Job::source() const {
             .neg_entropy = data(neg_entropy)};
 }
 
-void Writer::Job::encode(std::shared_ptr<const CompactModel> with) {
+void Writer::Job::make_blocks() {
     const Source all = source();
     Layout first_layout = layout;
     if (layout.codec == Codec::compact) first_layout.codec = Codec::fixed;
@@ -131,6 +135,16 @@ void Writer::Job::encode(std::shared_ptr<const CompactModel> with) {
         const Bytes block = Bytes(blocks).subspan(before);
         header.blocks.push_back({static_cast<std::uint32_t>(block.size()), crc32c(block)});
     }
+    content = (std::uint64_t{header.kept} << 16 | std::uint64_t{header.flags} << 8 |
+               static_cast<std::uint64_t>(header.method)) ^
+              std::bit_cast<std::uint64_t>(header.parameter);
+    for (const BlockEntry& block : header.blocks)
+        content = (content ^ (std::uint64_t{block.crc} << 32 | block.bytes)) * 0x9E3779B97F4A7C15u + 1;
+    if (content == 0) content = 1;
+}
+
+void Writer::Job::encode(std::shared_ptr<const CompactModel> with) {
+    make_blocks();
     if (layout.codec == Codec::compact && with) {
         make_compact(*with, layout, header, blocks);
         model = std::move(with);
@@ -167,7 +181,7 @@ Writer::Writer(std::string directory, WriterOptions options)
         const Place& place = catalog.at(i);
         std::optional<TokenHash> hash;
         if (place.entry.flags & flag::hashed) hash = place.entry.token_hash;
-        known_.emplace(catalog.key(place), hash);
+        known_.emplace(catalog.key(place), Known{.hash = hash, .stored = true});
     }
     try {
         for (int i = 0; i < options_.threads; ++i) threads_.emplace_back([this] { encode_jobs(); });
@@ -242,27 +256,58 @@ bool Writer::write(const Sample& sample) {
     }
     auto job = std::make_shared<Job>(sample, options_);  // before the key is known, as it may be refused
     {
-        std::lock_guard lock(signals_->mutex);
-        const auto [found, fresh] = known_.try_emplace(sample.key, sample.token_hash);
+        std::unique_lock lock(signals_->mutex);
+        const auto [found, fresh] = known_.try_emplace(sample.key, Known{.hash = sample.token_hash});
         if (!fresh) {
-            const bool comparable = found->second && sample.token_hash;
-            if (comparable && *found->second == *sample.token_hash) return false;
-            throw Fault(Code::duplicate,
-                        comparable ? "the key is there with other token ids"
-                                   : "the key is there, and without token_ids of both its samples cannot be compared")
-                .in(directory_)
-                .of(sample.key);
+            const std::optional<TokenHash> there = found->second.hash;
+            lock.unlock();
+            const auto refuse = [&](const char* why) {
+                throw Fault(Code::duplicate, why).in(directory_).of(sample.key);
+            };
+            if (!there || !sample.token_hash)
+                refuse("the key is there, and without token_ids of both its samples cannot be compared");
+            if (*there != *sample.token_hash) refuse("the key is there with other token ids");
+            if (!options_.keep_duplicates && !is_same(*job))
+                refuse(
+                    "the key is there with the same token ids and other targets; a writer with on_duplicate=\"keep\" "
+                    "leaves the first");
+            return false;
         }
     }
     try {
         std::unique_lock lock(signals_->mutex);
         submit(lock, std::move(job));
     } catch (...) {
-        std::lock_guard lock(signals_->mutex);
-        known_.erase(sample.key);
+        {
+            std::lock_guard lock(signals_->mutex);
+            known_.erase(sample.key);
+        }
+        signals_->done.notify_all();
         throw;
     }
     return true;
+}
+
+// Whether the targets are those that the key has, whoever wrote them.
+bool Writer::is_same(Job& job) {
+    job.make_blocks();
+    const std::string& key = job.header.key;
+    {
+        std::unique_lock lock(signals_->mutex);
+        const auto known = [&] { return known_.find(key); };
+        signals_->done.wait(lock, [&] {
+            return error_ || known() == known_.end() || known()->second.stored || known()->second.content != 0;
+        });
+        check_usable();
+        if (known() != known_.end() && known()->second.content == job.content) return true;
+    }
+    const std::lock_guard one_at_a_time(signals_->comparing);
+    if (!stored_ || !stored_->catalog().find(key)) {
+        commit();
+        std::vector<Fault> damage;
+        stored_ = std::make_unique<const Reader>(directory_, &damage);
+    }
+    return same_targets(*stored_, stored_->find(key), job.layout, job.source());
 }
 
 void Writer::submit(std::unique_lock<std::mutex>& lock, std::shared_ptr<Job> job) {
@@ -323,8 +368,10 @@ void Writer::encode_jobs() {
         {
             std::lock_guard lock(signals_->mutex);
             job->encoded = true;
+            if (!job->error) known_.at(job->header.key).content = job->content;
         }
         signals_->work.notify_all();
+        signals_->done.notify_all();
     }
 }
 

@@ -17,6 +17,7 @@
 
 #include "cache/compact/tier.h"
 #include "cache/store/catalog.h"
+#include "cache/store/reader.h"
 #include "cache/store/shard.h"
 
 namespace kdfast::cache {
@@ -28,6 +29,7 @@ struct WriterOptions {
     std::uint8_t drawn_grid = 8;  // of the masses of pps
     std::uint16_t block_tokens = 128;
     ShardSeries::Limits limits;
+    bool keep_duplicates = false;  // of a key with equal token ids the first, without comparing their targets
     std::uint64_t queue_bytes = std::uint64_t{256} << 20;  // of samples that wait
     int threads = 1;                                       // that encode
 };
@@ -50,9 +52,9 @@ class Writer {
     Writer(const Writer&) = delete;
     Writer& operator=(const Writer&) = delete;
 
-    // Whether the sample is new: one that is there already, with equal token ids, is left as it is. Copies what it is
-    // given, of which it throws ArgumentError where the format cannot hold it, and nothing else is lost. Every call
-    // throws the first error of the threads behind it.
+    // Whether the sample is new: one that is there already, with equal token ids and targets, is left as it is; one
+    // with others is Fault duplicate. Copies what it is given, of which it throws ArgumentError where the format cannot
+    // hold it, and nothing else is lost. Every call throws the first error of the threads behind it.
     bool write(const Sample& sample);
     bool has(std::string_view key) const;
     std::uint64_t commit();  // samples of this writer that are durable now, which are all that were written
@@ -64,8 +66,15 @@ class Writer {
 
   private:
     struct Job;
+    // A key that is there, or was written.
+    struct Known {
+        std::optional<TokenHash> hash;
+        bool stored = false;        // by another writer
+        std::uint64_t content = 0;  // names the targets, once this writer has encoded them
+    };
     void check_process() const;
     void check_usable();
+    bool is_same(Job& job);
     void submit(std::unique_lock<std::mutex>& lock, std::shared_ptr<Job> job);
     void wait_for(const std::shared_ptr<Job>& job);
     void encode_jobs();
@@ -80,7 +89,7 @@ class Writer {
     const long process_;
     std::vector<std::byte> header_bytes_;
     std::vector<Fault> damage_;
-    std::unordered_map<std::string, std::optional<TokenHash>> known_;  // keys there, and those written
+    std::unordered_map<std::string, Known> known_;
 
     // Of the thread that appends.
     ShardSeries series_;
@@ -89,6 +98,7 @@ class Writer {
     // In a process forked from this one they have waiters that are not there, and to destroy them waits for ever.
     struct Signals {
         std::mutex mutex;
+        std::mutex comparing;  // guards stored_
         std::condition_variable work, room, done;
     };
     std::unique_ptr<Signals> signals_ = std::make_unique<Signals>();
@@ -100,6 +110,7 @@ class Writer {
     bool closed_ = false;
     std::exception_ptr error_;
     std::vector<std::thread> threads_;
+    std::unique_ptr<const Reader> stored_;  // what was committed when a sample was last looked up to be compared
 };
 
 }  // namespace kdfast::cache

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast, get_args
 import torch
 
 from kdfast.cache.error import CacheError, JobError
+from kdfast.cache.grid import Grid
 from kdfast.cache.job.fill import Capture, Filled, fill
 from kdfast.cache.job.samples import Document, Sample, samples_of
 from kdfast.cache.job.sources import Source
@@ -44,7 +45,7 @@ class Job:
     length: int = 2048
     batch_tokens: int = 16384
     tier: str = "fixed"
-    grid: int = 4
+    grid: Grid = "auto"
     dtype: str = "auto"
     device: str | None = None
     whole_logits: bool = False

@@ -29,6 +29,8 @@ _HEADER = "cache.header"
 _FILE = re.compile(r"[0-9a-f]{16}-[0-9]{6}\.(shard|open)")
 _SHARD_HEADER_BYTES = 32
 _MOST_SHARD_BYTES = 1 << 48
+_USUAL_BYTES = 1 << 36  # a file system may refuse to look for the end of what is larger, if it is not there
+_LEAST_SAMPLE = 104  # bytes of a frame header
 _TAIL = struct.Struct("<QQQI4s")
 _INDEX_HEAD = struct.Struct("<8sQQQ")
 _INDEX_ENTRY = np.dtype(
@@ -48,6 +50,8 @@ _INDEX_ENTRY = np.dtype(
 )
 _SAMPLE, _HASHED = 1, 4
 _TOGETHER = 64  # shards whose ends are asked for, and in memory, at once
+_END_BYTES = 1 << 20  # of a shard's end that are asked for unseen
+_PIECE_BYTES, _PIECES = 4 << 20, 16  # of the rest: in one request, and at once
 _UNUSED_SECONDS = 30 * 24 * 3600
 
 
@@ -87,11 +91,15 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
             refuse("has a shard without its fields")
         if not _FILE.fullmatch(shard["file"]) or not re.fullmatch("[0-9a-f]{16}", shard["shard_id"]):
             refuse("names a shard as none is named")
-        if not 0 < shard["bytes"] <= _MOST_SHARD_BYTES or not 0 <= shard["samples"] <= shard["bytes"]:
+        if not 0 < shard["bytes"] <= _MOST_SHARD_BYTES or not 0 <= shard["samples"] * _LEAST_SAMPLE <= shard["bytes"]:
             refuse("has a shard of an impossible size")
         if shard["file"].endswith(".open"):
             what = f"{shard['file']} is not finished: close its writer, or repair the cache, then push it"
             raise CacheError(what, "mismatch", path)
+    for name in ("samples", "bytes"):
+        total = sum(shard[name] for shard in content["shards"])
+        if content.get(name) != total:
+            refuse(f"says {content.get(name)!r} {name}, its list of shards {total}", "mismatch")
     return content
 
 
@@ -154,7 +162,7 @@ def _fill(directory: str, files: RemoteFiles, expected: dict[str, Any]) -> None:
     for first in range(0, len(shards), _TOGETHER):
         _fill_shards(directory, files, shards[first : first + _TOGETHER], len(header) + _SHARD_HEADER_BYTES)
     found = manifest(directory)
-    if any(found[name] != expected.get(name) for name in ("header_crc", "shards")):
+    if any(found[name] != expected.get(name) for name in ("header_crc", "samples", "tokens", "bytes", "shards")):
         what = "manifest and journals do not say the same of the cache: it is being changed, or was changed by hand"
         raise CacheError(what, "mismatch", files.path(MANIFEST))
     if found["samples"] > _distinct(directory):
@@ -162,19 +170,29 @@ def _fill(directory: str, files: RemoteFiles, expected: dict[str, Any]) -> None:
 
 
 def _fill_shards(directory: str, files: RemoteFiles, shards: list[RemoteShard], head: int) -> None:
-    ends = [min(s.bytes, 96 * s.samples + 4096) for s in shards]
+    for shard in shards:
+        if shard.bytes > _USUAL_BYTES and (there := files.size(shard.file)) != shard.bytes:
+            what = f"the shard has {there} bytes, the manifest says {shard.bytes}"
+            raise CacheError(what, "mismatch", files.path(shard.file))
+    ends = [min(s.bytes, 96 * s.samples + 4096, _END_BYTES) for s in shards]
     wanted = [(s.file, 0, min(head, s.bytes)) for s in shards]
     wanted += [(s.file, s.bytes - n, s.bytes) for s, n in zip(shards, ends, strict=True)]
     parts = files.ranges(wanted)
-    # Of an index that is longer, as with long keys, the rest.
-    rest = []
-    for shard, n, end in zip(shards, ends, parts[len(shards) :], strict=True):
-        at = _TAIL.unpack(end[-_TAIL.size :])[1] if len(end) >= _TAIL.size else shard.bytes
-        if at < shard.bytes - n:
-            rest.append((shard.file, at, shard.bytes - n))
     sizes = {shard.file: shard.bytes for shard in shards}
-    for (name, start, _), part in zip(wanted + rest, parts + (files.ranges(rest) if rest else []), strict=True):
-        _write(directory, name, part, start, sizes[name])
+
+    def write(some: list[tuple[str, int, int]], parts: list[bytes]) -> None:
+        for (name, start, _), part in zip(some, parts, strict=True):
+            _write(directory, name, part, start, sizes[name])
+
+    write(wanted, parts)
+    # Of an index that is longer the rest: how long it is its tail says, which was really there, not the manifest.
+    pieces = []
+    for shard, n, end in zip(shards, ends, parts[len(shards) :], strict=True):
+        at, stop = _TAIL.unpack(end[-_TAIL.size :])[1] if len(end) >= _TAIL.size else shard.bytes, shard.bytes - n
+        pieces += [(shard.file, i, min(i + _PIECE_BYTES, stop)) for i in range(at, stop, _PIECE_BYTES)]
+        while len(pieces) >= _PIECES or (pieces and shard is shards[-1]):
+            write(pieces[:_PIECES], files.ranges(pieces[:_PIECES]))
+            del pieces[:_PIECES]
 
 
 def _write(directory: str, name: str, part: bytes, at: int = 0, size: int | None = None) -> None:

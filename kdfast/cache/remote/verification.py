@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from kdfast.cache.error import CacheError
 from kdfast.cache.reader import LOCAL_BYTES, Reader
 from kdfast.cache.remote.reading import default_folder
-
-_KEYS_AT_ONCE = 16
 
 
 def verify_remote(
@@ -33,36 +33,25 @@ def verify_remote(
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="verify-") as fresh:
         reader = Reader(url, local_cache=fresh, local_bytes=local_bytes, storage_options=storage_options)
-        shards = reader.shards()
-        of_shard: list[list[str]] = [[] for _ in shards]
-        faults = []
+        shards, faults = reader.shards(), []
         for key in reader:
             try:
-                of_shard[reader._engine.find(key).shard].append(key)
+                reader._engine.find(key)
             except CacheError as error:
                 if error.code == "duplicate":  # a damaged header is found with its shard
                     faults.append(error)
-        for number, keys in enumerate(of_shard):
+        for number, shard in enumerate(shards):
+            found: list[CacheError] = []
+
+            def look(files: dict[int, str], number: int = number, found: list[CacheError] = found) -> None:
+                found += reader._engine.verify_shard(number, files[number], torch.get_num_threads())
+
             try:
-                reader._serve([number], lambda _: None)
+                reader._serve([number], look)
             except CacheError as error:
                 if error.code == "system":  # of this machine: nothing is wrong with the shard
                     raise
                 faults.append(error)
-                continue
-            at = f"{url.rstrip('/')}/{shards[number].file}"
-            for first in range(0, len(keys), _KEYS_AT_ONCE):
-                faults += _unreadable(reader, keys[first : first + _KEYS_AT_ONCE], at)
+            at = f"{url.rstrip('/')}/{shard.file}"
+            faults += [CacheError(e.args[0], e.code, at, e.key, e.offset) for e in found]
     return sum(s.samples for s in shards), sum(s.tokens for s in shards), sum(s.bytes for s in shards), faults
-
-
-def _unreadable(reader: Reader, keys: Sequence[str], path: str) -> Iterator[CacheError]:
-    """What a checksum cannot tell: values that the format forbids."""
-    try:
-        reader.read(keys)
-    except CacheError as error:
-        if len(keys) == 1:
-            yield CacheError(error.args[0], error.code, path, error.key, error.offset)
-            return
-        for key in keys:
-            yield from _unreadable(reader, [key], path)

@@ -21,10 +21,11 @@ TEACHER = Teacher(VOCAB, (0.5,), metadata=META)
 HEADER = TEACHER.header
 ALL = RAGGED | GOLD | HASHED
 TOKENS = [
-    w.Fixed(-0.25, (299, 0, 7), (3, 400), (-0.5,), -2.0),
+    w.Fixed(-1.0, (299, 0, 7), (3, 400), (-0.5,), -2.0),
     w.Fixed(0.0, (), (), (0.25,), -1.0),
-    w.Fixed(-0.5, (1, 2), (20,), (0.125,), -math.inf),
+    w.Fixed(-0.75, (1, 2), (20,), (0.125,), -math.inf),
 ]
+ONE = -math.log(1 + math.exp(-20 / 2**8))  # top of the last of them whose mass is 1
 COUNTS = [w.Drawn(-1.0, (3, 90), (0, 2), None, -1.0), w.Drawn(-2.0, (), (), None, -1.0)]
 WEIGHTS = [w.Drawn(-1.0, (3, 90), (0, 40), 0.125), w.Drawn(-2.0, (), (), 0.0)]
 
@@ -254,6 +255,10 @@ def frames() -> Iterator[Case]:
     yield bad("frame: padding of the key", patched(88 + 7, b"\1"))
     yield bad("frame: length of a block", patched(table, w.u32(len(A.frames[0].blocks[0]) + 8)))
     yield bad("frame: length of a block not a multiple of 8", patched(table, w.u32(len(A.frames[0].blocks[0]) + 1)))
+    most = 256 + 3 * (128 + 20 * 3)
+    assert most % 8 == 4
+    long = replace(A.frames[0], blocks=[A.frames[0].blocks[0].ljust(most + 4, b"\0")])
+    yield bad("frame: a block longer than its tokens can be", one(long))
     yield bad("frame: blocks", patched(table + 8, w.u32(2)))
     for name, frame in {
         "key_bytes": replace(B.frames[0], patch=[(70, w.u16(9))]),
@@ -303,10 +308,15 @@ def fixed_blocks() -> Iterator[Case]:
         "delta of 2^32 - 1": [replace(a, deltas=(1, 2**32 - 1)), b, c],
         "a nibble too many": [a, b, replace(c, deltas=(20, 1))],
         "k_eff above kept": [replace(a, ids=(299, 0, 7, 8), deltas=(3, 4, 5)), b, c],
+        "an id twice": [a, b, replace(c, ids=(2, 2))],
+        "a mass of 1.00003": [a, b, replace(c, top=ONE + 3e-5)],
+        "a mass of 16": [replace(a, top=-0.0, ids=range(3, 19), deltas=[0] * 15), b, c],
+        "a mass of 1.0003 at temperature 0.5": [replace(a, top=-0.0, ids=(4,), deltas=(), lse=(-3e-4,)), b, c],
     }
     for name, tokens in faults.items():
         settles = name.startswith("top -0")
-        yield bad(f"fixed: {name}", one(fixed(tokens=tokens)), "fixed", "corrupt", settles)
+        kept = 16 if name == "a mass of 16" else 3
+        yield bad(f"fixed: {name}", one(fixed(tokens=tokens, kept=kept)), "fixed", "corrupt", settles)
     yield bad("fixed: something after the sections", one(fixed(block={"extra": b"\1"})))
     yield bad("fixed: 8 bytes too long", one(fixed(block={"extra": bytes(8)})))
     sections = A.frames[0].blocks[0]
@@ -328,6 +338,7 @@ def drawn_blocks() -> Iterator[Case]:
         "gold above 0": [replace(d, gold=0.5), e],
         "an id beyond the vocabulary": [replace(d, ids=(3, VOCAB)), e],
         "more draws than there were": [replace(d, values=(0, 4)), e],
+        "more draws than there were, together": [replace(d, values=(1, 2)), e],
         "value of 2^24": [replace(d, values=(0, 2**24)), e],
         "value of 2^40": [replace(d, values=(0, 2**40)), e],
         "k_eff above kept": [replace(d, ids=(1, 2, 3, 4), values=(0, 0, 0, 0)), e],

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import format_writer as w
-from attacks import Case, bad, case
+from attacks import ONE, Case, bad, case
 from format_compact_writer import Symbol, Token, copies, in_place, number, raw_model
 from format_parts import GOLD, HASHED, RAGGED, align8
 from make_cache import ALICE, BOB, Files, Teacher, files_of, journal_of, token_hash
@@ -25,9 +25,9 @@ MODEL = raw_model(VOCAB, 1, listed=[4, 0], class_bits=1)
 PAYLOAD = MODEL.payload(VOCAB)
 SIZE = align8(56 + len(PAYLOAD))
 TOKENS = [
-    Token(-0.25, (0, 4, 2), (3, 400), (-0.5,), -2.0, row_class=1),
+    Token(-1.0, (0, 4, 2), (3, 400), (-0.5,), -2.0, row_class=1),
     Token(0.0, (), (), (0.25,), -1.0),
-    Token(-0.5, (1, 2), (20,), (0.125,), -math.inf),
+    Token(-0.75, (1, 2), (20,), (0.125,), -math.inf),
     Token(-0.75, (3,), (), (1.0,), -0.5),
     Token(-1.5, (4, 3), (0,), (2.0,), -0.25),
 ]
@@ -183,6 +183,7 @@ def payloads() -> Iterator[Case]:
 
 def blocks() -> Iterator[Case]:
     a, b, *rest = TOKENS
+    c = rest[0]
     for name, tokens in {
         "k_eff above kept": [replace(a, ids=(0, 4, 2, 1), deltas=(3, 4, 5)), b, *rest],
         "an id beyond the vocabulary": [replace(a, ids=(0, 5, 2)), b, *rest],
@@ -197,6 +198,8 @@ def blocks() -> Iterator[Case]:
         "lse NaN": [a, replace(b, lse=(math.nan,)), *rest],
         "gold above 0": [replace(a, gold=1e-45), b, *rest],
         "gold NaN": [a, replace(b, gold=math.nan), *rest],
+        "a mass of 1.00003": [replace(a, ids=(1,), top=-0.0, deltas=(), lse=(0.0,)), b, replace(c, top=ONE + 3e-5)],
+        "a mass of 1.0003 at temperature 0.5": [replace(a, top=-0.0, ids=(4,), deltas=(), lse=(-3e-4,)), b, *rest],
     }.items():
         yield bad(f"compact: {name}", cache(frame=coded(tokens)), "compact", settles=name.startswith("top -0"))
     lists_1 = replace(MODEL, listed=[4, 1])  # what this writes as 1 is read as 0

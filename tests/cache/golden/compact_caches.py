@@ -10,19 +10,22 @@ from dataclasses import replace
 import format_writer as w
 from format_compact_writer import Token, copies, in_place, model_of, raw_model
 from format_parts import GOLD, HASHED, RAGGED
-from make_cache import ALICE, BOB, Files, Teacher, files_of, journal_of, token_hash, with_manifest
+from make_cache import ALICE, BOB, Files, Teacher, files_of, journal_of, possible, token_hash, with_manifest
 
 
-def _tokens(rng: random.Random, n: int, vocab: int, others: int, sizes: Sequence[int], *, gold: bool) -> list[Token]:
+def _tokens(
+    rng: random.Random, n: int, vocab: int, others: Sequence[float], sizes: Sequence[int], *, gold: bool
+) -> list[Token]:
     """Tokens of ``sizes`` entries in turn, and of two classes; few ids are frequent, and most deltas small."""
     tokens = []
     for i in range(n):
         k = sizes[i % len(sizes)]
         ids = sorted(rng.sample(range(vocab), k), key=lambda i: i * rng.random())
         deltas = [rng.randrange(rng.choices((3, 40, 4000), (40, 9, 1))[0]) for _ in range(k - 1)]
-        lse = [rng.uniform(0, 5) for _ in range(others)]
+        lse = [rng.uniform(0, 5) for _ in others]
         top = -rng.uniform(0, 4) if k else 0.0
-        tokens.append(Token(top, ids, deltas, lse, -rng.uniform(0, 4) if gold else None, row_class=i % 2))
+        token = Token(top, ids, deltas, lse, -rng.uniform(0, 4) if gold else None, row_class=i % 2)
+        tokens.append(possible(token, others))
     return tokens
 
 
@@ -32,14 +35,14 @@ def compact() -> tuple[Files, Teacher]:
     teacher = Teacher(300, (0.5, 1.0, 4.0), metadata={"teacher": "tiny"})
     edges = [0, 1, 2, 3, 4, 65536]
     corner = [
-        Token(-0.5, (0, 299, 1, 2, 3, 4, 5), edges, (-0.25, 1.5), -0.5),
+        Token(-2.0, (0, 299, 1, 2, 3, 4, 5), edges, (-0.25, 1.5), -0.5),
         Token(-0.0, (7,), (), (0.0, 0.0), -math.inf, row_class=1),
         Token(0.0, (), (), (0.0, 6.9), -3.0),
-        Token(-1e-42, (5, 6), (2**24 - 1,), (-1e30, 1e30), -0.0),
-        Token(-3.4028234663852886e38, (8, 9), (1,), (0.0, 0.0), -1e-45, row_class=1),
+        Token(-1e-42, (5, 6), (2**24 - 1,), (0.0, 1e30), -0.0),
+        Token(-3.4028234663852886e38, (8, 9), (1,), (-1e30, 0.0), -1e-45, row_class=1),
     ]
-    two_blocks = _tokens(rng, 65, 300, 2, [2], gold=False)
-    long = _tokens(rng, 1, 300, 2, [70], gold=False)
+    two_blocks = _tokens(rng, 65, 300, teacher.others, [2], gold=False)
+    long = _tokens(rng, 1, 300, teacher.others, [70], gold=False)
     model = model_of([*corner, *two_blocks, *long], 300, 2, listed=9)
     ids = [1, -1, 2**62, 0, 50]
     given = {"flags": RAGGED | GOLD | HASHED, "token_hash": token_hash(ids)}

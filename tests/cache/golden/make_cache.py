@@ -16,7 +16,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import format_writer as w
 import numpy as np
@@ -244,17 +244,31 @@ def empty() -> tuple[Files, Teacher]:
     return {"cache.header": teacher.header}, teacher
 
 
+AnyToken = TypeVar("AnyToken", bound=w.Fixed)
+
+
+def possible(token: AnyToken, others: Sequence[float]) -> AnyToken:
+    """The token with a top, and an lse at each of ``others``, so far from 0 that no mass is above 1, on any grid."""
+    if not token.ids:
+        return token
+    below = np.cumsum([0, *token.deltas]) * 0.5**10
+    top = token.top - math.log(np.exp(-below).sum())
+    lse = [x + math.log(np.exp((top - below) / t).sum()) for x, t in zip(token.lse, others, strict=True)]
+    return replace(token, top=top, lse=lse)
+
+
 def _tokens_fixed(
-    rng: random.Random, n: int, vocab: int, others: int, sizes: Sequence[int], gold: bool
+    rng: random.Random, n: int, vocab: int, others: Sequence[float], sizes: Sequence[int], gold: bool
 ) -> list[w.Fixed]:
     """Random tokens of ``sizes`` entries in turn; one delta in six needs an escape, some a long one."""
     tokens = []
     for i in range(n):
         k = sizes[i % len(sizes)]
         deltas: list[int | bytes] = [rng.randrange(rng.choices((15, 270, 4000), (40, 9, 1))[0]) for _ in range(k - 1)]
-        lse = [rng.uniform(0, 5) for _ in range(others)]
+        lse = [rng.uniform(0, 5) for _ in others]
         top = -rng.uniform(0, 4) if k else 0.0
-        tokens.append(w.Fixed(top, rng.sample(range(vocab), k), deltas, lse, -rng.uniform(0, 4) if gold else None))
+        token = w.Fixed(top, rng.sample(range(vocab), k), deltas, lse, -rng.uniform(0, 4) if gold else None)
+        tokens.append(possible(token, others))
     return tokens
 
 
@@ -271,24 +285,24 @@ def fixed() -> tuple[Files, Teacher]:
     teacher = Teacher(1000, (0.5, 1.0, 2.0), metadata=meta)
     edges = [0, 14, 15, 269, 270, 65536]
     corner = [
-        w.Fixed(-0.5, (0, 999, 1, 2, 3, 4, 5), edges, (-0.25, 1.5), -0.5),
+        w.Fixed(-1.5, (0, 999, 1, 2, 3, 4, 5), edges, (-0.25, 1.5), -0.5),
         w.Fixed(-0.0, (7,), (), (0.0, 0.0), -math.inf),
         w.Fixed(0.0, (), (), (0.0, 6.9), -3.0),
-        w.Fixed(-1e-42, (5, 6), (2**24 - 1,), (-1e30, 1e30), -0.0),
-        w.Fixed(-3.4028234663852886e38, (8, 9), (1,), (0.0, 0.0), -1e-45),
+        w.Fixed(-1e-42, (5, 6), (2**24 - 1,), (0.0, 1e30), -0.0),
+        w.Fixed(-3.4028234663852886e38, (8, 9), (1,), (-1e30, 0.0), -1e-45),
     ]
-    ids = [1, -1, 2**62, 0, 50]
-    two_blocks = _tokens_fixed(rng, 65, 1000, 2, [4], gold=False)
+    ids, others = [1, -1, 2**62, 0, 50], teacher.others
+    two_blocks = _tokens_fixed(rng, 65, 1000, others, [4], gold=False)
+    one = _tokens_fixed(rng, 1, 1000, others, [2], gold=True)
+    ragged = _tokens_fixed(rng, 30, 1000, others, [1, 5, 0, 2, 8], gold=False)
     frames = [
         teacher.fixed(
             "corner", corner, 7, flags=RAGGED | GOLD | HASHED, method=1, parameter=0.9, token_hash=token_hash(ids)
         ),
         teacher.fixed("two blocks", two_blocks, 4, grid=2),
         teacher.fixed("no tokens", [], 3, flags=HASHED, token_hash=token_hash([])),
-        teacher.fixed("ключ/鍵", _tokens_fixed(rng, 1, 1000, 2, [2], gold=True), 2, flags=GOLD, grid=10),
-        teacher.fixed(
-            "ragged", _tokens_fixed(rng, 30, 1000, 2, [1, 5, 0, 2, 8], gold=False), 9, flags=RAGGED, block_tokens=256
-        ),
+        teacher.fixed("ключ/鍵", one, 2, flags=GOLD, grid=10),
+        teacher.fixed("ragged", ragged, 9, flags=RAGGED, block_tokens=256),
     ]
     shard = w.Shard(teacher.header, 0x1122334455667788, ALICE, 0, frames)
     files = files_of(teacher.header, {ALICE: (journal_of(teacher.header, [shard], commits=[2, 5]), [shard])})
@@ -320,7 +334,7 @@ def drawn() -> tuple[Files, Teacher]:
             seed=2**64 - 1,
         ),
         teacher.drawn("pps", pps, 300, flags=RAGGED | GOLD | SEEDED, gap_order=21, order=7, method=3, grid=8, seed=0),
-        teacher.drawn("even", [token(3, 2), token(3, 2)], 3, gap_order=23, order=0, method=2, parameter=3.0),
+        teacher.drawn("even", [token(3, 2), token(3, 2)], 3, gap_order=23, order=0, method=2, parameter=6.0),
         teacher.drawn(
             "nothing", [w.Drawn(0.0, [], [])], 1, flags=RAGGED, gap_order=0, order=23, method=2, parameter=1.0
         ),

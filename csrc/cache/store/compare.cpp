@@ -1,0 +1,108 @@
+#include "cache/store/compare.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cache/store/scratch.h"
+
+namespace kdfast::cache {
+namespace {
+
+constexpr std::int64_t most_tokens_at_once = 256;  // those of a block at most
+
+template <class T>
+bool same_bits(const T* a, const T* b, std::int64_t count) {
+    return count == 0 || std::memcmp(a, b, static_cast<std::size_t>(count) * sizeof(T)) == 0;
+}
+
+// Rows of as many tokens, as decoding left them.
+bool same_rows(const Layout& a, const Destination& x, const Layout& b, const Destination& y) {
+    for (std::int64_t i = 0; i < x.tokens; ++i) {
+        const std::int64_t k = a.ragged ? x.k_eff[i] : a.kept, at = i * a.kept, other = i * b.kept;
+        if (k != (b.ragged ? y.k_eff[i] : b.kept) || !same_bits(x.ids + at, y.ids + other, k)) return false;
+        const bool drawn = a.codec == Codec::drawn;
+        if (!(drawn ? same_bits(x.mass + at, y.mass + other, k) : same_bits(x.logprobs + at, y.logprobs + other, k)))
+            return false;
+    }
+    for (std::size_t t = 0; t < a.temperatures.size(); ++t) {
+        const auto row = static_cast<std::int64_t>(t);
+        if (!same_bits(x.lse + row * x.lse_stride, y.lse + row * y.lse_stride, x.tokens)) return false;
+    }
+    return (!a.gold || same_bits(x.gold, y.gold, x.tokens)) &&
+           (a.codec != Codec::drawn || same_bits(x.neg_entropy, y.neg_entropy, x.tokens));
+}
+
+// What rows are compared by, beside their values.
+bool same_kind(const Layout& a, const Layout& b) {
+    return a.method == b.method && a.gold == b.gold && a.temperatures == b.temperatures;
+}
+
+class Stored {
+  public:
+    Stored(const Reader& reader, const Place& place)
+        : reader_(reader), place_(place), layout_(reader.header(place).layout(reader.catalog().header())) {}
+    const Layout& layout() const { return layout_; }
+    std::int64_t tokens() const { return place_.entry.tokens; }
+    Destination rows(std::int64_t first, std::int64_t count) {
+        const Destination out = scratch_.rows(layout_, count);
+        reader_.read(ReadRequest{&place_, first, out});
+        return out;
+    }
+
+  private:
+    const Reader& reader_;
+    const Place& place_;
+    Layout layout_;
+    Scratch scratch_;
+};
+
+// Targets in memory as they come back from a block.
+class Given {
+  public:
+    Given(Layout layout, const Source& targets) : layout_(std::move(layout)), targets_(targets) {
+        if (layout_.codec == Codec::compact) layout_.codec = Codec::fixed;  // which hold the same numbers
+    }
+    const Layout& layout() const { return layout_; }
+    std::int64_t tokens() const { return targets_.tokens; }
+    Destination rows(std::int64_t first, std::int64_t count) {
+        block_.clear();
+        encode(layout_, targets_.rows(first, count, layout_.kept), block_);
+        const std::size_t size = block_.size();
+        block_.resize(size + padding_after_block);
+        const Destination out = scratch_.rows(layout_, count);
+        decode(layout_, std::span(block_).first(size), count, 0, out);
+        return out;
+    }
+
+  private:
+    Layout layout_;
+    Source targets_;
+    std::vector<std::byte> block_;
+    Scratch scratch_;
+};
+
+template <class A, class B>
+bool same(A a, B b) {
+    if (!same_kind(a.layout(), b.layout()) || a.tokens() != b.tokens()) return false;
+    for (std::int64_t first = 0; first < a.tokens(); first += most_tokens_at_once) {
+        const std::int64_t count = std::min(most_tokens_at_once, a.tokens() - first);
+        if (!same_rows(a.layout(), a.rows(first, count), b.layout(), b.rows(first, count))) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+bool same_targets(const Reader& reader, const Place& place, const Layout& layout, const Source& targets) {
+    Stored stored(reader, place);
+    Layout on_its_grid = layout;
+    on_its_grid.grid = stored.layout().grid;
+    return same(std::move(stored), Given(std::move(on_its_grid), targets));
+}
+
+bool same_targets(const Reader& reader, const Place& place, const Reader& other_reader, const Place& other) {
+    return same(Stored(reader, place), Stored(other_reader, other));
+}
+
+}  // namespace kdfast::cache
