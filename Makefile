@@ -10,7 +10,7 @@ SOURCES = $(shell find csrc kdfast kernels -type f -not -name '*.so' -not -path 
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest
 # Processes that share the tests. Torch computes with several threads in each, which sleep where they would spin.
 WORKERS ?= 2
-SHARE ?= 3
+SHARE ?= 5
 # The oldest Triton that pyproject.toml lets in, with the newest NumPy: the pins of triton-oldest, and nowhere else.
 OLDEST_TRITON = triton==3.6.0
 OLDEST_NUMPY = numpy>=2.4

@@ -67,7 +67,7 @@ def measure() -> list[Fidelity]:
 
 def listing(found: Sequence[Fidelity]) -> str:
     """Markdown."""
-    header = ["teacher", "T", "grid 4: bytes/token", "mean KL", "largest", '"auto"', "bytes/token", "mean KL", "largest"]
+    header = ["teacher", "T", "grid 4: bytes", "mean KL", "largest", "`auto`", "bytes", "mean KL", "largest"]
     rows = []
     for four, auto in zip(found[::2], found[1::2], strict=True):
         figures = [[f"{x.bytes_per_token:.1f}", f"{x.mean:.1e}", f"{x.largest:.1e}"] for x in (four, auto)]

@@ -91,7 +91,7 @@ def export_parquet(reader: Reader, path: str | os.PathLike[str]) -> Exported:
     try:
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
             for keys in _portions(reader):
-                rows = [_row(reader, key, t) for key, t in zip(keys, reader.read(keys), strict=True)]
+                rows = [_row(reader, key) for key in keys]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 samples += len(rows)
                 tokens += sum(reader.tokens(key) for key in keys)
@@ -135,28 +135,39 @@ def _portions(reader: Reader) -> Iterator[list[str]]:
         yield portion
 
 
-def _row(reader: Reader, key: str, targets: SparseTargets) -> dict[str, Any]:
+def _row(reader: Reader, key: str) -> dict[str, Any]:
     entry = reader._engine.find(key)
-    drawn = targets.method in SAMPLED
-    kept = targets.valid.sum(-1).numpy()
-    row = {
+    drawn = entry.method in SAMPLED
+    row: dict[str, Any] = {
         "key": key,
-        "ids": _nested(targets.ids, kept),
-        "logprobs": None if targets.logprobs is None else _nested(targets.logprobs, kept),
-        "method": targets.method,
-        "width": targets.shape[-1],
-        "gold_logprob": None if targets.gold_logprob is None else targets.gold_logprob.numpy(),
-        "mass": None if targets.mass is None else _nested(targets.mass, kept),
-        "neg_entropy": None if targets.neg_entropy is None else targets.neg_entropy.numpy(),
+        "ids": [],
+        "logprobs": None if drawn else [],
+        "method": entry.method,
+        "width": entry.kept,
+        "gold_logprob": [] if entry.gold else None,
+        "mass": [] if drawn else None,
+        "neg_entropy": [] if drawn else None,
         "token_hash": entry.token_hash,
         "seed": reader._details(entry)[1] if drawn else None,
     }
-    lse = {} if drawn else targets.lse or {}
-    return row | {f"{_LSE}{t!r}": values.numpy() for t, values in lse.items() if t != 1.0}
+    lse = {} if drawn else {t: f"{_LSE}{t!r}" for t in reader.temperatures if t != 1.0}
+    row |= {name: [] for name in lse.values()}
+    for targets in reader._pieces(key):
+        kept = targets.valid.sum(-1).numpy()
+        for name in ("ids", "logprobs", "mass"):
+            if row[name] is not None:
+                row[name] += _nested(getattr(targets, name), kept)
+        for name in ("gold_logprob", "neg_entropy"):
+            if row[name] is not None:
+                row[name] += getattr(targets, name).tolist()
+        for t, name in lse.items():
+            row[name] += targets.lse[t].tolist()  # type: ignore[index]  # what is no sample has them
+    return row
 
 
 def _nested(values: Tensor, kept: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
-    return [row[:n] for row, n in zip(values.numpy(), kept, strict=True)]
+    """Of each row what is in use, without the memory of the rest."""
+    return [row[:n].copy() for row, n in zip(values.numpy(), kept, strict=True)]
 
 
 # --- Into a cache -----------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ _KEYS_AT_ONCE = 4096
 _CPU = torch.device("cpu")  # whatever torch's default is
 _ADVISED_BYTES = 256 << 20
 _POOLED_BYTES = 256 << 10  # for what is smaller malloc has room that stays
+_PIECE_ENTRIES = 1 << 22
 _MOST_EXPANSION = 64  # of stored bytes in memory, beyond which read_bytes counts: full rows take at most a third of it
 
 
@@ -179,6 +180,13 @@ class Reader:
     def __getitem__(self, selector: Selector) -> SparseTargets:
         """``reader[key]``, or ``reader[key, start:stop]`` for some tokens, without the rest of the sample."""
         return self.read([selector])[0]
+
+    def _pieces(self, key: Key) -> Iterator[SparseTargets]:
+        """A sample from its first token on, in as many tokens at a time as are small: at least one piece."""
+        entry = self._engine.find(key_text(key))
+        at_once = max(1, _PIECE_ENTRIES // entry.kept)
+        for first in range(0, max(1, entry.tokens), at_once):
+            yield self[key, first : first + at_once]
 
     def read(self, keys: Iterable[Selector], token_ids: Sequence[TokenIds | None] | None = None) -> list[SparseTargets]:
         """Samples, or ranges of them, in the order asked for; read in the order of the disk, on torch's threads.

@@ -59,25 +59,29 @@ def sizes(reader: Reader, samples: int) -> dict[str, Size]:
 
 def statistics(reader: Reader, samples: int) -> Statistics | None:
     """Of at most ``samples`` samples, evenly spread over the cache; None where none has log-probabilities."""
-    entropies, tails, kept, read = [], [], [], 0
+    # Lists of numbers: small tensors between large ones that come and go would keep malloc from using their memory again.
+    entropies: list[float] = []
+    tails: list[float] = []
+    kept = read = 0
     for key in _spread(reader, samples):
-        targets = reader[key]
-        if targets.method in SAMPLED or not len(targets.ids):
+        entry = reader._engine.find(key)
+        if entry.method in SAMPLED or not entry.tokens:
             continue
         read += 1
-        logprobs = targets.logprobs.double()  # type: ignore[union-attr]
-        q = torch.where(targets.valid, logprobs.exp(), 0.0)
-        tail = (1 - q.sum(-1)).clamp(min=0)
-        entropies.append(-(torch.special.xlogy(q, q).sum(-1) + torch.special.xlogy(tail, tail)))
-        tails.append(tail)
-        kept.append(targets.valid.sum(-1))
+        for targets in reader._pieces(key):
+            logprobs = targets.logprobs.double()  # type: ignore[union-attr]
+            q = torch.where(targets.valid, logprobs.exp(), 0.0)
+            tail = (1 - q.sum(-1)).clamp(min=0)
+            entropies += (-(torch.special.xlogy(q, q).sum(-1) + torch.special.xlogy(tail, tail))).tolist()
+            tails += tail.tolist()
+            kept += int(targets.valid.sum())
     if not read:
         return None
-    entropy, tail = torch.cat(entropies), torch.cat(tails)
+    entropy, tail = torch.tensor(entropies, dtype=torch.float64), torch.tensor(tails, dtype=torch.float64)
     return Statistics(
         samples=read,
         tokens=len(entropy),
-        kept=torch.cat(kept).double().mean().item(),
+        kept=kept / len(entropy),
         entropy=entropy.mean().item(),
         tail=tail.mean().item(),
         entropies=_histogram(entropy),

@@ -307,7 +307,10 @@ bool Writer::is_same(Job& job) {
         std::vector<Fault> damage;
         stored_ = std::make_unique<const Reader>(directory_, &damage);
     }
-    return same_targets(*stored_, stored_->find(key), job.layout, job.source());
+    if (!same_targets(*stored_, stored_->find(key), job.layout, job.source())) return false;
+    std::lock_guard lock(signals_->mutex);
+    known_.at(key).content = job.content;  // which is soon compared, when it comes again
+    return true;
 }
 
 void Writer::submit(std::unique_lock<std::mutex>& lock, std::shared_ptr<Job> job) {
