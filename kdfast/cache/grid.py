@@ -23,11 +23,14 @@ def grid_for(grid: Grid, temperatures: Iterable[float]) -> int:
     does, at which every cache is exact; those below 2^-6 for more than there is.
 
     Raises:
-        ValueError: another word, or a number that is not 2 to 10.
+        ValueError: another word, a number that is not 2 to 10, or a temperature that is not above 0.
     """
     if grid == "auto":
-        least = min(1.0, *temperatures)
-        return min(MOST, math.ceil(math.log2(1 / (_STEP * least)) - 1e-9))
+        least = min([1.0, *temperatures])
+        if not least > 0:
+            msg = f"temperatures must be above 0, got {least:g}"
+            raise ValueError(msg)
+        return min(MOST, math.ceil(-math.log2(least) - math.log2(_STEP) - 1e-9))
     if isinstance(grid, bool) or not isinstance(grid, int) or not LEAST <= grid <= MOST:
         msg = f'grid must be "auto", or {LEAST} to {MOST}, got {grid!r}'
         raise ValueError(msg)

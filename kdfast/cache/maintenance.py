@@ -109,7 +109,8 @@ def merge(
         sources: directories of caches.
         destination: directory of the cache that they go to, whose own samples come first.
         shard_bytes: a file that has as many is finished, and the next begun.
-        on_duplicate: where samples of one key and the same token ids have other targets: "error", or "keep" the first.
+        on_duplicate: where samples of one key and the same token ids have other targets, as those on another grid do:
+            "error", or "keep" the first.
 
     Raises:
         CacheError: caches whose headers differ, damage in a source, or samples of one key in two of them that differ.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 
+from kdfast.cache.batch import Batch, fitting
 from kdfast.cache.error import CacheError
 from kdfast.cache.keys import Key, TokenIds, key_text, token_hash
 from kdfast.cache.metadata import metadata
@@ -18,7 +16,7 @@ from kdfast.cache.packing import packed
 from kdfast.cache.prefetch import advise
 from kdfast.cache.remote.files import is_url
 from kdfast.spec.packed import PackedTargets
-from kdfast.spec.sparse import SAMPLED, SparseTargets
+from kdfast.spec.sparse import SparseTargets
 
 if TYPE_CHECKING:
     from kdfast import _core
@@ -34,11 +32,10 @@ READ_BYTES = 1 << 30
 Selector: TypeAlias = Key | tuple[Key, slice]
 
 _KEYS_AT_ONCE = 4096
-_CPU = torch.device("cpu")  # whatever torch's default is
 _ADVISED_BYTES = 256 << 20
-_POOLED_BYTES = 256 << 10  # for what is smaller malloc has room that stays
-_PIECE_ENTRIES = 1 << 22
-_MOST_EXPANSION = 64  # of stored bytes in memory, beyond which read_bytes counts: full rows take at most a third of it
+_MOST_OPEN_FILES = 1 << 16
+_PIECE_ENTRIES = 1 << 20
+_MOST_EXPANSION = 64  # of stored bytes in memory, beyond which read_bytes counts: full rows take at most half of it
 
 
 class Shard(NamedTuple):
@@ -72,7 +69,8 @@ class Reader:
         local_cache: for a URL, the folder; None: ``kdfast`` in the user's cache folder.
         local_bytes: for a URL, what the shards in that folder take at most; those used longest ago leave.
         storage_options: for a URL, what fsspec is to be told.
-        open_files: shards that are open at most at the same time; the one used longest ago is closed.
+        open_files: shards that are kept open at most; the one used longest ago is closed for the next. Where all are
+            being read a thread more has one more open, while it reads.
         read_bytes: what the entries that one call gives back may take, or 64 times what they take on disk, if that is
             more: rows of 65535 places may be stored in six bytes each, where none of them is in use.
 
@@ -96,9 +94,9 @@ class Reader:
         if damaged not in ("raise", "skip"):
             msg = f'damaged must be "raise" or "skip", got {damaged!r}'
             raise ValueError(msg)
-        for name, value in (("open_files", open_files), ("read_bytes", read_bytes)):
-            if value < 1:
-                msg = f"{name} must be at least 1, got {value}"
+        for name, value, most in (("open_files", open_files, _MOST_OPEN_FILES), ("read_bytes", read_bytes, 1 << 62)):
+            if not isinstance(value, int) or not 1 <= value <= most:
+                msg = f"{name} must be a whole number from 1 to {most}, got {value!r}"
                 raise ValueError(msg)
         path = os.fspath(path)
         remote = None
@@ -140,8 +138,6 @@ class Reader:
         self.shift: int = header["shift"]
         #: What the writer said of teacher and tokenizer.
         self.metadata = metadata(header["metadata"], self.path)
-        rows = sorted(self.temperatures, key=lambda t: (t == 1.0, t))  # as the engine fills them
-        self._lse_rows = tuple(rows.index(t) for t in self.temperatures)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.path, *self._options)
@@ -188,21 +184,29 @@ class Reader:
         for first in range(0, max(1, entry.tokens), at_once):
             yield self[key, first : first + at_once]
 
-    def read(self, keys: Iterable[Selector], token_ids: Sequence[TokenIds | None] | None = None) -> list[SparseTargets]:
+    def read(
+        self,
+        keys: Iterable[Selector],
+        token_ids: Sequence[TokenIds | None] | None = None,
+        *,
+        out: list[SparseTargets] | None = None,
+    ) -> list[SparseTargets]:
         """Samples, or ranges of them, in the order asked for; read in the order of the disk, on torch's threads.
 
         Args:
             keys: of samples; (key, slice) for some of the tokens of one.
             token_ids: for each key the token ids (S,) of the whole sample as the caller has it, or None: that they are
                 those the targets were made from is then checked.
+            out: what an earlier call gave back, for as many keys, one by one of as many tokens and the same fields: its
+                tensors are filled anew, which saves fresh memory and objects. Where the call raises they hold anything.
 
         Returns:
-            For each key targets (S, K), or (stop - start, K).
+            For each key targets (S, K), or (stop - start, K): a list, which is ``out`` where that is given.
 
         Raises:
             CacheError: a key that is not there, data that are damaged, or token ids that are others.
             IndexError: a slice with a step.
-            ValueError: targets that would take more than ``read_bytes``.
+            ValueError: targets that would take more than ``read_bytes``, or do not fit ``out``.
         """
         selection = self._select(keys, token_ids)
         given, stored = selection.bytes
@@ -212,22 +216,16 @@ class Reader:
                 f"read fewer of them, or ranges, or pass read_bytes={given} to the reader"
             )
             raise ValueError(msg)
-        groups = selection.groups
-        tensors = [self._empty(kept, method, ragged, gold, sum(n)) for kept, method, ragged, gold, _, n in groups]
-        addresses = [_addresses(fields) for fields in tensors]
-        self._serve(selection.shards, lambda files: selection.read(addresses, torch.get_num_threads(), files))
-        out: list[SparseTargets | None] = [None] * len(selection)
-        for (_, method, _, _, places, counts), fields in zip(groups, tensors, strict=True):
-            for i, one in zip(places, self._targets(method, counts, fields), strict=True):
-                out[i] = one
-        return out  # type: ignore[return-value]  # every place is in one of the groups
+        batch = Batch(selection.groups, self.vocab_size, self.temperatures) if out is None else fitting(out, selection)
+        self._serve(selection.shards, lambda files: selection.read(batch.addresses, torch.get_num_threads(), files))
+        return batch
 
     def packed(
         self, keys: Iterable[Selector], token_ids: Sequence[TokenIds | None] | None = None
     ) -> list[PackedTargets]:
         """What :meth:`read` gives, still packed: for a GPU, which unpacks it where the loss needs it.
 
-        Checksums and values are verified here as :meth:`read` does, and that no id stands twice in a token.
+        Checksums and values are verified here as :meth:`read` does.
 
         Args:
             keys: as for :meth:`read`.
@@ -295,90 +293,6 @@ class Reader:
         if token_hash(token_ids, entry.tokens, key) != stored:
             what = "the token ids are not those that the targets were made from"
             raise CacheError(what, "misaligned", self.path, key)
-
-    def _empty(self, kept: int, method: str, ragged: bool, gold: bool, n: int) -> _Fields:
-        """Tensors for the engine to fill, with the rows of all, one after the other: many small ones take longer."""
-        drawn = method in SAMPLED
-
-        def floats(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=_CPU)
-
-        return _Fields(
-            ids=_rows(n, kept, torch.int32),
-            values=_rows(n, kept, torch.float32),
-            lse=None if drawn else torch.zeros((len(self.temperatures), n), dtype=torch.float32, device=_CPU),
-            k_eff=torch.empty((n,), dtype=torch.int32, device=_CPU) if ragged else None,
-            gold=floats(n) if gold else None,
-            neg_entropy=floats(n) if drawn else None,
-        )
-
-    def _targets(self, method: str, counts: list[int], fields: _Fields) -> Iterator[SparseTargets]:
-        """For each of the counts its rows of the tensors, which have them one after the other."""
-        n, drawn = len(fields.ids), method in SAMPLED
-        if fields.lse is not None:
-            rows = fields.lse.unbind()
-            lse = [rows[i] for i in self._lse_rows]
-        else:  # of drawn targets only the temperature is kept: a loss has no use for their normaliser
-            lse = [
-                torch.full((n,), 0.0 if t == 1.0 else math.nan, dtype=torch.float32, device=_CPU)
-                for t in self.temperatures
-            ]
-
-        def one(
-            ids: Tensor,
-            values: Tensor,
-            k_eff: Tensor | None,
-            gold: Tensor | None,
-            neg_entropy: Tensor | None,
-            *lse: Tensor,
-        ) -> SparseTargets:
-            return SparseTargets._checked(
-                {
-                    "ids": ids,
-                    "logprobs": None if drawn else values,
-                    "vocab_size": self.vocab_size,
-                    "lse": dict(zip(self.temperatures, lse, strict=True)),
-                    "k_eff": k_eff,
-                    "method": method,
-                    "mass": values if drawn else None,
-                    "neg_entropy": neg_entropy,
-                    "gold_logprob": gold,
-                }
-            )
-
-        whole: tuple[Any, ...] = (fields.ids, fields.values, fields.k_eff, fields.gold, fields.neg_entropy, *lse)
-        if len(counts) == 1:
-            yield one(*whole)
-            return
-        # The parts are no views of a tensor that anyone else has: what autograd would note of them takes time.
-        parts = [itertools.repeat(None) if t is None else torch.unsafe_split_with_sizes(t, counts) for t in whole]
-        yield from itertools.starmap(one, zip(*parts))  # noqa: B905  # what repeats has no end
-
-
-def _rows(n: int, kept: int, dtype: torch.dtype) -> Tensor:
-    """(n, kept) entries of four bytes, uninitialised; large ones in memory that earlier ones have left."""
-    from kdfast import _core
-
-    count = n * kept
-    if 4 * count < _POOLED_BYTES:
-        return torch.empty((n, kept), dtype=dtype, device=_CPU)
-    return torch.frombuffer(_core.CacheMemory(4 * count), dtype=dtype).view(n, kept)
-
-
-class _Fields(NamedTuple):
-    """The tensors of samples whose fields are alike, in the engine's order."""
-
-    ids: Tensor  # (n, K) int32
-    values: Tensor  # (n, K): logprobs or, of drawn ones, mass
-    lse: Tensor | None  # (temperatures, n): those that are stored, then T = 1, of which it is 0
-    k_eff: Tensor | None  # (n,) int32
-    gold: Tensor | None  # (n,)
-    neg_entropy: Tensor | None  # (n,)
-
-
-def _addresses(fields: _Fields) -> tuple[int, int, int, int, int, int]:
-    ids, values, *rest = (0 if value is None else value.data_ptr() for value in fields)
-    return (ids, values, *rest)  # type: ignore[return-value]  # as many as there are fields
 
 
 def _reopened(

@@ -59,7 +59,7 @@ def sizes(reader: Reader, samples: int) -> dict[str, Size]:
 
 def statistics(reader: Reader, samples: int) -> Statistics | None:
     """Of at most ``samples`` samples, evenly spread over the cache; None where none has log-probabilities."""
-    # Lists of numbers: small tensors between large ones that come and go would keep malloc from using their memory again.
+    # Numbers: small tensors between large ones that come and go would keep malloc from using their memory again.
     entropies: list[float] = []
     tails: list[float] = []
     kept = read = 0

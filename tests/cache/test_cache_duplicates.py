@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -140,9 +144,52 @@ def test_merge(tmp_path):
         cache.merge([other], tmp_path / "both", on_duplicate="first")
 
 
-def test_threads_that_write_the_same(tmp_path):
-    from concurrent.futures import ThreadPoolExecutor
+def test_an_export_comes_back_into_its_own_cache(tmp_path):
+    """With entries of equal probability in another order, and other last bits."""
+    pytest.importorskip("pyarrow", reason="the cache extra is not installed")
+    from kdfast.cache.parquet import export_parquet, import_parquet
 
+    coarse = torch.randint(0, 6, (90, V)).float()  # many are equal
+    for tier in ("fixed", "compact"):
+        with cache.Writer(tmp_path / tier, vocab_size=V, tier=tier) as writer:
+            writer.write("a", targets(), IDS)
+            writer.write("b", soft_targets(coarse, k=12, temperatures=(1.0, 2.0)), IDS)
+            writer.write("c", targets(k=(1, 12), method="topp", p=0.9), IDS)
+        export_parquet(cache.Reader(tmp_path / tier), tmp_path / "x.parquet")
+        assert import_parquet(tmp_path / "x.parquet", tmp_path / tier, tier=tier)[::2] == (0, 3)
+        import_parquet(tmp_path / "x.parquet", tmp_path / "again")
+        assert cache.merge([tmp_path / tier], tmp_path / "again") == (0, 3)
+
+
+def test_wider_rows_of_the_same_writer_cost_no_commit(tmp_path):
+    with cache.Writer(tmp_path, vocab_size=V) as writer:
+        for tier in range(3):
+            writer.write(tier, targets(tier), IDS)
+        assert not any(writer.write(i, wider(targets(i)), IDS) for i in range(3))
+        assert writer.bytes_written() < 500  # a header
+
+
+def test_nothing_is_taken_once_a_writer_closes(tmp_path):
+    for attempt in range(20):
+        taken, folder = [], tmp_path / str(attempt)
+        writer = cache.Writer(folder, vocab_size=V, temperatures=(1.0, 2.0), queue_bytes=20_000)
+
+        def write(start, writer=writer, taken=taken):
+            for i in itertools.count(start, 3):
+                if writer.write(i, targets(i % 5), IDS):
+                    taken.append(str(i))
+
+        with ThreadPoolExecutor(3) as pool:
+            done = [pool.submit(write, i) for i in range(3)]
+            time.sleep(0.01)
+            writer.close()
+            for one in done:
+                with pytest.raises(ValueError, match="the writer is closed"):
+                    one.result()
+        assert sorted(cache.Reader(folder)) == sorted(taken)
+
+
+def test_threads_that_write_the_same(tmp_path):
     with cache.Writer(tmp_path, vocab_size=V) as writer, ThreadPoolExecutor(4) as pool:
         new = list(pool.map(lambda i: writer.write(f"{i % 5}", targets(i % 5), IDS), range(40)))
     assert sum(new) == 5

@@ -39,6 +39,7 @@ def test_the_grid_of_some_temperatures():
     grids = {4.0: 4, 1.0: 4, 0.99: 5, 0.5: 5, 0.3: 6, 0.25: 6, 0.1: 8, 0.05: 9, 2**-6: 10, 0.001: 10}
     assert {t: grid_for("auto", (t, 8.0)) for t in grids} == grids
     assert [grid_for(g, (0.1,)) for g in (2, 10)] == [2, 10]
+    assert (grid_for("auto", ()), grid_for("auto", (1e-320,))) == (4, 10)
     assert (grid_from("auto"), grid_from("7")) == ("auto", 7)
 
 
@@ -50,3 +51,10 @@ def test_a_grid_that_cannot_be_meant(grid, tmp_path):
     for text in ("1", "11", "-3", "fine", "4.0"):
         with pytest.raises(JobError, match="--grid must be auto, or 2 to 10"):
             grid_from(text)
+
+
+@pytest.mark.parametrize("temperatures", [(0.0,), (-1.0, 2.0), (), (float("nan"),), (float("inf"),)])
+def test_temperatures_that_are_none(temperatures, tmp_path):
+    with pytest.raises(ValueError, match="temperatures must be"):
+        cache.Writer(tmp_path / "c", vocab_size=V, temperatures=temperatures)
+    assert not (tmp_path / "c").exists()

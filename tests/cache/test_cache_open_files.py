@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +80,7 @@ def test_a_forked_process(shards):
 
 
 def test_arguments(shards):
-    with pytest.raises(ValueError, match="open_files must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="open_files must be a whole number from 1 to 65536, got 0"):
         cache.Reader(shards, open_files=0)
     import pickle
 
@@ -138,3 +139,46 @@ def test_another_sample_of_the_key_is_not_given_for_the_lost_one(tmp_path):
         reader["a"]
     assert raised.value.code == "missing"
     assert len(cache.Reader(tmp_path / "c")["a"].ids) == 5
+
+
+def test_another_cache_at_the_same_place_is_not_read_for_this_one(tmp_path):
+    """Of the same keys, tokens and lengths of frames, at other temperatures and of another vocabulary."""
+    ids = torch.arange(64)
+
+    def made(vocab_size, temperatures):
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+        with cache.Writer(tmp_path / "c", vocab_size=vocab_size, metadata={"v": vocab_size}) as writer:
+            writer.write("a", soft_targets(torch.randn(64, vocab_size), k=32, temperatures=temperatures), ids)
+
+    for first, second in (((512, (1, 2)), (512, (1, 4))), ((512, (1, 2)), (256, (1, 2, 3))), ((99, (1,)), (99, (1,)))):
+        made(*first)
+        reader = cache.Reader(tmp_path / "c")
+        made(*second)
+        for read in (reader.read, reader.packed):
+            with pytest.raises(CacheError) as raised:
+                read(["a"], [ids])
+            assert (raised.value.code, raised.value.key) == ("missing", "a")
+
+
+def test_a_repair_of_one_shard_and_then_of_another(tmp_path):
+    with cache.Writer(tmp_path / "c", vocab_size=V, shard_bytes=1) as writer:
+        for i in range(5):
+            logits = torch.zeros(3, V).index_fill_(-1, torch.tensor([i]), 5.0)
+            writer.write(i, soft_targets(logits, k=4))
+    with cache.Writer(tmp_path / "c", vocab_size=V, shard_bytes=1 << 20) as writer:
+        for i in range(5, 25):
+            logits = torch.zeros(3, V).index_fill_(-1, torch.tensor([i]), 5.0)
+            writer.write(i, soft_targets(logits, k=4))
+    reader = cache.Reader(tmp_path / "c", open_files=1)
+    lost = set()
+    for _ in range(3):
+        shard = max(cache.Reader(tmp_path / "c").shards(), key=lambda s: s.samples).file
+        damaged(tmp_path / "c", [shard, next(s.file for s in reader.shards() if s.samples == 1)][:1])
+        lost |= {int(fault.key) for fault in cache.repair(tmp_path / "c").lost}
+        there = [i for i in range(25) if i not in lost]
+        assert all(is_right(reader, i) for i in there)
+    assert len(lost) == 3
+    # What was not repaired but removed is missing, and stays so.
+    next((tmp_path / "c").glob("*-000000.shard")).unlink()
+    with pytest.raises(CacheError, match=r"No such file"):
+        reader.read(range(25))

@@ -29,7 +29,7 @@ void check_lse(const Layout& layout, const Source& t) {
             const float lse = t.lse[static_cast<std::int64_t>(at) * t.lse_stride + i];
             if (!(std::abs(lse) <= most))
                 refuse(i, "lse at temperature " + std::to_string(layout.temperatures[at]) + " is " +
-                              std::to_string(lse) + ", not finite");
+                              std::to_string(lse) + ", not below 2^127 in size");
         }
 }
 

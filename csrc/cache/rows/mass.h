@@ -1,6 +1,7 @@
 // What the entries of a token may weigh together (FORMAT.md, section 6.1).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 

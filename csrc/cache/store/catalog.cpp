@@ -166,8 +166,12 @@ Catalog::Catalog(std::string directory, std::vector<Fault>* damage) : directory_
         try {
             const File file = File::read(join(directory_, name));
             const Journal journal = Journal::parse(file.bytes_at(0, file.size()), *writer, header_bytes_);
-            for (const JournalShard& shard : journal.shards)
-                if (!shard.dropped) shards_.push_back({shard, {}, 0, 0, 0, {}, {}});
+            for (const JournalShard& shard : journal.shards) {
+                if (shard.dropped)
+                    dropped_.insert(shard.shard_id);
+                else
+                    shards_.push_back({shard, {}, 0, 0, 0, {}, {}});
+            }
         } catch (Fault& fault) {
             tolerate(fault.in(join(directory_, name)));
         }

@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "cache/fault.h"
@@ -73,6 +74,8 @@ class Catalog {
     std::uint32_t header_crc() const { return crc_of(header_bytes_); }
     const std::vector<CatalogShard>& shards() const { return shards_; }
     std::string path(const CatalogShard& shard) const { return join(directory_, shard.file); }
+    // Whether a repair has given a shard up, by its id.
+    bool is_dropped(std::uint64_t shard_id) const { return dropped_.contains(shard_id); }
 
     std::size_t size() const { return keys_.size(); }
     // The keys in the order of shards and, within one, of frames.
@@ -101,6 +104,7 @@ class Catalog {
     CacheHeader header_;
     std::vector<std::byte> header_bytes_;
     std::vector<CatalogShard> shards_;
+    std::unordered_set<std::uint64_t> dropped_;
     std::vector<Place> places_;
     std::vector<std::uint32_t> keys_;  // the place that counts for each key
     std::unordered_map<std::string_view, std::uint32_t> by_key_;

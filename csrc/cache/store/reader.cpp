@@ -56,23 +56,28 @@ void Reader::with_file(const Place& place, Use use) const {
         handle.emplace(files_.get(place.shard, open));
     } catch (Fault& fault) {
         if (fault.code != Code::missing) throw;
-        // A repair since then has copied what was good of the shard.
-        const IndexEntry& e = place.entry;
         const Reader& now = successor();
-        const Place* copy = now.catalog_.find(catalog_.key(place));
-        if (!copy || now.catalog_.shards()[copy->shard].shard_id == shard.shard_id)
-            throw fault.of(std::string(catalog_.key(place)));
-        const IndexEntry& c = copy->entry;
-        const bool alike = c.tokens == e.tokens && c.kept == e.kept && c.frame_bytes == e.frame_bytes &&
-                           c.flags == e.flags && c.method == e.method && c.codec == e.codec &&
-                           c.token_hash == e.token_hash;
-        if (!alike)
-            throw Fault(Code::missing, "the sample is gone, and its key has another since this reader was opened")
-                .in(fault.path)
-                .of(std::string(catalog_.key(place)));
-        return now.with_file(*copy, use);
+        return now.with_file(now.place_of(catalog_, place, fault), use);
     }
     use(*this, **handle, place);
+}
+
+// Where a sample is now whose shard was found to be gone, for `fault`, since an earlier reader's catalogue was made. A
+// repair has copied what was good of it, and says so in the shard's journal; without that it is another cache's sample,
+// or another sample's. (In the same shard still, the next reader finds it gone, too, and looks again.)
+const Place& Reader::place_of(const Catalog& earlier, const Place& place, Fault& fault) const {
+    const std::string key(earlier.key(place));
+    const std::uint64_t gone = earlier.shards()[place.shard].shard_id;
+    const Place* now = catalog_.header_bytes() == earlier.header_bytes() ? catalog_.find(key) : nullptr;
+    const std::uint64_t shard = now ? catalog_.shards()[now->shard].shard_id : 0;
+    if (!now || (shard != gone && !catalog_.is_dropped(gone))) throw fault.of(key);
+    IndexEntry entry = now->entry;
+    entry.offset = place.entry.offset;
+    if (entry != place.entry)
+        throw Fault(Code::missing, "the sample is gone, and its key has another since this reader was opened")
+            .in(fault.path)
+            .of(key);
+    return *now;
 }
 
 const Place& Reader::find(std::string_view key) const {

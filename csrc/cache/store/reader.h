@@ -72,6 +72,7 @@ class Reader {
                 const Destination& out) const;
     void prove(const Place& place, const File& shard, const FrameHeader& h, const Part& part) const;
     const Reader& successor() const;
+    const Place& place_of(const Catalog& earlier, const Place& place, Fault& fault) const;
 
     Catalog catalog_;
     OpenFiles files_;

@@ -3,7 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <bit>
+#include <span>
 
 #include "cache/crc/crc32c.h"
 #include "cache/fault.h"
@@ -61,6 +61,7 @@ struct Writer::Job {
     explicit Job(Task t) : task(t), encoded(true) {}
     Source source() const;
     void make_blocks();  // of the compact tier fixed ones
+    std::uint64_t content_of() const;
     void encode(std::shared_ptr<const CompactModel> with);
 };
 
@@ -135,12 +136,34 @@ void Writer::Job::make_blocks() {
         const Bytes block = Bytes(blocks).subspan(before);
         header.blocks.push_back({static_cast<std::uint32_t>(block.size()), crc32c(block)});
     }
-    content = (std::uint64_t{header.kept} << 16 | std::uint64_t{header.flags} << 8 |
-               static_cast<std::uint64_t>(header.method)) ^
-              std::bit_cast<std::uint64_t>(header.parameter);
-    for (const BlockEntry& block : header.blocks)
-        content = (content ^ (std::uint64_t{block.crc} << 32 | block.bytes)) * 0x9E3779B97F4A7C15u + 1;
+    content = content_of();
     if (content == 0) content = 1;
+}
+
+// Names the targets by what has been made of them, but for how wide the rows were that they came in.
+std::uint64_t Writer::Job::content_of() const {
+    std::uint64_t name = static_cast<std::uint64_t>(header.method) << 1 | (header.flags & flag::gold ? 1 : 0);
+    const auto add = [&](std::uint64_t part) { name = (name ^ part ^ name >> 29) * 0x9E3779B97F4A7C15u; };
+    std::size_t at = 0;
+    for (std::size_t b = 0; b < header.blocks.size(); ++b) {
+        const std::size_t tokens = header.tokens_of(b);
+        Bytes block = Bytes(blocks).subspan(at, header.blocks[b].bytes);
+        at += block.size();
+        if (header.codec == Codec::drawn) {
+            add(std::uint64_t{header.blocks[b].crc} << 32 | block.size());
+            add(header.kept);
+            continue;
+        }
+        // Of a fixed block what comes before k_eff, k_eff, and what comes behind, without the zeros at its end.
+        const std::size_t before = 4 * tokens * (1 + layout.temperatures.size() + (layout.gold ? 1 : 0));
+        const std::vector<std::uint16_t> full(layout.ragged ? 0 : tokens, header.kept);
+        const Bytes widths = layout.ragged ? block.subspan(before, 2 * tokens) : std::as_bytes(std::span(full));
+        add(std::uint64_t{crc32c(block.first(before))} << 32 | crc32c(widths));
+        block = block.subspan(before + (layout.ragged ? 2 * tokens : 0));
+        while (!block.empty() && block.back() == std::byte{0}) block = block.first(block.size() - 1);
+        add(std::uint64_t{crc32c(block)} << 32 | block.size());
+    }
+    return name;
 }
 
 void Writer::Job::encode(std::shared_ptr<const CompactModel> with) {
@@ -232,7 +255,7 @@ void Writer::check_process() const {
 // With the lock held.
 void Writer::check_usable() {
     if (error_) std::rethrow_exception(error_);
-    if (closed_) throw ArgumentError("the writer is closed");
+    if (closing_) throw ArgumentError("the writer is closed");
 }
 
 bool Writer::has(std::string_view key) const {
@@ -316,6 +339,7 @@ bool Writer::is_same(Job& job) {
 void Writer::submit(std::unique_lock<std::mutex>& lock, std::shared_ptr<Job> job) {
     signals_->room.wait(lock, [&] { return error_ || waiting_ == 0 || waiting_ + job->bytes <= options_.queue_bytes; });
     check_usable();
+    if (job->task == Task::close) closing_ = true;
     waiting_ += job->bytes;
     if (!job->encoded) encoding_.push_back(job);
     order_.push_back(std::move(job));
@@ -343,14 +367,19 @@ std::uint64_t Writer::commit() {
 std::uint64_t Writer::close() {
     check_process();
     {
-        std::lock_guard lock(signals_->mutex);
+        std::unique_lock lock(signals_->mutex);
+        if (closing_) signals_->done.wait(lock, [&] { return error_ || closed_; });
         if (closed_ && !error_) return committed_;
         check_usable();
     }
     wait_for(std::make_shared<Job>(Task::close));
-    std::lock_guard lock(signals_->mutex);
-    closed_ = true;
-    return committed_;
+    const auto samples = [&] {
+        std::lock_guard lock(signals_->mutex);
+        closed_ = true;
+        return committed_;
+    }();
+    signals_->done.notify_all();
+    return samples;
 }
 
 void Writer::encode_jobs() {

@@ -107,6 +107,7 @@ class Writer {
     std::uint64_t waiting_ = 0;                  // bytes
     std::uint64_t committed_ = 0;                // samples
     bool stopping_ = false;
+    bool closing_ = false;  // nothing may be written any more
     bool closed_ = false;
     std::exception_ptr error_;
     std::vector<std::thread> threads_;

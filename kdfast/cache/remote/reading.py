@@ -80,12 +80,20 @@ class RemoteShards:
                 pending -= held.keys()
             except CacheError as error:
                 for shard, one in held.items():
-                    if error.path == one.path and error.code in _DAMAGE:
+                    if error.path == one.path and error.code in _DAMAGE and not self._is_as_fetched(shard, one.path):
                         self._store.remove(self._shards[shard][2])
                 raise
             finally:
                 for one in held.values():
                     one.close()
+
+    def _is_as_fetched(self, shard: int, path: str) -> bool:
+        """Whether its checksums are right: what a copy has that was wrong there as well would come again."""
+        try:
+            self._engine.check_shard(shard, path, 1)
+        except CacheError:
+            return False
+        return True
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Fetches shards that will be read, the first first, of half of ``local_bytes`` at most."""
