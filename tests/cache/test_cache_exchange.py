@@ -201,6 +201,20 @@ class TestCommands:
         assert code == 1
         assert "without token_ids" in errors
 
+    def test_other_targets_of_a_key(self, kdfast, tmp_path):
+        for name in "ab":
+            filled(tmp_path / name, {"x": (captured("topk"), torch.arange(30), None)})
+        assert kdfast("export", "b", "b.parquet")[0] == 0
+        for command in (["merge", "b", "--into", "a"], ["import", "b.parquet", "a"]):
+            code, output, errors = kdfast(*command)
+            assert (code, output) == (1, "")
+            assert "sample 'x'" in errors
+            assert "other targets" in errors
+            code, output, _ = kdfast(*command, "--on-duplicate", "keep")
+            assert code == 0
+            assert "1 was there" in output
+        assert kdfast("import", "b.parquet", "b", "--grid", "7")[0] == 0  # the same, on the grid that is there
+
     def test_wrong_use(self, kdfast, tmp_path):
         (tmp_path / "no.parquet").write_text("no")
         pq.write_table(pa.table({"ids": ABOVE[0], "logprobs": ABOVE[1]}), tmp_path / "v.parquet")
@@ -212,6 +226,9 @@ class TestCommands:
             (["import", "v.parquet", "b", "--vocab-size", "10"], 2, "pass --renormalise"),
             (["import", "v.parquet", "b", "--vocab-size", "10", "--tier", "best"], 2, "tier"),
             (["import", "v.parquet", "b", "--vocab-size", "10", "--shift", "2"], 2, "--shift"),
+            (["import", "v.parquet", "b", "--vocab-size", "10", "--grid", "11"], 2, "--grid must be auto, or 2 to 10"),
+            (["import", "v.parquet", "b", "--vocab-size", "10", "--on-duplicate", "last"], 2, "on_duplicate must be"),
+            (["merge", "a", "--into", "b", "--on-duplicate", "last"], 2, "on_duplicate must be"),
         ]:
             got, _, errors = kdfast(*arguments)
             assert message in errors, arguments

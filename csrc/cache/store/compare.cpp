@@ -11,18 +11,18 @@ namespace {
 
 constexpr std::int64_t most_tokens_at_once = 256;  // those of a block at most
 
-// But for the last bits of an f32, as what was read and is written again may differ by.
-bool same_number(float a, float b) { return a == b || std::abs(a - b) <= 0x1p-21f * std::max(1.0f, std::abs(a)); }
-bool same_numbers(const float* a, const float* b, std::int64_t count) {
+// But for the last bits of an f32, as what was read and is written again may differ by: of `unit`, 1 for logarithms, or
+// of what is larger.
+bool same_numbers(const float* a, const float* b, std::int64_t count, float unit) {
     for (std::int64_t i = 0; i < count; ++i)
-        if (!same_number(a[i], b[i])) return false;
+        if (a[i] != b[i] && !(std::abs(a[i] - b[i]) <= 0x1p-21f * std::max(unit, std::abs(a[i])))) return false;
     return true;
 }
 
 // Entries of a token, of which those of equal probability may stand in any order.
 bool same_entries(const std::int32_t* ids, const float* values, const std::int32_t* other_ids, const float* others,
-                  std::int64_t k) {
-    if (!same_numbers(values, others, k)) return false;
+                  std::int64_t k, float unit) {
+    if (!same_numbers(values, others, k, unit)) return false;
     std::vector<std::int32_t> a, b;
     for (std::int64_t from = 0, to = 0; from < k; from = to) {
         while (to < k && values[to] == values[from]) ++to;
@@ -43,15 +43,15 @@ bool same_rows(const Layout& a, const Destination& x, const Layout& b, const Des
     for (std::int64_t i = 0; i < x.tokens; ++i) {
         const std::int64_t k = a.ragged ? x.k_eff[i] : a.kept, at = i * a.kept, other = i * b.kept;
         if (k != (b.ragged ? y.k_eff[i] : b.kept) ||
-            !same_entries(x.ids + at, values + at, y.ids + other, others + other, k))
+            !same_entries(x.ids + at, values + at, y.ids + other, others + other, k, drawn ? 0 : 1))
             return false;
     }
     for (std::size_t t = 0; t < a.temperatures.size(); ++t) {
         const auto row = static_cast<std::int64_t>(t);
-        if (!same_numbers(x.lse + row * x.lse_stride, y.lse + row * y.lse_stride, x.tokens)) return false;
+        if (!same_numbers(x.lse + row * x.lse_stride, y.lse + row * y.lse_stride, x.tokens, 1)) return false;
     }
-    return (!a.gold || same_numbers(x.gold, y.gold, x.tokens)) &&
-           (!drawn || same_numbers(x.neg_entropy, y.neg_entropy, x.tokens));
+    return (!a.gold || same_numbers(x.gold, y.gold, x.tokens, 1)) &&
+           (!drawn || same_numbers(x.neg_entropy, y.neg_entropy, x.tokens, 1));
 }
 
 // What rows are compared by, beside their values.

@@ -7,6 +7,7 @@ as sparse files with just these in place: they take the disk space of the indice
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -186,13 +187,14 @@ def _fill_shards(directory: str, files: RemoteFiles, shards: list[RemoteShard], 
 
     write(wanted, parts)
     # Of an index that is longer the rest: how long it is its tail says, which was really there, not the manifest.
-    pieces = []
-    for shard, n, end in zip(shards, ends, parts[len(shards) :], strict=True):
-        at, stop = _TAIL.unpack(end[-_TAIL.size :])[1] if len(end) >= _TAIL.size else shard.bytes, shard.bytes - n
-        pieces += [(shard.file, i, min(i + _PIECE_BYTES, stop)) for i in range(at, stop, _PIECE_BYTES)]
-        while len(pieces) >= _PIECES or (pieces and shard is shards[-1]):
-            write(pieces[:_PIECES], files.ranges(pieces[:_PIECES]))
-            del pieces[:_PIECES]
+    pieces = (
+        (shard.file, start, min(start + _PIECE_BYTES, shard.bytes - n))
+        for shard, n, end in zip(shards, ends, parts[len(shards) :], strict=True)
+        if len(end) >= _TAIL.size
+        for start in range(_TAIL.unpack(end[-_TAIL.size :])[1], shard.bytes - n, _PIECE_BYTES)
+    )
+    while some := list(itertools.islice(pieces, _PIECES)):
+        write(some, files.ranges(some))
 
 
 def _write(directory: str, name: str, part: bytes, at: int = 0, size: int | None = None) -> None:
