@@ -146,7 +146,7 @@ std::uint64_t Writer::Job::content_of() const {
     const auto add = [&](std::uint64_t part) { name = (name ^ part ^ name >> 29) * 0x9E3779B97F4A7C15u; };
     std::size_t at = 0;
     for (std::size_t b = 0; b < header.blocks.size(); ++b) {
-        const std::size_t tokens = header.tokens_of(b);
+        const std::size_t count = header.tokens_of(b);
         Bytes block = Bytes(blocks).subspan(at, header.blocks[b].bytes);
         at += block.size();
         if (header.codec == Codec::drawn) {
@@ -155,11 +155,11 @@ std::uint64_t Writer::Job::content_of() const {
             continue;
         }
         // Of a fixed block what comes before k_eff, k_eff, and what comes behind, without the zeros at its end.
-        const std::size_t before = 4 * tokens * (1 + layout.temperatures.size() + (layout.gold ? 1 : 0));
-        const std::vector<std::uint16_t> full(layout.ragged ? 0 : tokens, header.kept);
-        const Bytes widths = layout.ragged ? block.subspan(before, 2 * tokens) : std::as_bytes(std::span(full));
+        const std::size_t before = 4 * count * (1 + layout.temperatures.size() + (layout.gold ? 1 : 0));
+        const std::vector<std::uint16_t> full(layout.ragged ? 0 : count, header.kept);
+        const Bytes widths = layout.ragged ? block.subspan(before, 2 * count) : std::as_bytes(std::span(full));
         add(std::uint64_t{crc32c(block.first(before))} << 32 | crc32c(widths));
-        block = block.subspan(before + (layout.ragged ? 2 * tokens : 0));
+        block = block.subspan(before + (layout.ragged ? 2 * count : 0));
         while (!block.empty() && block.back() == std::byte{0}) block = block.first(block.size() - 1);
         add(std::uint64_t{crc32c(block)} << 32 | block.size());
     }
