@@ -405,6 +405,7 @@ TEST(encoding_refuses_what_the_format_cannot_hold) {
         fixed.is.ids[16 + j] = static_cast<std::int32_t>(100 + j);
         fixed.is.logprobs[16 + j] = -2 - static_cast<float>(j);
     }
+    for (std::size_t t = 0; t < fixed.layout.temperatures.size(); ++t) fixed.is.lse[t * fixed.n + 2] = 4;
     static_cast<void>(fixed.encoded());
     for (const float x : {0.5f, NAN, INFINITY, -INFINITY}) refused(fixed, [x](Case& c) { c.is.logprobs[18] = x; });
     refused(fixed, [](Case& c) { c.is.logprobs[20] = -1.1e6f; });  // 2^24 steps below

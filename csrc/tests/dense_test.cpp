@@ -23,11 +23,14 @@ TEST(oracle_gradient_is_that_of_its_value) {
             c.smoothing = 0.2f;
             const OracleRow o = c.oracle(0);
             const OracleRow::Gradient g = o.gradient();
+            // Of what has a kink where p = q so small a step that hardly any lies within it.
+            const bool kinks = term.kind == Divergence::tvd;
+            const double step = kinks ? 1e-7 : 1e-5;
             for (std::size_t column = 0; column < o.z.size(); ++column) {
                 OracleRow up = o, down = o;
-                up.z[column] += 1e-5;
-                down.z[column] -= 1e-5;
-                CHECK_NEAR(g.value[column], (up.loss() - down.loss()) / 2e-5, 1e-8);
+                up.z[column] += step;
+                down.z[column] -= step;
+                CHECK_NEAR(g.value[column], (up.loss() - down.loss()) / (2 * step), kinks ? 1e-6 : 1e-8);
             }
         }
 }

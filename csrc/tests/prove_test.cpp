@@ -56,7 +56,8 @@ struct Tokens {
 };
 
 template <class Change>
-void refused_by_both(const Tokens& sound, Change change) {
+void refused_by_both(const char* what, const Tokens& sound, Change change) {
+    const Scope scope(text(what, ", K ", sound.layout.kept));
     Tokens rows = sound;
     change(rows);
     CHECK_THROWS(Fault, prove(rows.layout, rows.source()));
@@ -73,15 +74,15 @@ TEST(rows_are_proven) {
             check(sound.layout, sound.source());
             const auto token = static_cast<std::size_t>(below(random, static_cast<std::size_t>(sound.tokens)));
             const std::size_t entry = token * kept + below(random, kept);
-            refused_by_both(sound, [&](Tokens& r) {
+            refused_by_both("mass", sound, [&](Tokens& r) {
                 for (std::uint32_t j = 0; j < kept; ++j) r.logprobs[token * kept + j] += kept == 1 ? 0 : 3e-5f;
                 r.lse[token] -= kept == 1 ? 3e-5f : 0;
             });
-            refused_by_both(sound, [&](Tokens& r) { r.lse[token] -= 3e-5f; });
+            refused_by_both("lse", sound, [&](Tokens& r) { r.lse[token] -= 3e-5f; });
             if (kept == 1) continue;
-            refused_by_both(sound, [&](Tokens& r) { r.logprobs[entry] = -1e-6f; });
+            refused_by_both("one entry", sound, [&](Tokens& r) { r.logprobs[entry] = -1e-6f; });
             const std::size_t other = token * kept + (entry % kept + 1) % kept;
-            refused_by_both(sound, [&](Tokens& r) { r.ids[entry] = r.ids[other]; });
+            refused_by_both("twice", sound, [&](Tokens& r) { r.ids[entry] = r.ids[other]; });
 
             // What is not in use is not looked at.
             Tokens shorter = sound;
