@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <tuple>
 
 #include "bindings/selection.h"
 #include "bindings/view.h"
 #include "cache/fault.h"
+#include "cache/index/update.h"
 #include "cache/store/maintenance.h"
 #include "cache/store/reader.h"
 #include "cache/store/writer.h"
@@ -28,9 +30,13 @@ py::object to_python(const Fault& fault) {
         return text.empty() ? py::object(py::none()) : py::str(text);
     };
     const py::object offset = fault.offset ? py::object(py::int_(*fault.offset)) : py::none();
-    return py::module_::import("kdfast.cache.error")
-        .attr("CacheError")(fault.what(), cache::code_names[static_cast<std::size_t>(fault.code)], known(fault.path),
-                            known(fault.key), offset);
+    py::object error = py::module_::import("kdfast.cache.error")
+                           .attr("CacheError")(fault.what(), cache::code_names[static_cast<std::size_t>(fault.code)],
+                                               known(fault.path), known(fault.key), offset);
+    if (fault.code == cache::Code::system && fault.number != 0)
+        error.attr("__cause__") =
+            py::module_::import("builtins").attr("OSError")(fault.number, fault.what(), known(fault.path));
+    return error;
 }
 
 template <class T>
@@ -84,7 +90,7 @@ py::dict header_of(const cache::Catalog& catalog) {
 
 // One sample of the index, as Python asks for it before it makes tensors.
 struct SampleEntry {
-    const Place* place;
+    Place place;
 };
 
 std::shared_ptr<cache::Reader> open_reader(const std::string& path, bool damaged, std::size_t open_files,
@@ -144,7 +150,7 @@ struct CacheReader {
         std::vector<cache::PackRequest> requests;
         requests.reserve(items.size());
         for (const auto& [entry, first, count, offset, top, lse, k_eff, gold] : items) {
-            const cache::IndexEntry& e = entry.place->entry;
+            const cache::IndexEntry& e = entry.place.entry;
             require(lse, temperatures > 0, "lse");
             require(k_eff, (e.flags & cache::flag::ragged) != 0, "k_eff");
             require(gold, (e.flags & cache::flag::gold) != 0, "gold");
@@ -158,12 +164,37 @@ struct CacheReader {
             out.rest.lse_stride = count;
             out.rest.k_eff = optional_values<std::int32_t>(k_eff, "k_eff", "int32", count);
             out.rest.gold = optional_values<float>(gold, "gold", "float32", count);
-            requests.push_back({entry.place, first, count, out, elsewhere.file(*entry.place)});
+            requests.push_back({&entry.place, first, count, out, elsewhere.file(entry.place)});
         }
         const py::gil_scoped_release release;
         reader->pack(std::move(requests), std::max(1, threads));
         return data;
     }
+};
+
+// Keys of a reader, which lives as long as these.
+class Keys {
+  public:
+    explicit Keys(std::shared_ptr<const cache::Reader> reader)
+        : reader_(std::move(reader)), keys_(reader_->catalog()) {}
+    py::list next(std::size_t most) {
+        std::vector<std::string> found;
+        {
+            const py::gil_scoped_release release;
+            while (found.size() < most) {
+                std::optional<std::string> key = keys_.next();
+                if (!key) break;
+                found.push_back(*std::move(key));
+            }
+        }
+        py::list out;
+        for (const std::string& key : found) out.append(py::str(key));
+        return out;
+    }
+
+  private:
+    std::shared_ptr<const cache::Reader> reader_;
+    cache::Catalog::Keys keys_;
 };
 
 bool write(cache::Writer& writer, const std::string& key, const std::string& method, double parameter,
@@ -212,6 +243,28 @@ std::unique_ptr<cache::Writer> make_writer(const std::string& path, std::uint32_
     return std::make_unique<cache::Writer>(path, std::move(options));
 }
 
+// Those of some keys that have no sample.
+py::list missing(const cache::Writer& writer, const py::iterable& keys, const py::function& key_text) {
+    const py::tuple given(keys);  // which nobody changes meanwhile
+    std::deque<std::string> made;
+    std::vector<std::string_view> texts;
+    texts.reserve(given.size());
+    for (const py::handle key : given) {
+        if (const std::optional<std::string_view> text = text_in(key))
+            texts.push_back(*text);
+        else
+            texts.push_back(made.emplace_back(text_of(key, key_text)));
+    }
+    const std::vector<bool> have = [&] {
+        const py::gil_scoped_release release;
+        return writer.have(texts);
+    }();
+    py::list out;
+    for (std::size_t i = 0; i < have.size(); ++i)
+        if (!have[i]) out.append(given[i]);
+    return out;
+}
+
 py::list to_python(const std::vector<Fault>& faults) {
     py::list out;
     for (const Fault& fault : faults) out.append(to_python(fault));
@@ -235,7 +288,7 @@ void add_cache(py::module_& m) {
              py::kw_only(), py::arg("logprobs") = py::none(), py::arg("mass") = py::none(), py::arg("lse") = py::none(),
              py::arg("k_eff") = py::none(), py::arg("gold") = py::none(), py::arg("neg_entropy") = py::none());
 
-    const auto entry = [](const SampleEntry& s) -> const cache::IndexEntry& { return s.place->entry; };
+    const auto entry = [](const SampleEntry& s) -> const cache::IndexEntry& { return s.place.entry; };
     py::class_<SampleEntry>(m, "CacheEntry", "What the index of a cache says of a sample.")
         .def_property_readonly("tokens", [=](const SampleEntry& s) { return entry(s).tokens; })
         .def_property_readonly("kept", [=](const SampleEntry& s) { return entry(s).kept; })
@@ -251,7 +304,7 @@ void add_cache(py::module_& m) {
         .def_property_readonly("token_hash", [=](const SampleEntry& s) { return hash_of(entry(s)); })
         .def_property_readonly("frame_bytes", [=](const SampleEntry& s) { return entry(s).frame_bytes; })
         .def_property_readonly("offset", [=](const SampleEntry& s) { return entry(s).offset; })
-        .def_property_readonly("shard", [](const SampleEntry& s) { return s.place->shard; });
+        .def_property_readonly("shard", [](const SampleEntry& s) { return s.place.shard; });
 
     py::class_<CacheReader>(m, "CacheReader", "Samples out of a cache, by key.")
         .def(py::init<const std::string&, bool, std::size_t>(), py::arg("path"), py::arg("damaged"),
@@ -267,30 +320,24 @@ void add_cache(py::module_& m) {
                 return out;
             })
         .def("__len__", [](const CacheReader& r) { return r.reader->catalog().size(); })
-        .def(
-            "keys",
-            [](const CacheReader& r, std::size_t first, std::size_t last) {
-                const cache::Catalog& c = r.reader->catalog();
-                py::list out;
-                for (std::size_t i = first; i < std::min(last, c.size()); ++i) out.append(py::str(c.key(c.at(i))));
-                return out;
-            },
-            py::arg("first"), py::arg("last"))
+        .def_property_readonly("indexed_shards",
+                               [](const CacheReader& r) { return r.reader->catalog().indexed_shards(); })
+        .def("keys", [](const CacheReader& r) { return Keys(r.reader); })
         .def(
             "__contains__",
-            [](const CacheReader& r, const std::string& key) { return r.reader->catalog().find(key) != nullptr; },
+            [](const CacheReader& r, const std::string& key) { return r.reader->catalog().find(key).has_value(); },
             py::arg("key"))
         .def(
-            "find", [](const CacheReader& r, const std::string& key) { return SampleEntry{&r.reader->find(key)}; },
-            py::arg("key"), py::keep_alive<0, 1>())
+            "find", [](const CacheReader& r, const std::string& key) { return SampleEntry{r.reader->find(key)}; },
+            py::arg("key"))
         .def(
             "details",
             [](const CacheReader& r, const SampleEntry& s, const Elsewhere::Paths& paths) {
                 const cache::FrameHeader h = [&] {
                     const py::gil_scoped_release release;
                     const Elsewhere elsewhere(paths);
-                    const cache::File* file = elsewhere.file(*s.place);
-                    return file ? r.reader->header(*file, *s.place) : r.reader->header(*s.place);
+                    const cache::File* file = elsewhere.file(s.place);
+                    return file ? r.reader->header(*file, s.place) : r.reader->header(s.place);
                 }();
                 const py::object seed =
                     h.flags & cache::flag::seeded ? py::object(py::int_(h.seed)) : py::object(py::none());
@@ -324,13 +371,15 @@ void add_cache(py::module_& m) {
             py::arg("selectors"), py::arg("key_text"))
         .def("pack", &CacheReader::pack, py::arg("items"), py::arg("threads"), py::arg("files") = Elsewhere::Paths{});
 
+    py::class_<Keys>(m, "CacheKeys", "The keys of a cache, in the order of the disk.")
+        .def("next", &Keys::next, py::arg("most"), "As many more as there are, up to `most`.");
+
     py::class_<Selection>(m, "CacheSelection", "Samples, or ranges of them, that one call reads.")
         .def("__len__", &Selection::size)
         .def("key", &Selection::key, py::arg("i"))
         .def("range", &Selection::range, py::arg("i"))
         .def(
-            "entry", [](const Selection& s, std::size_t i) { return SampleEntry{&s.place(i)}; }, py::arg("i"),
-            py::keep_alive<0, 1>())
+            "entry", [](const Selection& s, std::size_t i) { return SampleEntry{s.place(i)}; }, py::arg("i"))
         .def_property_readonly("shards", &Selection::shards)
         .def_property_readonly("groups", &Selection::groups)
         .def_property_readonly("bytes", &Selection::bytes)
@@ -358,6 +407,7 @@ void add_cache(py::module_& m) {
         .def("write", &write, py::kw_only(), py::arg("key"), py::arg("method"), py::arg("parameter"), py::arg("seed"),
              py::arg("token_hash"), py::arg("tensors"), py::arg("temperatures"))
         .def("__contains__", &cache::Writer::has, py::arg("key"))
+        .def("missing", &missing, py::arg("keys"), py::arg("key_text"))
         .def("commit", &cache::Writer::commit, py::call_guard<py::gil_scoped_release>())
         .def("close", &cache::Writer::close, py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("damage", [](const cache::Writer& w) { return to_python(w.damage()); })
@@ -384,6 +434,8 @@ void add_cache(py::module_& m) {
             return py::make_tuple(r.kept, to_python(r.lost), r.done, r.in_use);
         },
         py::arg("path"), "Saves what can be saved; samples copied, what was lost, what was done, journals in use.");
+    m.def("cache_update_index", &cache::update_index, py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+          "Adds the samples of finished shards to the index of the directory.");
     m.def(
         "cache_merge",
         [](const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes,

@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -37,6 +39,27 @@ class Elsewhere {
     std::map<std::uint32_t, cache::File> files_;
 };
 
+// The text of a key that is text, as Python holds it; nothing for another, or half of a surrogate pair.
+inline std::optional<std::string_view> text_in(const pybind11::handle key) {
+    if (!PyUnicode_Check(key.ptr())) return {};
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(key.ptr(), &size);
+    if (text) return std::string_view(text, static_cast<std::size_t>(size));
+    PyErr_Clear();
+    return {};
+}
+
+// Most keys are text or small numbers, of which Python's function says the same, in more time.
+inline std::string text_of(const pybind11::handle key, const pybind11::function& key_text) {
+    if (const std::optional<std::string_view> text = text_in(key)) return std::string(*text);
+    if (PyLong_CheckExact(key.ptr())) {
+        int overflow = 0;
+        const long long number = PyLong_AsLongLongAndOverflow(key.ptr(), &overflow);
+        if (overflow == 0) return std::to_string(number);
+    }
+    return key_text(key).cast<std::string>();
+}
+
 // What Python selects, found in the index and put into groups whose fields are alike. All of it is done here, as in
 // Python it took longer than reading a range does.
 class Selection {
@@ -48,16 +71,16 @@ class Selection {
     }
 
     std::size_t size() const { return ranges_.size(); }
-    const cache::Place& place(std::size_t i) const { return *ranges_.at(i).place; }
+    const cache::Place& place(std::size_t i) const { return ranges_.at(i).place; }
     std::pair<std::int64_t, std::int64_t> range(std::size_t i) const {
         return {ranges_.at(i).first, ranges_.at(i).count};
     }
-    std::string key(std::size_t i) const { return std::string(reader_->catalog().key(place(i))); }
+    const std::string& key(std::size_t i) const { return place(i).key; }
 
     // Numbers of those that hold some of them, ascending.
     std::set<std::uint32_t> shards() const {
         std::set<std::uint32_t> out;
-        for (const Range& r : ranges_) out.insert(r.place->shard);
+        for (const Range& r : ranges_) out.insert(r.place.shard);
         return out;
     }
 
@@ -65,7 +88,7 @@ class Selection {
     std::pair<std::uint64_t, std::uint64_t> bytes() const {
         std::uint64_t given = 0, stored = 0;
         for (const Range& r : ranges_) {
-            const cache::IndexEntry& e = r.place->entry;
+            const cache::IndexEntry& e = r.place.entry;
             const auto count = static_cast<std::uint64_t>(r.count);
             given += count * e.kept * (sizeof(std::int32_t) + sizeof(float));
             if (count > 0) stored += e.frame_bytes / e.tokens * count;
@@ -83,7 +106,7 @@ class Selection {
                 places.append(i);
                 counts.append(ranges_[i].count);
             }
-            const cache::IndexEntry& e = g.entry();
+            const cache::IndexEntry& e = g.entry;
             const std::string_view name = cache::method_names[static_cast<std::size_t>(e.method)];
             out.append(pybind11::make_tuple(e.kept, pybind11::str(name.data(), name.size()),
                                             (e.flags & cache::flag::ragged) != 0, (e.flags & cache::flag::gold) != 0,
@@ -118,9 +141,9 @@ class Selection {
             std::int64_t row = 0;
             for (const std::size_t i : group.places) {
                 const Range& r = ranges_[i];
-                if (elsewhere.has(*r.place))
+                if (elsewhere.has(r.place))
                     requests.push_back(
-                        {r.place, r.first, all.rows(row, r.count, group.entry().kept), elsewhere.file(*r.place)});
+                        {&r.place, r.first, all.rows(row, r.count, group.entry.kept), elsewhere.file(r.place)});
                 row += r.count;
             }
         }
@@ -130,44 +153,27 @@ class Selection {
 
   private:
     struct Range {
-        const cache::Place* place;
+        cache::Place place;
         std::int64_t first, count;  // tokens
     };
     struct Group {
-        const cache::Place* first;
+        cache::IndexEntry entry;  // of the first
         std::vector<std::size_t> places;
         std::int64_t tokens = 0;
 
-        const cache::IndexEntry& entry() const { return first->entry; }
-        bool drawn() const { return entry().method == cache::Method::sample || entry().method == cache::Method::pps; }
+        bool drawn() const { return entry.method == cache::Method::sample || entry.method == cache::Method::pps; }
         bool takes(const cache::IndexEntry& e) const {
             constexpr auto shown = static_cast<std::uint8_t>(cache::flag::ragged | cache::flag::gold);
-            return e.kept == entry().kept && e.method == entry().method && ((e.flags ^ entry().flags) & shown) == 0;
+            return e.kept == entry.kept && e.method == entry.method && ((e.flags ^ entry.flags) & shown) == 0;
         }
     };
-
-    // Most keys are text or small numbers, of which Python's function says the same, in more time.
-    static std::string text_of(const pybind11::handle key, const pybind11::function& key_text) {
-        if (PyUnicode_Check(key.ptr())) {
-            Py_ssize_t size = 0;
-            if (const char* text = PyUnicode_AsUTF8AndSize(key.ptr(), &size))
-                return {text, static_cast<std::size_t>(size)};
-            PyErr_Clear();  // half of a surrogate pair, which the function tells
-        }
-        if (PyLong_CheckExact(key.ptr())) {
-            int overflow = 0;
-            const long long number = PyLong_AsLongLongAndOverflow(key.ptr(), &overflow);
-            if (overflow == 0) return std::to_string(number);
-        }
-        return key_text(key).cast<std::string>();
-    }
 
     void add(const pybind11::handle selector, const pybind11::function& key_text) {
         const bool pair = PyTuple_Check(selector.ptr()) && PyTuple_GET_SIZE(selector.ptr()) == 2;
         const pybind11::handle key = pair ? PyTuple_GET_ITEM(selector.ptr(), 0) : selector.ptr();
-        const cache::Place& place = reader_->find(text_of(key, key_text));
+        cache::Place place = reader_->find(text_of(key, key_text));
         const auto tokens = static_cast<std::int64_t>(place.entry.tokens);
-        Range range{&place, 0, tokens};
+        Range range{{}, 0, tokens};
         if (pair) {
             const pybind11::handle part = PyTuple_GET_ITEM(selector.ptr(), 1);
             if (!PySlice_Check(part.ptr()))
@@ -182,10 +188,11 @@ class Selection {
         }
         std::size_t g = 0;  // there are few
         while (g < groups_.size() && !groups_[g].takes(place.entry)) ++g;
-        if (g == groups_.size()) groups_.push_back({&place, {}, 0});
+        if (g == groups_.size()) groups_.push_back({place.entry, {}, 0});
         groups_[g].places.push_back(ranges_.size());
         groups_[g].tokens += range.count;
-        ranges_.push_back(range);
+        range.place = std::move(place);
+        ranges_.push_back(std::move(range));
     }
 
     std::shared_ptr<const cache::Reader> reader_;

@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "cache/fault.h"
@@ -33,6 +34,7 @@ void store(std::byte* to, T value) {
     std::memcpy(to, &value, sizeof value);
 }
 template <class T>
+    requires std::is_arithmetic_v<T> || std::is_enum_v<T>
 void append(std::vector<std::byte>& out, T value) {
     const std::size_t at = out.size();
     out.resize(at + sizeof value);

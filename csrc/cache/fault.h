@@ -34,6 +34,7 @@ class Fault : public std::runtime_error {
     std::string path;  // empty: not known
     std::string key;   // empty: not about one key
     std::optional<std::uint64_t> offset;
+    int number = 0;  // errno, where the system has said one
 
     Fault& in(std::string file) {
         if (path.empty()) path = std::move(file);

@@ -163,6 +163,49 @@ ShardHeader ShardHeader::parse(Bytes bytes) {
     return h;
 }
 
+void IndexEntry::append_to(std::vector<std::byte>& out) const {
+    append(out, offset);
+    append(out, frame_bytes);
+    append(out, Bytes(token_hash));
+    append(out, header_bytes);
+    append(out, tokens);
+    append(out, kept);
+    append(out, key_bytes);
+    append(out, kind);
+    append(out, flags);
+    append(out, method);
+    append(out, codec);
+}
+
+IndexEntry IndexEntry::parse(Bytes bytes) {
+    const std::byte* p = bytes.first(size).data();
+    IndexEntry e;
+    e.offset = load<std::uint64_t>(p);
+    e.frame_bytes = load<std::uint64_t>(p + 8);
+    std::memcpy(e.token_hash.data(), p + 16, 16);
+    e.header_bytes = load<std::uint32_t>(p + 32);
+    e.tokens = load<std::uint32_t>(p + 36);
+    e.kept = load<std::uint16_t>(p + 40);
+    e.key_bytes = load<std::uint16_t>(p + 42);
+    e.kind = Kind{load<std::uint8_t>(p + 44)};
+    e.flags = load<std::uint8_t>(p + 45);
+    e.method = Method{load<std::uint8_t>(p + 46)};
+    e.codec = Codec{load<std::uint8_t>(p + 47)};
+    require(e.frame_bytes % 8 == 0 && e.header_bytes <= e.frame_bytes, "an entry's frame has no room for its header");
+    if (e.kind == Kind::model) {
+        require(e.header_bytes == ModelHeader::size && all_zero(Bytes(p + 16, 16)) && all_zero(Bytes(p + 36, 8)) &&
+                    all_zero(Bytes(p + 45, 3)),
+                "a model's entry says what it may not");
+        return e;
+    }
+    require(e.kind == Kind::sample, "an entry of the index is of an unknown kind");
+    require(e.tokens <= most_tokens && e.kept >= 1 && std::uint64_t{e.tokens} * e.kept <= most_entries &&
+                e.header_bytes <= FrameHeader::most_bytes && e.flags <= flag::all && e.method <= Method::pps &&
+                e.codec >= Codec::fixed && e.codec <= Codec::drawn,
+            "an entry of the index is beyond its limits");
+    return e;
+}
+
 void Index::add(const IndexEntry& entry, std::string_view key) {
     entries.push_back(entry);
     keys += key;
@@ -175,19 +218,7 @@ std::vector<std::byte> Index::bytes(std::uint64_t shard_id) const {
     append(out, shard_id);
     append(out, std::uint64_t{entries.size()});
     append(out, std::uint64_t{keys.size()});
-    for (const IndexEntry& e : entries) {
-        append(out, e.offset);
-        append(out, e.frame_bytes);
-        append(out, Bytes(e.token_hash));
-        append(out, e.header_bytes);
-        append(out, e.tokens);
-        append(out, e.kept);
-        append(out, e.key_bytes);
-        append(out, e.kind);
-        append(out, e.flags);
-        append(out, e.method);
-        append(out, e.codec);
-    }
+    for (const IndexEntry& e : entries) e.append_to(out);
     append(out, bytes_of(keys));
     append_zeros(out, align8(out.size() + 4) - 4);
     append_crc(out);
@@ -211,38 +242,14 @@ Index Index::parse(Bytes bytes, std::uint64_t shard_id, std::uint64_t first, std
     index.entries.reserve(count);
     std::uint64_t key_at = 0, place = first;
     for (std::uint64_t i = 0; i < count; ++i) {
-        const std::byte* p = bytes.data() + 32 + i * IndexEntry::size;
-        IndexEntry e;
-        e.offset = load<std::uint64_t>(p);
-        e.frame_bytes = load<std::uint64_t>(p + 8);
-        std::memcpy(e.token_hash.data(), p + 16, 16);
-        e.header_bytes = load<std::uint32_t>(p + 32);
-        e.tokens = load<std::uint32_t>(p + 36);
-        e.kept = load<std::uint16_t>(p + 40);
-        e.key_bytes = load<std::uint16_t>(p + 42);
-        e.kind = Kind{load<std::uint8_t>(p + 44)};
-        e.flags = load<std::uint8_t>(p + 45);
-        e.method = Method{load<std::uint8_t>(p + 46)};
-        e.codec = Codec{load<std::uint8_t>(p + 47)};
-        require(e.offset == place && e.frame_bytes % 8 == 0 && e.header_bytes <= e.frame_bytes &&
-                    e.frame_bytes <= end - place,
-                "the index's frames leave a hole or overlap");
+        const IndexEntry e = IndexEntry::parse(bytes.subspan(32 + i * IndexEntry::size, IndexEntry::size));
+        require(e.offset == place && e.frame_bytes <= end - place, "the index's frames leave a hole or overlap");
         place += e.frame_bytes;
-        if (e.kind == Kind::model) {
-            require(e.header_bytes == ModelHeader::size && all_zero(Bytes(p + 16, 16)) && all_zero(Bytes(p + 36, 8)) &&
-                        all_zero(Bytes(p + 45, 3)),
-                    "a model's entry says what it may not");
-        } else {
-            require(e.kind == Kind::sample, "an entry of the index is of an unknown kind");
+        if (e.kind == Kind::sample)
             require(
                 e.key_bytes <= key_bytes - key_at && is_key(std::string_view(index.keys).substr(key_at, e.key_bytes)),
                 "a key of the index is impossible");
-            require(e.tokens <= most_tokens && e.kept >= 1 && std::uint64_t{e.tokens} * e.kept <= most_entries &&
-                        e.header_bytes <= FrameHeader::most_bytes && e.flags <= flag::all && e.method <= Method::pps &&
-                        e.codec >= Codec::fixed && e.codec <= Codec::drawn,
-                    "an entry of the index is beyond its limits");
-            key_at += e.key_bytes;
-        }
+        key_at += e.key_bytes;
         index.entries.push_back(e);
     }
     require(place == end, "the index's frames leave a hole or overlap");
@@ -449,6 +456,17 @@ Record Record::parse(Bytes bytes) {
 }
 
 // --- Names
+
+std::optional<std::uint64_t> id_of(std::string_view name, std::string_view suffix) {
+    if (!name.ends_with(suffix) || name.size() < 16 + suffix.size()) return {};
+    std::uint64_t id = 0;
+    for (const char c : name.substr(0, 16)) {
+        const bool digit = c >= '0' && c <= '9', letter = c >= 'a' && c <= 'f';
+        if (!digit && !letter) return {};
+        id = id << 4 | static_cast<std::uint64_t>(digit ? c - '0' : c - 'a' + 10);
+    }
+    return id;
+}
 
 std::string journal_name(std::uint64_t writer) {
     char text[32];

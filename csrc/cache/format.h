@@ -3,7 +3,9 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cache/bytes.h"
@@ -78,6 +80,9 @@ struct IndexEntry {
     Codec codec = Codec::fixed;
 
     bool operator==(const IndexEntry&) const = default;
+    void append_to(std::vector<std::byte>& out) const;
+    // Of a sample or of a model, within the limits; of where it lies only that the frame holds its header.
+    static IndexEntry parse(Bytes bytes);
 };
 
 struct Index {
@@ -166,6 +171,8 @@ struct Record {
 void check_key(std::string_view key);
 
 // Section 2.
+// The id that a file's name begins with, where it ends with `suffix`.
+std::optional<std::uint64_t> id_of(std::string_view name, std::string_view suffix);
 std::string journal_name(std::uint64_t writer);
 std::string shard_name(std::uint64_t writer, std::uint32_t ordinal, bool finished);
 

@@ -1,7 +1,10 @@
 // The cache's checksum and rows for one ISA.
 #include "cache/kernels.h"
 
+#include <cstring>
 #include <limits>
+
+#include "cache/index/blake2b.h"
 
 // clang-format off: the order matters
 #if defined(KDFAST_ISA_AVX512_BF16)
@@ -170,6 +173,41 @@ float mass(const float* x, std::int64_t count, float scale, float shift) {
     return lanes[0];
 }
 
+// As many keys at a time as a register has words; one where they could not be turned in it.
+#if defined(__AVX2__)
+using Words [[gnu::vector_size(register_bytes)]] = std::uint64_t;
+constexpr std::int64_t keys_at_once = register_bytes / 8;
+KDFAST_INLINE void set(Words& words, std::int64_t lane, std::uint64_t word) { words[lane] = word; }
+KDFAST_INLINE std::uint64_t get(const Words& words, std::int64_t lane) { return words[lane]; }
+#else
+using Words = std::uint64_t;
+constexpr std::int64_t keys_at_once = 1;
+KDFAST_INLINE void set(Words& words, std::int64_t, std::uint64_t word) { words = word; }
+KDFAST_INLINE std::uint64_t get(const Words& words, std::int64_t) { return words; }
+#endif
+
+void hash_keys(const cache::KeyBytes* keys, std::int64_t count, std::uint64_t (*hashes)[2]) {
+    using namespace cache::blake2b;
+    for (std::int64_t first = 0; first < count; first += keys_at_once) {
+        const std::int64_t lanes = count - first < keys_at_once ? count - first : keys_at_once;
+        Words block[16] = {}, sizes = {}, state[8];
+        for (std::int64_t lane = 0; lane < lanes; ++lane) {
+            const cache::KeyBytes& key = keys[first + lane];
+            std::uint64_t words[16] = {};
+            if (key.size > 0) std::memcpy(words, key.data, key.size);
+            for (std::size_t w = 0; w * 8 < key.size; ++w) set(block[w], lane, words[w]);
+            set(sizes, lane, key.size);
+        }
+        for (int i = 0; i < 8; ++i) state[i] = Words{} + initial[i];
+        state[0] ^= Words{} + parameters;
+        compress(state, block, sizes, Words{} + ~std::uint64_t{0});
+        for (std::int64_t lane = 0; lane < lanes; ++lane) {
+            hashes[first + lane][0] = get(state[0], lane);
+            hashes[first + lane][1] = get(state[1], lane);
+        }
+    }
+}
+
 }  // namespace
 }  // namespace kdfast::cpu::KDFAST_ISA
 
@@ -177,7 +215,7 @@ float mass(const float* x, std::int64_t count, float scale, float shift) {
 #define KDFAST_KERNELS(isa) KDFAST_CONCAT(isa, _kernels)
 
 namespace kdfast::cache {
-const Kernels KDFAST_KERNELS(KDFAST_ISA) = {cpu::KDFAST_ISA::crc32c, cpu::KDFAST_ISA::decode_fixed,
+const Kernels KDFAST_KERNELS(KDFAST_ISA) = {cpu::KDFAST_ISA::crc32c,        cpu::KDFAST_ISA::decode_fixed,
                                             cpu::KDFAST_ISA::count_escapes, cpu::KDFAST_ISA::exponential_sums,
-                                            cpu::KDFAST_ISA::mass};
+                                            cpu::KDFAST_ISA::mass,          cpu::KDFAST_ISA::hash_keys};
 }  // namespace kdfast::cache

@@ -39,6 +39,12 @@ inline constexpr std::uint32_t least_long_delta = delta_escaped + escape_escaped
 
 enum class Broken : std::uint8_t { none, id, escapes, steps };
 
+// A key of at most 128 bytes.
+struct KeyBytes {
+    const std::byte* data = nullptr;
+    std::size_t size = 0;
+};
+
 struct Kernels {
     // The checksum's register, without the final exclusive-or.
     std::uint32_t (*crc32c)(const std::byte* bytes, std::size_t count, std::uint32_t state);
@@ -51,6 +57,8 @@ struct Kernels {
     void (*exponential_sums)(const double* a, const double* b, std::int64_t count, double scale, double* sums);
     // sum of e^(x[i] scale - shift) in f32, of up to 512 terms of at most 1 to 3e-6 of it.
     float (*mass)(const float* x, std::int64_t count, float scale, float shift);
+    // The two words of each key's hash (index/key_hash.h).
+    void (*hash_keys)(const KeyBytes* keys, std::int64_t count, std::uint64_t (*hashes)[2]);
 };
 
 extern const Kernels generic_kernels;

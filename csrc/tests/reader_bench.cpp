@@ -47,12 +47,13 @@ int main(int count, char** arguments) {
     }
     const Reader reader(arguments[1]);
     const Catalog& catalog = reader.catalog();
-    std::vector<const Place*> samples;
+    std::vector<Place> samples;
     std::int64_t kept = 0;
-    for (std::size_t i = 0; i < catalog.size(); ++i) {
-        const Place& place = catalog.at(i);
+    Catalog::Keys keys(catalog);
+    while (const std::optional<std::string> key = keys.next()) {
+        const Place place = reader.find(*key);
         if (place.entry.tokens < range_tokens) continue;
-        samples.push_back(&place);
+        samples.push_back(place);
         kept = std::max<std::int64_t>(kept, place.entry.kept);
     }
     if (samples.empty()) {
@@ -62,9 +63,9 @@ int main(int count, char** arguments) {
     std::mt19937_64 random(0);
     std::vector<Range> asked;
     for (std::int64_t i = 0; i < ranges; ++i) {
-        const Place& place = *samples[random() % samples.size()];
+        const Place& place = samples[random() % samples.size()];
         const std::uint64_t starts = place.entry.tokens - range_tokens + 1;
-        asked.push_back({std::string(catalog.key(place)), static_cast<std::int64_t>(random() % starts)});
+        asked.push_back({place.key, static_cast<std::int64_t>(random() % starts)});
     }
     const auto temperatures = static_cast<std::int64_t>(catalog.header().stored_temperatures().size());
     std::vector<std::int32_t> ids(static_cast<std::size_t>(batch * range_tokens * kept));
@@ -77,7 +78,8 @@ int main(int count, char** arguments) {
         out.logprobs = values.data() + at * range_tokens * kept;
         out.lse = lse.data() + at * range_tokens * temperatures;
         out.lse_stride = range_tokens;
-        reader.read(ReadRequest{&reader.find(range.key), range.first, out});
+        const Place place = reader.find(range.key);
+        reader.read(ReadRequest{&place, range.first, out});
     };
     const auto say = [](const char* what, double us) { std::printf("%-32s %6.2f us %7.1f k/s\n", what, us, 1e3 / us); };
     say("find", time_of([&](std::int64_t i) { reader.find(asked[static_cast<std::size_t>(i)].key); }));

@@ -43,13 +43,16 @@ def manifest_text(content: dict[str, Any]) -> str:
 
 
 def write_manifest(path: str) -> None:
-    """Makes ``manifest.json`` anew, whole or not at all.
+    """Brings the index of the directory up to date, and makes ``manifest.json`` anew, whole or not at all.
 
     Raises:
         CacheError: the cache cannot be read, or the system refuses.
     """
+    from kdfast import _core
+
     try:
         with locked(path):
+            _core.cache_update_index(path)
             _replace(path, manifest_text(manifest(path)))
     except OSError as error:
         what = f"cannot write the manifest: {error.strerror}"

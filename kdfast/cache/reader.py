@@ -150,6 +150,11 @@ class Reader:
         ]
 
     @property
+    def indexed_shards(self) -> int:
+        """Shards whose samples are found by the index of the directory; of the others every key is in memory."""
+        return self._engine.indexed_shards
+
+    @property
     def damage(self) -> list[CacheError]:
         """What could not be read, with ``damaged="skip"``."""
         return self._engine.damage
@@ -160,8 +165,9 @@ class Reader:
 
     def keys(self) -> Iterator[str]:
         """The keys, in the order in which their samples lie on disk."""
-        for first in range(0, len(self), _KEYS_AT_ONCE):
-            yield from self._engine.keys(first, first + _KEYS_AT_ONCE)
+        keys = self._engine.keys()
+        while some := keys.next(_KEYS_AT_ONCE):
+            yield from some
 
     def __iter__(self) -> Iterator[str]:
         return self.keys()

@@ -65,6 +65,9 @@ class Staging:
         self._copier = copier
         self._flying: deque[Staged] = deque()
 
+    def __len__(self) -> int:
+        return len(self._flying)
+
     def __contains__(self, key: str) -> bool:
         return any(staged.key == key for staged in self._flying)
 

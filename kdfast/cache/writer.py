@@ -273,7 +273,10 @@ class Writer:
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
         """Those of ``keys`` that are not in the cache yet, in their order: what a job that resumes has to write."""
-        return [key for key in keys if key not in self]
+        if self._engine is None:
+            return [key for key in keys if key not in self]
+        missing = self._engine.missing(keys, key_text)
+        return [key for key in missing if key_text(key) not in self._staging] if self._staging else missing
 
     def bytes_written(self) -> int:
         """Bytes of this writer's shards so far; samples that wait are not among them."""

@@ -69,6 +69,7 @@ def info(
             "tokens": tokens,
             "bytes": size,
             "shards": [s._asdict() for s in shards],
+            "indexed_shards": reader.indexed_shards,
             "tiers": {tier: one._asdict() for tier, one in tiers.items()},
             "statistics": None if statistics is None else _as_json(statistics),
         }
@@ -109,6 +110,7 @@ def _print_info(
         ("samples", f"{len(reader):,}"),
         ("tokens", f"{tokens:,}"),
         ("shards", f"{len(shards)} ({sum(not s.finished for s in shards)} unfinished)"),
+        ("index", f"has the samples of {reader.indexed_shards} of {len(shards)} shards"),
         ("size", f"{size / 2**20:,.1f} MiB" + (f", {size / tokens:.1f} bytes a token" if tokens else "")),
     ]
     for tier, one in tiers.items():

@@ -73,7 +73,7 @@ class Stored {
 
   private:
     const Reader& reader_;
-    const Place& place_;
+    const Place place_;
     Layout layout_;
     Scratch scratch_;
 };

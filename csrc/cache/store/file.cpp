@@ -21,6 +21,7 @@ namespace {
     const int number = errno;
     Fault fault(number == ENOENT ? Code::missing : Code::system,
                 std::string(action) + ": " + std::generic_category().message(number));
+    fault.number = number;
     throw fault.in(path);
 }
 
@@ -152,6 +153,13 @@ bool exists(const std::string& path) {
     return false;
 }
 
+std::optional<std::uint64_t> file_size(const std::string& path) {
+    struct stat status{};
+    if (::stat(path.c_str(), &status) == 0) return static_cast<std::uint64_t>(status.st_size);
+    if (errno != ENOENT && errno != ENOTDIR) fail("cannot stat", path);
+    return {};
+}
+
 void make_directories(const std::string& path) {
     std::error_code error;
     std::filesystem::create_directories(path, error);
@@ -171,6 +179,8 @@ void sync_directory(const std::string& path) {
 void rename_file(const std::string& from, const std::string& to) {
     if (::rename(from.c_str(), to.c_str()) != 0) fail("cannot rename", from);
 }
+
+void remove_if_there(const std::string& path) noexcept { ::unlink(path.c_str()); }
 
 void remove_file(const std::string& path) {
     if (::unlink(path.c_str()) != 0) fail("cannot remove", path);

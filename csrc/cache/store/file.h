@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -52,10 +53,13 @@ class File {
 // Names in a directory, sorted.
 std::vector<std::string> list_directory(const std::string& path);
 bool exists(const std::string& path);
+// Of a file; nothing where there is none.
+std::optional<std::uint64_t> file_size(const std::string& path);
 void make_directories(const std::string& path);
 void sync_directory(const std::string& path);
 void rename_file(const std::string& from, const std::string& to);
 void remove_file(const std::string& path);
+void remove_if_there(const std::string& path) noexcept;
 // Gives `bytes` the name `path` in one step, durably; false where something has that name already.
 bool publish(const std::string& directory, const std::string& name, Bytes bytes, const std::string& temporary);
 std::string join(const std::string& directory, const std::string& name);

@@ -10,8 +10,11 @@
 
 #include "cache/compact/block.h"
 #include "cache/crc/crc32c.h"
+#include "cache/index/check.h"
+#include "cache/index/parts.h"
 #include "cache/rows/prove.h"
 #include "cache/store/compare.h"
+#include "cache/store/frames.h"
 #include "cache/store/model_frame.h"
 #include "cache/store/scratch.h"
 #include "cache/store/shard.h"
@@ -118,19 +121,20 @@ void check_model(const File& shard, std::uint64_t shard_id, const IndexEntry& en
     static_cast<void>(read_model_copy(shard, header));
 }
 
-// The places of a shard, which follow each other.
-std::span<const Place> places_of(const Catalog& catalog, std::uint32_t shard) {
-    const auto [first, last] = std::ranges::equal_range(catalog.places(), shard, {}, &Place::shard);
+// The frames of a shard, which follow each other.
+std::span<const Listing::Frame> frames_of(const Catalog& catalog, std::uint32_t shard) {
+    const auto [first, last] = std::ranges::equal_range(catalog.listing().frames(), shard, {}, &Listing::Frame::shard);
     return {first, last};
 }
 
 // The faults of samples that cannot be read, in any order.
-std::vector<Fault> unreadable(const Reader& reader, std::span<const Place> places, const File* file, int threads) {
+std::vector<Fault> unreadable(const Reader& reader, std::span<const Listing::Frame> frames, const File* file,
+                              int threads) {
     std::vector<Fault> faults;
     std::mutex mutex;
-    parallel_for(static_cast<std::int64_t>(places.size()), threads, [&](std::int64_t i) {
+    parallel_for(static_cast<std::int64_t>(frames.size()), threads, [&](std::int64_t i) {
         try {
-            reader.verify(places[static_cast<std::size_t>(i)], file);
+            reader.verify(reader.catalog().listing().place(frames[static_cast<std::size_t>(i)]), file);
         } catch (const Fault& fault) {
             const std::lock_guard lock(mutex);
             faults.push_back(fault);
@@ -143,9 +147,10 @@ std::vector<Fault> unreadable(const Reader& reader, std::span<const Place> place
 
 Verified verify(const std::string& directory, int threads) {
     Verified result;
-    const Reader reader(directory, &result.faults);
+    // Of the index nothing is believed.
+    const Reader reader(directory, &result.faults, Reader::usual_open_files, UseIndex::no);
     const Catalog& catalog = reader.catalog();
-    for (const auto& [key, fault] : catalog.conflicts())  // a damaged frame is found below
+    for (const auto& [key, fault] : catalog.listing().conflicts())  // a damaged frame is found below
         if (fault.code == Code::duplicate) result.faults.push_back(Fault(fault).in(directory).of(std::string(key)));
     for (const CatalogShard& shard : catalog.shards()) {
         result.bytes += shard.bytes;
@@ -157,10 +162,11 @@ Verified verify(const std::string& directory, int threads) {
                 result.faults.push_back(fault);
             }
     }
-    const std::vector<Place>& places = catalog.places();
-    for (Fault& fault : unreadable(reader, places, nullptr, threads)) result.faults.push_back(std::move(fault));
-    result.samples = places.size();
-    for (const Place& place : places) result.tokens += place.entry.tokens;
+    const std::vector<Listing::Frame>& frames = catalog.listing().frames();
+    for (Fault& fault : unreadable(reader, frames, nullptr, threads)) result.faults.push_back(std::move(fault));
+    result.samples = frames.size();
+    for (const Listing::Frame& frame : frames) result.tokens += frame.entry.tokens;
+    for (Fault& fault : check_index(directory)) result.faults.push_back(std::move(fault));
     std::sort(result.faults.begin(), result.faults.end(), [](const Fault& a, const Fault& b) {
         return std::tuple(a.path, a.offset.value_or(0)) < std::tuple(b.path, b.offset.value_or(0));
     });
@@ -193,15 +199,15 @@ void check_shard(const Catalog& catalog, std::uint32_t number, const std::string
         throw fault.in(path);
     }
     for (const IndexEntry& model : shard.models) check_model(file, shard.shard_id, model);
-    const std::span<const Place> places = places_of(catalog, number);
-    parallel_for(static_cast<std::int64_t>(places.size()), threads, [&](std::int64_t i) {
-        read_blocks(file, catalog.frame_header(file, places[static_cast<std::size_t>(i)]));
+    const std::span<const Listing::Frame> frames = frames_of(catalog, number);
+    parallel_for(static_cast<std::int64_t>(frames.size()), threads, [&](std::int64_t i) {
+        read_blocks(file, catalog.frame_header(file, catalog.listing().place(frames[static_cast<std::size_t>(i)])));
     });
 }
 
 std::vector<Fault> verify_shard(const Reader& reader, std::uint32_t shard, const std::string& path, int threads) {
     const File file = File::read(path);
-    return unreadable(reader, places_of(reader.catalog(), shard), &file, threads);
+    return unreadable(reader, frames_of(reader.catalog(), shard), &file, threads);
 }
 
 // --- Repair
@@ -218,7 +224,7 @@ class Repair {
         const std::vector<std::string> names = list_directory(directory_);
         for (const std::string& name : names) {
             for (const char* suffix : {".journal", ".shard", ".open"}) {
-                const auto writer = writer_of(name, suffix);
+                const auto writer = id_of(name, suffix);
                 if (!writer) continue;
                 std::vector<std::string>& shards = writers[*writer];
                 if (name != journal_name(*writer)) shards.push_back(name);
@@ -228,6 +234,7 @@ class Repair {
                 say("removed " + name);
             }
         }
+        look_after_index(names);
         series_.emplace(directory_, header_, random_id(), ShardSeries::Limits{});
         for (const auto& [writer, shards] : writers) look_after(writer, shards);
         series_->close();
@@ -267,6 +274,14 @@ class Repair {
             return;
         }
         throw *why;
+    }
+
+    // It is made anew of what is left, by whoever comes next and is alone.
+    void look_after_index(const std::vector<std::string>& names) {
+        if (check_index(directory_).empty()) return;
+        for (const std::string& name : names)
+            if (index_id(name)) remove_file(join(directory_, name));
+        say("removed an index that is damaged");
     }
 
     void look_after(std::uint64_t writer, const std::vector<std::string>& shards) {
@@ -454,10 +469,10 @@ class Union {
 
     // Takes the cache that is there.
     void begin(const Reader& there) {
-        const Catalog& catalog = there.catalog();
-        header_ = catalog.header_bytes();
-        for (std::size_t i = 0; i < catalog.size(); ++i)
-            known_.emplace(catalog.key(catalog.at(i)), Sample{&there, &catalog.at(i)});
+        const Listing& listing = there.catalog().listing();
+        header_ = there.catalog().header_bytes();
+        for (std::size_t i = 0; i < listing.size(); ++i)
+            known_.emplace(listing.key(listing.at(i)), Sample{&there, &listing.at(i)});
     }
     void require_header(const Catalog& source) {
         if (header_.empty()) header_ = source.header_bytes();
@@ -466,18 +481,19 @@ class Union {
                 .in(source.directory());
     }
     // Whether the key is new; one that is there must be of the same token ids and, if `compare`, targets.
-    bool add(const Reader& source, const Place& place, bool compare) {
-        const Catalog& catalog = source.catalog();
-        const auto [found, fresh] = known_.try_emplace(catalog.key(place), Sample{&source, &place});
+    bool add(const Reader& source, const Listing::Frame& frame, bool compare) {
+        const Listing& listing = source.catalog().listing();
+        const auto [found, fresh] = known_.try_emplace(listing.key(frame), Sample{&source, &frame});
         if (fresh) return true;
+        const Place place = listing.place(frame);
         const auto refuse = [&](const char* why) {
-            throw Fault(Code::duplicate, why).in(catalog.directory()).of(std::string(catalog.key(place)));
+            throw Fault(Code::duplicate, why).in(source.catalog().directory()).of(place.key);
         };
         const auto& [reader, there] = found->second;
         if ((there->entry.flags & place.entry.flags & flag::hashed) == 0 ||
             there->entry.token_hash != place.entry.token_hash)
             refuse("the key is there with other token ids, or without any to compare");
-        if (compare && !same_targets(*reader, *there, source, place))
+        if (compare && !same_targets(*reader, reader->catalog().listing().place(*there), source, place))
             refuse(
                 "the key is there with the same token ids and other targets; on_duplicate=\"keep\" leaves the first");
         return false;
@@ -487,7 +503,7 @@ class Union {
   private:
     struct Sample {
         const Reader* reader;
-        const Place* place;
+        const Listing::Frame* frame;
     };
     std::string name_;
     std::vector<std::byte> header_;
@@ -497,7 +513,18 @@ class Union {
 // What counts for each key of a source, in the order of the disk; throws where frames of a key differ.
 template <class Use>
 void for_each_sample(const Catalog& source, Use use) {
-    for (std::size_t i = 0; i < source.size(); ++i) use(*source.find(source.key(source.at(i))));
+    const Listing& listing = source.listing();
+    for (std::size_t i = 0; i < listing.size(); ++i) {
+        const Listing::Frame& frame = listing.at(i);
+        const std::string_view key = listing.key(frame);
+        if (const auto conflict = listing.conflicts().find(key); conflict != listing.conflicts().end())
+            throw Fault(conflict->second).in(source.directory()).of(std::string(key));
+        use(frame);
+    }
+}
+
+std::unique_ptr<const Reader> open_listed(const std::string& path) {
+    return std::make_unique<const Reader>(path, nullptr, Reader::usual_open_files, UseIndex::no);
 }
 
 }  // namespace
@@ -507,16 +534,17 @@ Merged merge(const std::vector<std::string>& paths, const std::string& destinati
     Merged result;
     if (paths.empty()) return result;
     std::vector<std::unique_ptr<const Reader>> sources;
-    for (const std::string& path : paths) sources.push_back(std::make_unique<const Reader>(path));
+    for (const std::string& path : paths) sources.push_back(open_listed(path));
     // All that can be told before anything is made: a merge that cannot come to its end makes nothing.
     {
-        std::optional<Reader> there;
-        if (exists(join(destination, "cache.header"))) there.emplace(destination);
+        std::unique_ptr<const Reader> there;
+        if (exists(join(destination, "cache.header"))) there = open_listed(destination);
         Union all(there ? destination : paths.front());
         if (there) all.begin(*there);
         for (const auto& source : sources) {
             all.require_header(source->catalog());
-            for_each_sample(source->catalog(), [&](const Place& place) { all.add(*source, place, !keep_duplicates); });
+            for_each_sample(source->catalog(),
+                            [&](const Listing::Frame& frame) { all.add(*source, frame, !keep_duplicates); });
         }
     }
     const std::vector<std::byte>& header = sources.front()->catalog().header_bytes();
@@ -524,9 +552,9 @@ Merged merge(const std::vector<std::string>& paths, const std::string& destinati
     const std::uint64_t writer = random_id();
     if (!exists(join(destination, "cache.header")))
         publish(destination, "cache.header", header, journal_name(writer) + ".temporary");
-    const Reader there(destination);
+    const std::unique_ptr<const Reader> there = open_listed(destination);
     Union all(destination);
-    all.begin(there);
+    all.begin(*there);
     ShardSeries series(destination, all.header(), writer, ShardSeries::Limits{.shard_bytes = shard_bytes});
     for (const auto& source : sources) {
         const Catalog& catalog = source->catalog();
@@ -534,18 +562,18 @@ Merged merge(const std::vector<std::string>& paths, const std::string& destinati
         std::optional<File> file;
         std::optional<ShardFrames> frames;
         std::uint32_t open_shard = 0;
-        for_each_sample(catalog, [&](const Place& place) {
-            if (!all.add(*source, place, false)) {
+        for_each_sample(catalog, [&](const Listing::Frame& sample) {
+            if (!all.add(*source, sample, false)) {
                 ++result.there_already;
                 return;
             }
-            const CatalogShard& shard = catalog.shards()[place.shard];
-            if (!file || open_shard != place.shard) {
+            const CatalogShard& shard = catalog.shards()[sample.shard];
+            if (!file || open_shard != sample.shard) {
                 file.emplace(File::read(catalog.path(shard)));
                 frames.emplace(*file, shard.shard_id, catalog.header());
             }
-            open_shard = place.shard;
-            ShardFrames::Frame frame = frames->at(place.entry);
+            open_shard = sample.shard;
+            ShardFrames::Frame frame = frames->at(sample.entry);
             series.append(frame.header, frame.blocks, frame.model);
             ++result.samples;
         });

@@ -24,8 +24,8 @@ struct Reader::Part {
     std::uint64_t name;  // for Proven
 };
 
-Reader::Reader(const std::string& directory, std::vector<Fault>* damage, std::size_t open_files)
-    : catalog_(directory, damage),
+Reader::Reader(const std::string& directory, std::vector<Fault>* damage, std::size_t open_files, UseIndex use)
+    : catalog_(directory, damage, use),
       files_(open_files),
       models_(catalog_.shards().size(), catalog_.header().vocab_size, catalog_.header().stored_temperatures().size()) {}
 
@@ -65,10 +65,11 @@ void Reader::with_file(const Place& place, Use use) const {
 // Where a sample is now whose shard was found to be gone, for `fault`, since an earlier reader's catalogue was made. A
 // repair has copied what was good of it, and says so in the shard's journal; without that it is another cache's sample,
 // or another sample's. (In the same shard still, the next reader finds it gone, too, and looks again.)
-const Place& Reader::place_of(const Catalog& earlier, const Place& place, Fault& fault) const {
-    const std::string key(earlier.key(place));
+Place Reader::place_of(const Catalog& earlier, const Place& place, Fault& fault) const {
+    const std::string& key = place.key;
     const std::uint64_t gone = earlier.shards()[place.shard].shard_id;
-    const Place* now = catalog_.header_bytes() == earlier.header_bytes() ? catalog_.find(key) : nullptr;
+    std::optional<Place> now;
+    if (catalog_.header_bytes() == earlier.header_bytes()) now = catalog_.find(key);
     const std::uint64_t shard = now ? catalog_.shards()[now->shard].shard_id : 0;
     if (!now || (shard != gone && !catalog_.is_dropped(gone))) throw fault.of(key);
     IndexEntry entry = now->entry;
@@ -80,8 +81,8 @@ const Place& Reader::place_of(const Catalog& earlier, const Place& place, Fault&
     return *now;
 }
 
-const Place& Reader::find(std::string_view key) const {
-    if (const Place* place = catalog_.find(key)) return *place;
+Place Reader::find(std::string_view key) const {
+    if (std::optional<Place> place = catalog_.find(key)) return *std::move(place);
     throw Fault(Code::missing, "no sample has this key").in(catalog_.directory()).of(std::string(key));
 }
 
@@ -98,7 +99,7 @@ FrameHeader Reader::header(const File& file, const Place& place) const {
             throw Fault(Code::corrupt, "a drawn frame in a cache of several temperatures");
         return h;
     } catch (Fault& fault) {
-        throw fault.in(file.path()).of(std::string(catalog_.key(place))).at(place.entry.offset);
+        throw fault.in(file.path()).of(place.key).at(place.entry.offset);
     }
 }
 

@@ -40,14 +40,14 @@ class Reader {
 
     // Throws for damage that may hide keys, unless it may be appended to `damage`.
     explicit Reader(const std::string& directory, std::vector<Fault>* damage = nullptr,
-                    std::size_t open_files = usual_open_files);
+                    std::size_t open_files = usual_open_files, UseIndex use = UseIndex::yes);
     ~Reader();
     Reader(const Reader&) = delete;
     Reader& operator=(const Reader&) = delete;
 
     const Catalog& catalog() const { return catalog_; }
     // Throws Fault missing, or duplicate.
-    const Place& find(std::string_view key) const;
+    Place find(std::string_view key) const;
     // What the fields of a sample are, from its verified header.
     FrameHeader header(const Place& place) const;
     FrameHeader header(const File& file, const Place& place) const;  // its shard lies elsewhere
@@ -72,7 +72,7 @@ class Reader {
                 const Destination& out) const;
     void prove(const Place& place, const File& shard, const FrameHeader& h, const Part& part) const;
     const Reader& successor() const;
-    const Place& place_of(const Catalog& earlier, const Place& place, Fault& fault) const;
+    Place place_of(const Catalog& earlier, const Place& place, Fault& fault) const;
 
     Catalog catalog_;
     OpenFiles files_;

@@ -197,15 +197,9 @@ Writer::Writer(std::string directory, WriterOptions options)
         std::snprintf(temporary, sizeof temporary, "%016llx.temporary", static_cast<unsigned long long>(writer_));
         publish(directory_, "cache.header", header_bytes_, temporary);
     }
-    const Catalog catalog(directory_, &damage_);
-    if (catalog.header_bytes() != header_bytes_)
-        throw Fault(Code::mismatch, differs(catalog.header(), options_.header)).in(directory_);
-    for (std::size_t i = 0; i < catalog.size(); ++i) {
-        const Place& place = catalog.at(i);
-        std::optional<TokenHash> hash;
-        if (place.entry.flags & flag::hashed) hash = place.entry.token_hash;
-        known_.emplace(catalog.key(place), Known{.hash = hash, .stored = true});
-    }
+    there_ = std::make_unique<const Catalog>(directory_, &damage_);
+    if (there_->header_bytes() != header_bytes_)
+        throw Fault(Code::mismatch, differs(there_->header(), options_.header)).in(directory_);
     try {
         for (int i = 0; i < options_.threads; ++i) threads_.emplace_back([this] { encode_jobs(); });
         threads_.emplace_back([this] { write_jobs(); });
@@ -260,8 +254,20 @@ void Writer::check_usable() {
 
 bool Writer::has(std::string_view key) const {
     check_process();
+    {
+        std::lock_guard lock(signals_->mutex);
+        if (known_.contains(std::string(key))) return true;
+    }
+    return there_->first(key).has_value();
+}
+
+std::vector<bool> Writer::have(std::span<const std::string_view> keys) const {
+    check_process();
+    std::vector<bool> have = there_->have(keys);
     std::lock_guard lock(signals_->mutex);
-    return known_.contains(std::string(key));
+    for (std::size_t i = 0; i < keys.size() && !known_.empty(); ++i)
+        if (!have[i]) have[i] = known_.contains(std::string(keys[i]));
+    return have;
 }
 
 std::uint64_t Writer::waiting_bytes() const {
@@ -278,18 +284,26 @@ bool Writer::write(const Sample& sample) {
         check_usable();
     }
     auto job = std::make_shared<Job>(sample, options_);  // before the key is known, as it may be refused
+    const std::optional<Place> there = there_->first(sample.key);
     {
         std::unique_lock lock(signals_->mutex);
-        const auto [found, fresh] = known_.try_emplace(sample.key, Known{.hash = sample.token_hash});
+        Known known{.hash = sample.token_hash};
+        if (there) {
+            known.hash.reset();
+            if (there->entry.flags & flag::hashed) known.hash = there->entry.token_hash;
+            known.stored = true;
+        }
+        const auto [found, is_new] = known_.try_emplace(sample.key, known);
+        const bool fresh = is_new && !there;
         if (!fresh) {
-            const std::optional<TokenHash> there = found->second.hash;
+            const std::optional<TokenHash> hash = found->second.hash;
             lock.unlock();
             const auto refuse = [&](const char* why) {
                 throw Fault(Code::duplicate, why).in(directory_).of(sample.key);
             };
-            if (!there || !sample.token_hash)
+            if (!hash || !sample.token_hash)
                 refuse("the key is there, and without token_ids of both its samples cannot be compared");
-            if (*there != *sample.token_hash) refuse("the key is there with other token ids");
+            if (*hash != *sample.token_hash) refuse("the key is there with other token ids");
             if (!options_.keep_duplicates && !is_same(*job))
                 refuse(
                     "the key is there with the same token ids and other targets; a writer with on_duplicate=\"keep\" "

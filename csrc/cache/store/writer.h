@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -57,6 +58,8 @@ class Writer {
     // hold it, and nothing else is lost. Every call throws the first error of the threads behind it.
     bool write(const Sample& sample);
     bool has(std::string_view key) const;
+    // For each key whether there is a sample of it, or one on its way.
+    std::vector<bool> have(std::span<const std::string_view> keys) const;
     std::uint64_t commit();  // samples of this writer that are durable now, which are all that were written
     std::uint64_t close();   // commits, finishes the shard, ends the journal; samples as commit
     std::uint64_t id() const { return writer_; }
@@ -66,7 +69,7 @@ class Writer {
 
   private:
     struct Job;
-    // A key that is there, or was written.
+    // A key that was written, or met in what others had stored.
     struct Known {
         std::optional<TokenHash> hash;
         bool stored = false;        // by another writer
@@ -89,6 +92,7 @@ class Writer {
     const long process_;
     std::vector<std::byte> header_bytes_;
     std::vector<Fault> damage_;
+    std::unique_ptr<const Catalog> there_;  // what was committed when this one was opened
     std::unordered_map<std::string, Known> known_;
 
     // Of the thread that appends.
