@@ -60,6 +60,11 @@ PARTS = {
     "the cache after 200 cuts of power": Part(
         f"KDFAST_TEST_CRASH_STATES=200 {PYTEST} tests/cache/test_cache_reliability.py -k power_cut", 20, TESTS
     ),
+    "the cache at ten million samples": Part(
+        f"{PYTHON} -m bench.cache_growth --samples 10000000 --rounds 3 --json build/growth.json",
+        60,
+        r"^\| 10,000,000 .*",
+    ),
     "the cache's job on a Ray cluster": Part(
         "make .venv/.ray && .venv/bin/pytest tests/cache/test_cache_ray.py", 15, TESTS
     ),

@@ -4,8 +4,8 @@ A page says where a table goes: everything between ``<!-- bench:begin NAME -->``
 here, by that name in ``REGIONS``, once for each machine that has its file in ``bench/results/MACHINE/``:
 
 * ``bench.json``: ``kdfast bench --json``
-* ``head.json``, ``sparse.json``, ``soft_targets.json``, ``cache.json``, ``cache_sizes.json``, ``cache_fidelity.json``:
-  ``--json`` of these scripts
+* ``head.json``, ``sparse.json``, ``soft_targets.json``, ``cache.json``, ``cache_sizes.json``, ``cache_fidelity.json``,
+  ``cache_growth.json``: ``--json`` of these scripts
 * ``nightly.json``: ``python -m bench.nightly --json``
 * ``gpu.json``: ``results.json`` of ``python -m bench.gpu``
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import cache, cache_fidelity, cache_sizes, nightly, soft_targets, sparse
+from bench import cache, cache_fidelity, cache_growth, cache_sizes, nightly, soft_targets, sparse
 from bench.gpu.tables import summary
 from bench.turns import Turns, read, table
 from kdfast.benchmark.cases import DTYPES
@@ -168,6 +168,10 @@ def _cache_fidelity(file: Path) -> str:
     return cache_fidelity.listing(cache_fidelity.read(file))
 
 
+def _cache_growth(file: Path) -> str:
+    return cache_growth.listing(cache_growth.read(file))
+
+
 def _cache_sizes(file: Path) -> str:
     return cache_sizes.listing(cache_sizes.read(file))
 
@@ -192,6 +196,7 @@ REGIONS = {
     "soft-targets": Region("soft_targets.json", _ratios(soft_targets.RATIOS, "")),
     "cache": Region("cache.json", _cache),
     "cache-fidelity": Region("cache_fidelity.json", _cache_fidelity),
+    "cache-growth": Region("cache_growth.json", _cache_growth),
     "cache-sizes": Region("cache_sizes.json", _cache_sizes),
     "nightly": Region("nightly.json", _nightly, "No run of the whole is recorded yet.\n"),
     "gpu": Region("gpu.json", _gpu, "No run on a GPU is recorded yet.\n"),

@@ -434,8 +434,9 @@ void add_cache(py::module_& m) {
             return py::make_tuple(r.kept, to_python(r.lost), r.done, r.in_use);
         },
         py::arg("path"), "Saves what can be saved; samples copied, what was lost, what was done, journals in use.");
-    m.def("cache_update_index", &cache::update_index, py::arg("path"), py::call_guard<py::gil_scoped_release>(),
-          "Adds the samples of finished shards to the index of the directory.");
+    m.def(
+        "cache_update_index", [](const std::string& path) { cache::update_index(path); }, py::arg("path"),
+        py::call_guard<py::gil_scoped_release>(), "Adds the samples of finished shards to the index of the directory.");
     m.def(
         "cache_merge",
         [](const std::vector<std::string>& sources, const std::string& destination, std::uint64_t shard_bytes,

@@ -1,4 +1,4 @@
-// What a reader or writer says when a cache is not what it should be (FORMAT.md, section 9).
+// What a reader or writer says when a cache is not what it should be (FORMAT.md, section 10).
 #pragma once
 
 #include <array>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 
 from kdfast.cache.duplicates import OnDuplicate, keeps_duplicates
 from kdfast.cache.error import CacheError
-from kdfast.cache.manifest import write_manifest
+from kdfast.cache.manifest import locked, write_manifest
 from kdfast.cache.reader import LOCAL_BYTES
 from kdfast.cache.remote.files import is_url
 
@@ -76,7 +77,7 @@ def repair(path: str | os.PathLike[str]) -> Repair:
     """Copies the good samples of damaged or unfinished files to a new one and gives the old ones up.
 
     What was never committed is not looked for. Writers that are alive are left alone. A repair that is interrupted can
-    be run again.
+    be run again. An index of the directory that is damaged, or of what is given up, is made anew.
 
     Raises:
         CacheError: no cache is there, or neither its header nor a shard's copy of it can be read.
@@ -87,7 +88,9 @@ def repair(path: str | os.PathLike[str]) -> Repair:
     if is_url(os.fspath(path)):
         msg = f"repair is for a directory, {path} is a URL: repair the cache that it was pushed from, and push again"
         raise ValueError(msg)
-    done = Repair(*_core.cache_repair(os.fspath(path)))
+    # A writer that ends meanwhile makes an index, whose beginnings would be taken for what a crash has left.
+    with locked(os.fspath(path)) if os.path.isdir(path) else contextlib.nullcontext():
+        done = Repair(*_core.cache_repair(os.fspath(path)))
     write_manifest(os.fspath(path))
     return done
 

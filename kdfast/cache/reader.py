@@ -51,10 +51,12 @@ class Shard(NamedTuple):
 class Reader:
     """Gives stored soft targets back, by key; a wrong or missing value is always an error.
 
-    Opening reads header, journals and indices, not the samples. Every block is verified against its checksum when it is
-    read. A reader may be used by many threads, in processes forked from its own (the workers of a DataLoader), and may
-    be pickled. It sees what was committed when it was opened; of samples that a repair has moved since, the copies. Up
-    to 64 MiB of memory that targets have left is kept for the next.
+    Opening reads header and journals and, of the shards that the index of the directory has not, such as those of a
+    writer that is at work, their indices; not the samples. What the index has takes no memory: a key is looked up in
+    it, and what is found is held against the sample. Every block is verified against its checksum when it is read. A
+    reader may be used by many threads, in processes forked from its own (the workers of a DataLoader), and may be
+    pickled. It sees what was committed when it was opened; of samples that a repair has moved since, the copies. Up to
+    64 MiB of memory that targets have left is kept for the next.
 
     What the entries of a token are to each other (no id twice, no mass above 1) is verified when a block is first read,
     and remembered of the last million blocks.

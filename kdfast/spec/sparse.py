@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.spec.served import Candidates, openai_tokens, rows, sglang_tokens, shifted, vllm_tokens
 from kdfast.spec.values import readable
 
 #: Methods whose entries are drawn, not chosen: their weights are unbiased estimates, not probabilities.
@@ -116,6 +117,101 @@ class SparseTargets:
         targets = object.__new__(cls)
         vars(targets).update(fields)
         return targets
+
+    @classmethod
+    def _served(cls, tokens: Sequence[Candidates | None], vocab_size: int, k: int | None, source: str) -> SparseTargets:
+        found = rows(tokens, vocab_size, k, f"SparseTargets.{source}")
+        return cls(vocab_size=vocab_size, **found._asdict())
+
+    @classmethod
+    def from_vllm(
+        cls,
+        prompt_logprobs: Sequence[Mapping[Any, Any] | None],
+        *,
+        vocab_size: int,
+        token_ids: Sequence[int] | None = None,
+        k: int | None = None,
+    ) -> SparseTargets:
+        """What vLLM tells of a prompt of S tokens, as targets (S, K).
+
+        Row i is the distribution of token i + 1, as a language model's logits of position i are, from entry i + 1: the
+        first entry is None, and the last row has no entries. vLLM gives the K most probable tokens and the one that is
+        there, which is left out where its rank is beyond them, so that every row holds its most probable tokens; with
+        ``token_ids`` its log-probability is ``gold_logprob``. All are at temperature 1 over the whole vocabulary
+        (``logprobs_mode="raw_logprobs"``, vLLM's default); a loss at another temperature refuses them.
+
+        Args:
+            prompt_logprobs: of a ``RequestOutput``, for ``SamplingParams(prompt_logprobs=K)``, or of a server's JSON,
+                whose keys are text.
+            vocab_size: V, the number of columns of the teacher's logits.
+            token_ids: (S,) of the prompt; checked to be those that the entries are of.
+            k: entries to keep of each token; None: all.
+
+        Raises:
+            ValueError: entries that are missing, of another prompt, out of range, twice there, no log-probabilities,
+                or of a mass above 1.
+        """
+        told = vllm_tokens(prompt_logprobs, token_ids, "SparseTargets.from_vllm")
+        targets = cls._served(shifted(told, "SparseTargets.from_vllm"), vocab_size, k, "from_vllm")
+        return targets if token_ids is not None else replace(targets, gold_logprob=None)
+
+    @classmethod
+    def from_sglang(
+        cls,
+        meta_info: Mapping[str, Any],
+        *,
+        vocab_size: int,
+        token_ids: Sequence[int] | None = None,
+        k: int | None = None,
+    ) -> SparseTargets:
+        """What SGLang tells of the S tokens of an input that it was asked about, as targets (S, K).
+
+        Rows as in :meth:`from_vllm`, ``gold_logprob`` of every token; where the request had ``logprob_start_len`` > 0
+        they begin at that token. What it tells of generated tokens is not taken: it depends on the temperature that
+        they were drawn at.
+
+        Args:
+            meta_info: of an answer of ``/generate`` or of ``Engine.generate``, for ``return_logprob=True``,
+                ``logprob_start_len=0`` and ``top_logprobs_num=K``.
+            vocab_size: V, the number of columns of the teacher's logits.
+            token_ids: (S,) of the input; checked to be those that the server was given.
+            k: entries to keep of each token; None: all.
+
+        Raises:
+            ValueError: as :meth:`from_vllm`.
+        """
+        told = sglang_tokens(meta_info, token_ids, "SparseTargets.from_sglang")
+        return cls._served(shifted(told, "SparseTargets.from_sglang"), vocab_size, k, "from_sglang")
+
+    @classmethod
+    def from_openai(
+        cls,
+        logprobs: Any,
+        *,
+        vocab_size: int,
+        ids_of: Callable[[str, bytes | None], int | None] | None = None,
+        k: int | None = None,
+    ) -> SparseTargets:
+        """What a chat completion tells of the S tokens that it generated, as targets (S, K), K at most 20.
+
+        Row i is the distribution that generated token i was drawn from: it stands beside the student's logits of the
+        position before that token. ``gold_logprob`` is that of the token, -inf where it is not told (-9999). Whether
+        the server's log-probabilities are at temperature 1 whatever it samples at, its documents say; targets are
+        taken to be.
+
+        Args:
+            logprobs: ``choices[0].logprobs``, as an object or JSON, for ``logprobs=True`` and ``top_logprobs=20``.
+            vocab_size: V, the number of columns of the teacher's logits.
+            ids_of: the id of a token, of its text and bytes (None where the server gives none), or None of one that
+                it does not know, which is an error. None: texts are ``token_id:N``, as vLLM writes them where it is
+                asked for ``return_tokens_as_token_ids``.
+            k: entries to keep of each token; None: all.
+
+        Raises:
+            ValueError: no ``content``, a token without an id, or as :meth:`from_vllm`.
+        """
+        told = openai_tokens(logprobs, ids_of, "SparseTargets.from_openai")
+        return cls._served(told, vocab_size, k, "from_openai")
 
     @property
     def shape(self) -> torch.Size:

@@ -21,7 +21,7 @@ MAX_METADATA = 2**20 - 1024
 
 
 class FormatError(ValueError):
-    """What is wrong with a cache: ``code`` is a word of section 9, ``file`` and ``offset`` say where."""
+    """What is wrong with a cache: ``code`` is a word of section 10, ``file`` and ``offset`` say where."""
 
     def __init__(self, code: str, what: str, file: str, offset: int = 0):
         super().__init__(f"{code}: {what} ({file}, byte {offset})")

@@ -28,6 +28,12 @@ def shards(tmp_path):
     return sorted((tmp_path / "c").glob("*.shard"))
 
 
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
 def missing_of(folder):
     with cache.Writer(folder, vocab_size=V) as writer:
         return writer.missing("abc")
@@ -80,10 +86,23 @@ print(json.dumps(codes))
     assert all(found in ("system", []) for found in codes)
 
 
+def test_what_the_index_has_is_not_missing(shards):
+    written = [t.ids.tolist() for t in cache.Reader(shards[0].parent).read("abc")]
+    flip(shards[1], -5)  # in its tail, of which nobody needs anything
+    writer = cache.Writer(shards[0].parent, vocab_size=V)
+    assert writer.missing("abc") == []
+    writer.close()
+    assert [t.ids.tolist() for t in cache.Reader(shards[0].parent).read("abc")] == written
+    (fault,) = cache.verify(shards[0].parent).faults
+    assert (fault.code, fault.path) == ("checksum", str(shards[1]))
+    assert cache.repair(shards[0].parent).kept == 1
+    assert cache.verify(shards[0].parent).faults == []
+
+
 def test_damage_is_warned_of_and_missing(shards):
-    data = bytearray(shards[1].read_bytes())
-    data[-5] ^= 1
-    shards[1].write_bytes(data)
+    for index in shards[0].parent.glob("*.index"):
+        index.unlink()
+    flip(shards[1], -5)
     with pytest.warns(
         UserWarning, match=rf"damaged, and what it held counts as missing until a repair: .*{shards[1].name}"
     ) as said:

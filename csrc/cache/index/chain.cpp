@@ -1,6 +1,7 @@
 #include "cache/index/chain.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <optional>
 #include <unordered_map>
 
@@ -15,13 +16,15 @@ std::unique_ptr<const IndexFile> open_part(const std::string& directory, std::ui
     try {
         return std::make_unique<const IndexFile>(join(directory, index_name(id)), id, header_crc);
     } catch (const Fault& fault) {
-        if (fault.code == Code::system) throw;
+        if (!is_dispensable(fault)) throw;
         if (damage && fault.code != Code::missing) damage->push_back(fault);
         return nullptr;
     }
 }
 
 }  // namespace
+
+bool is_dispensable(const Fault& fault) { return fault.code != Code::system || fault.number == ESTALE; }
 
 IndexChain::IndexChain(const std::string& directory, std::uint32_t header_crc, std::vector<Fault>* damage) {
     // A writer that ends takes the place of some files by one, which may be between the list and the opening.

@@ -12,6 +12,10 @@
 
 namespace kdfast::cache {
 
+// Whether what was met in an index is no reason to fail, as the shards say the same. On a network file system a file
+// that another machine has removed since, for one that it is merged into, is a stale handle.
+bool is_dispensable(const Fault& fault);
+
 class IndexChain {
   public:
     IndexChain() = default;  // of no index
@@ -28,6 +32,8 @@ class IndexChain {
         std::unique_ptr<const IndexFile> file;
         std::vector<std::uint32_t> shards;  // numbers in the directory, once joined
     };
+    // Leaves it empty.
+    void forget() { parts_.clear(); }
     // The newest first.
     const std::vector<Part>& parts() const { return parts_; }
     std::vector<Part>& parts() { return parts_; }

@@ -16,6 +16,13 @@ void require(bool holds, const char* what) {
     if (!holds) corrupt(what);
 }
 
+// In words, of which a page is made: for every page that is read.
+bool is_zero(const std::byte* from, const std::byte* to) {
+    std::uint64_t any = 0;
+    for (; from < to; from += 8) any |= load<std::uint64_t>(from);
+    return any == 0;
+}
+
 }  // namespace
 
 void append_rows(std::vector<IndexRow>& rows, const Index& index, std::uint32_t shard) {
@@ -59,6 +66,9 @@ std::size_t IndexPage::check(Bytes page, std::uint64_t file_id, std::uint64_t nu
         throw Fault(Code::mismatch, "a page of the index lies where it was not written");
     const auto count = load<std::uint32_t>(page, page_rows_at);
     require(count <= rows, "a page of the index has more rows than it can hold");
+    require(is_zero(page.data() + count * IndexRow::size, page.data() + rows_bytes) &&
+                is_zero(page.data() + page_number_at + 8, page.data() + page_rows_at),
+            "padding of a page of the index is not zero");
     return count;
 }
 

@@ -16,10 +16,8 @@
 namespace kdfast::cache {
 namespace {
 
-constexpr std::uint64_t growth = 4;                           // a file is this much larger than the next newer one
-constexpr std::uint64_t rows_per_bucket = 44;                 // of 56 that a page holds: one in twenty is full
-constexpr std::size_t rows_in_memory = std::size_t{1} << 18;  // that are sorted at a time
-constexpr std::size_t files_at_once = 32;                     // that are merged
+constexpr std::uint64_t growth = 4;            // a file is this much larger than the next newer one
+constexpr std::uint64_t rows_per_bucket = 44;  // of 56 that a page holds: one in twenty is full
 constexpr std::size_t write_bytes = 64 * IndexPage::size;
 
 // A file of the index that is being written, under a name that nobody looks for.
@@ -143,7 +141,9 @@ std::uint64_t size_of(const std::vector<Input>& inputs) {
 
 class Update {
   public:
-    explicit Update(const std::string& path) : directory_(path), chain_(path, directory_.header_crc()) {
+    Update(const std::string& path, IndexLimits limits, bool anew)
+        : limits_(limits), directory_(path), chain_(path, directory_.header_crc()) {
+        if (anew) chain_.forget();
         directory_.read_journals(nullptr);
         chain_.join(directory_);
     }
@@ -192,12 +192,12 @@ class Update {
             sorted.emplace_back(std::exchange(rows, {}), first);
             inputs.push_back(spill(std::move(sorted)));
             first = static_cast<std::uint32_t>(shards_.size());
-            if (inputs.size() < files_at_once) return;
+            if (inputs.size() < limits_.files_at_once) return;
             Input all = spill(std::exchange(inputs, {}));
             inputs.push_back(std::move(all));
         };
         for (const std::uint32_t number : fresh) {
-            if (rows.size() >= rows_in_memory) put_aside();
+            if (rows.size() >= limits_.rows_in_memory) put_aside();
             CatalogShard& shard = directory_.shards()[number];
             Index index;
             try {
@@ -243,6 +243,7 @@ class Update {
         out.finish(tail, shards_, join(directory_.path(), index_name(made_)));
     }
 
+    const IndexLimits limits_;
     Directory directory_;
     IndexChain chain_;                  // what stays of it
     std::vector<IndexedShard> shards_;  // of the file that is made
@@ -251,6 +252,14 @@ class Update {
 
 }  // namespace
 
-void update_index(const std::string& directory) { Update(directory).run(); }
+void update_index(const std::string& directory, IndexLimits limits) {
+    try {
+        Update(directory, limits, false).run();
+    } catch (const Fault& fault) {
+        // Of a page of the index, which is no reason to be without one.
+        if (!fault.path.ends_with(".index") || !is_dispensable(fault)) throw;
+        Update(directory, limits, true).run();
+    }
+}
 
 }  // namespace kdfast::cache

@@ -47,7 +47,7 @@ Catalog::Catalog(std::string directory, std::vector<Fault>* damage, UseIndex use
         for (const auto& [hash, i] : in_order(keys))
             if (index_.has(hash)) --size_;
     } catch (const Fault& fault) {
-        if (fault.code == Code::system) throw;
+        if (!is_dispensable(fault)) throw;
         size_ = whole().size();
     }
 }
@@ -88,7 +88,7 @@ std::optional<Place> Catalog::look_up(std::string_view key, std::optional<Fault>
             index_.find(key_hash(key),
                         [&](const IndexEntry& entry, std::uint32_t shard) { take({entry, shard, std::string(key)}); });
         } catch (const Fault& fault) {
-            if (fault.code == Code::system) throw;
+            if (!is_dispensable(fault)) throw;
             static_cast<void>(whole());
         }
     }
@@ -121,7 +121,7 @@ std::vector<bool> Catalog::have(std::span<const std::string_view> keys) const {
         try {
             for (const auto& [hash, i] : in_order(keys)) have[i] = index_.has(hash);
         } catch (const Fault& fault) {
-            if (fault.code == Code::system) throw;
+            if (!is_dispensable(fault)) throw;
             static_cast<void>(whole());
         }
     }

@@ -19,6 +19,8 @@ class Listing {
     // Of a directory's shards, but for those that its index has where `all` is false. Damage is treated as
     // Directory::read_journals does.
     Listing(Directory& directory, bool all, std::vector<Fault>* damage);
+    Listing(const Listing&) = delete;
+    Listing& operator=(const Listing&) = delete;
 
     struct Frame {
         IndexEntry entry;
