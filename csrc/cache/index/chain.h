@@ -26,7 +26,7 @@ class IndexChain {
 
     // Marks the shards that it has as indexed. Where the journals do not say the same of one of them, or its file is
     // not there, it is of an older state, and left empty.
-    void join(Directory& directory);
+    void join(Directory& directory, std::vector<Fault>* damage = nullptr);
 
     struct Part {
         std::unique_ptr<const IndexFile> file;
@@ -54,6 +54,8 @@ class IndexChain {
     }
 
   private:
+    void read(const std::string& directory, std::uint32_t header_crc, std::vector<Fault>& damage, bool& gone);
+
     std::vector<Part> parts_;
     std::uint64_t generation_ = 0;
 };

@@ -17,12 +17,16 @@ std::optional<std::vector<IndexRow>> expected_rows(const IndexChain::Part& part,
     std::vector<IndexRow> rows;
     for (std::uint32_t i = 0; i < part.shards.size(); ++i) {
         Index index;
+        CatalogShard& shard = directory.shards()[part.shards[i]];
         try {
-            index = directory.read(directory.shards()[part.shards[i]], nullptr);
+            index = directory.read(shard, nullptr);
         } catch (const Fault& fault) {
             if (fault.code == Code::system) throw;
             return {};
         }
+        const IndexedShard& there = part.file->shards()[i];
+        if (there.end != shard.end || there.tokens != shard.tokens)
+            throw Fault(Code::mismatch, "the index is not what its shards say").in(part.file->path());
         append_rows(rows, index, i);
     }
     return rows;
@@ -62,7 +66,7 @@ std::vector<Fault> check_index(const std::string& path) {
     IndexChain chain(path, directory.header_crc(), &faults);
     std::vector<Fault> damage;  // which others tell of
     directory.read_journals(&damage);
-    chain.join(directory);
+    chain.join(directory, &faults);
     std::vector<IndexChain::Part>& parts = chain.parts();
     while (!parts.empty()) {
         const IndexChain::Part part = std::move(parts.front());

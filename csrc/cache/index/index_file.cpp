@@ -1,5 +1,6 @@
 #include "cache/index/index_file.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <memory>
@@ -37,20 +38,30 @@ IndexFile::IndexFile(const std::string& path, std::uint64_t id, std::uint32_t he
         tail_ = IndexTail::parse(file_.bytes_at(size - IndexTail::size, IndexTail::size));
         if (tail_.id != id || tail_.header_crc != header_crc)
             throw Fault(Code::mismatch, "the index is of another cache, or another's name");
-        if (tail_.file_bytes() != size) corrupt("the index is not as long as its tail says");
-        const std::vector<std::byte> list =
-            file_.bytes_at(tail_.pages * IndexPage::size, tail_.shards * std::uint64_t{IndexedShard::size});
-        if (!has_crc(list, tail_.shards_crc))
-            throw Fault(Code::checksum, "the checksum of the index's shards does not match");
+        if (size < tail_.file_bytes()) throw Fault(Code::truncated, "the index is shorter than its tail says");
+        if (size > tail_.file_bytes()) corrupt("the index is longer than its tail says");
+        read_shards();
         std::uint64_t samples = 0;
-        for (std::size_t at = 0; at < list.size(); at += IndexedShard::size) {
-            shards_.push_back(IndexedShard::parse(Bytes(list).subspan(at, IndexedShard::size)));
-            samples += shards_.back().samples;
-        }
+        for (const IndexedShard& shard : shards_) samples += shard.samples;
         if (samples != tail_.rows) throw Fault(Code::mismatch, "the index has not the samples of its shards");
     } catch (Fault& fault) {
         throw fault.in(path);
     }
+}
+
+// Some at a time, so that of a hole that a tail says to be a list nothing is kept.
+void IndexFile::read_shards() {
+    constexpr std::uint64_t at_once = 4096;
+    std::uint64_t at = tail_.pages * IndexPage::size;
+    std::uint32_t crc = 0;
+    for (std::uint64_t left = tail_.shards; left > 0; left -= std::min(left, at_once)) {
+        const std::vector<std::byte> list = file_.bytes_at(at, std::min(left, at_once) * IndexedShard::size);
+        for (std::size_t i = 0; i < list.size(); i += IndexedShard::size)
+            shards_.push_back(IndexedShard::parse(Bytes(list).subspan(i, IndexedShard::size)));
+        crc = crc32c(list, crc);
+        at += list.size();
+    }
+    if (crc != tail_.shards_crc) throw Fault(Code::checksum, "the checksum of the index's shards does not match");
 }
 
 std::size_t IndexFile::read_page(std::uint64_t number, std::span<std::byte> out) const {

@@ -71,6 +71,7 @@ class IndexFile {
         const std::byte* bytes;  // until this thread reads another
         std::size_t rows;
     };
+    void read_shards();
     Page page(std::uint64_t number) const;
     std::size_t read_page(std::uint64_t number, std::span<std::byte> out) const;  // how many rows it has
     IndexRow row(const std::byte* page, std::size_t row) const;

@@ -10,6 +10,7 @@ namespace kdfast::cache {
 namespace {
 
 constexpr std::uint32_t version = 1;
+constexpr std::uint64_t most_generation = ~std::uint64_t{0} >> 1;
 constexpr std::size_t page_id_at = IndexPage::rows_bytes, page_number_at = page_id_at + 8, page_rows_at = 4088;
 
 void require(bool holds, const char* what) {
@@ -96,7 +97,8 @@ IndexedShard IndexedShard::parse(Bytes bytes) {
                              load<std::uint64_t>(bytes, 32), load<std::uint64_t>(bytes, 40),
                              load<std::uint32_t>(bytes, 48)};
     require(load<std::uint32_t>(bytes, 52) == 0 && shard.shard_id != 0 && shard.bytes <= most_shard_bytes &&
-                shard.end <= shard.bytes && shard.samples <= shard.bytes && shard.ordinal < most_shards,
+                shard.end <= shard.bytes && shard.samples >= 1 && shard.samples <= shard.bytes &&
+                shard.ordinal < most_shards,
             "a shard of the index is beyond its limits");
     return shard;
 }
@@ -139,7 +141,7 @@ IndexTail IndexTail::parse(Bytes bytes) {
     constexpr std::uint64_t most_pages = most_shard_bytes / IndexPage::size;
     require(load<std::uint32_t>(bytes, 80) == 0 && tail.id != 0 && tail.keys <= tail.rows && tail.buckets >= 1 &&
                 tail.buckets <= tail.pages && tail.pages <= most_pages && tail.rows <= tail.pages * IndexPage::rows &&
-                tail.shards >= 1,
+                tail.shards >= 1 && tail.shards <= tail.rows && tail.generation <= most_generation,
             "the index's tail is beyond its limits");
     return tail;
 }

@@ -153,6 +153,12 @@ bool exists(const std::string& path) {
     return false;
 }
 
+bool is_file(const std::string& path) {
+    struct stat status{};
+    if (::stat(path.c_str(), &status) == 0) return S_ISREG(status.st_mode);
+    fail("cannot stat", path);
+}
+
 std::optional<std::uint64_t> file_size(const std::string& path) {
     struct stat status{};
     if (::stat(path.c_str(), &status) == 0) return static_cast<std::uint64_t>(status.st_size);

@@ -53,6 +53,8 @@ class File {
 // Names in a directory, sorted.
 std::vector<std::string> list_directory(const std::string& path);
 bool exists(const std::string& path);
+// And nothing else, as a folder or a pipe.
+bool is_file(const std::string& path);
 // Of a file; nothing where there is none.
 std::optional<std::uint64_t> file_size(const std::string& path);
 void make_directories(const std::string& path);

@@ -280,7 +280,7 @@ class Repair {
     void look_after_index(const std::vector<std::string>& names) {
         if (check_index(directory_).empty()) return;
         for (const std::string& name : names)
-            if (index_id(name)) remove_file(join(directory_, name));
+            if (index_id(name)) remove_if_there(join(directory_, name));
         say("removed an index that is damaged");
     }
 
