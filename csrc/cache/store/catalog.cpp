@@ -135,34 +135,28 @@ std::size_t Catalog::indexed_shards() const {
     return static_cast<std::size_t>(std::ranges::count(shards(), true, &CatalogShard::indexed));
 }
 
+// Whether a frame is the one that counts for its key.
+bool Catalog::counts(std::string_view key, std::uint32_t shard, const IndexEntry& entry) const {
+    if (frames_ == size_) return true;  // all do
+    const std::optional<Place> place = first(key);
+    return place && place->shard == shard && place->entry == entry;
+}
+
 std::optional<std::string> Catalog::Keys::next() {
     const Listing& listing = catalog_.listing();
-    const bool all_count = catalog_.frames_ == catalog_.size_;
     for (;;) {
-        // Frames of the listing are in the order of shards, too.
-        if (in_index_) {
-            if (at_ == index_.entries.size()) {
-                in_index_ = false;
-                continue;
-            }
+        while (in_index_ && at_ < index_.entries.size()) {
             const IndexEntry& entry = index_.entries[at_++];
-            if (entry.kind != Kind::sample) continue;
             std::string key = index_.keys.substr(key_at_, entry.key_bytes);
             key_at_ += entry.key_bytes;
-            if (!all_count) {
-                const std::optional<Place> counts = catalog_.first(key);
-                if (!counts || counts->shard != shard_ || counts->entry != entry) continue;
-            }
-            return key;
+            if (entry.kind == Kind::sample && catalog_.counts(key, shard_, entry)) return key;
         }
-        if (listed_ < listing.size() && listing.at(listed_).shard < next_shard_) {
+        in_index_ = false;
+        // Frames of the listing are in the order of shards, too.
+        while (listed_ < listing.size() && listing.at(listed_).shard < next_shard_) {
             const Listing::Frame& frame = listing.at(listed_++);
             std::string key(listing.key(frame));
-            if (!all_count) {
-                const std::optional<Place> counts = catalog_.first(key);
-                if (!counts || counts->shard != frame.shard || counts->entry != frame.entry) continue;
-            }
-            return key;
+            if (catalog_.counts(key, frame.shard, frame.entry)) return key;
         }
         if (!open_next()) return {};
     }

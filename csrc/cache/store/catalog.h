@@ -75,6 +75,7 @@ class Catalog {
 
   private:
     std::optional<Place> look_up(std::string_view key, std::optional<Fault>* conflict) const;
+    bool counts(std::string_view key, std::uint32_t shard, const IndexEntry& entry) const;
     const Listing& whole() const;
 
     Directory directory_;
