@@ -6,10 +6,10 @@ The format is ``csrc/cache/FORMAT.md``; reading, writing, checksums and codecs a
 import importlib
 from typing import Any
 
-from kdfast.cache.dataset import Dataset, collate
+from kdfast.cache.dataset import Dataset, collate, collate_flat
 from kdfast.cache.error import CacheError
 from kdfast.cache.maintenance import Merge, Repair, Verification, merge, repair, verify
-from kdfast.cache.reader import Reader
+from kdfast.cache.reader import Reader, Sample
 from kdfast.cache.remote import Push, push
 from kdfast.cache.statistics import Histogram, Size, Statistics, sizes, statistics
 from kdfast.cache.writer import Writer
@@ -22,11 +22,13 @@ __all__ = [
     "Push",
     "Reader",
     "Repair",
+    "Sample",
     "Size",
     "Statistics",
     "Verification",
     "Writer",
     "collate",
+    "collate_flat",
     "merge",
     "push",
     "repair",

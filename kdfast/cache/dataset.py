@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -125,6 +126,61 @@ def collate(batch: Sequence[Mapping[str, Any]], *, pad: Mapping[str, float] | No
             out[field] = values
     out["token_mask"] = torch.arange(longest) < torch.tensor(lengths)[:, None]
     return out
+
+
+def collate_flat(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of documents end to end in one row of N tokens, without padding, for a causal language model.
+
+    The student has to keep the documents apart, as transformers' models do by ``position_ids`` (flash attention, and
+    SDPA or eager in versions that make their masks from them). A document's last row of targets is about a token that
+    is not there, and the first token of the next is none that it predicts: its label is -100, and with it that row
+    counts for nothing, once labels are shifted as such a model does.
+
+    Args:
+        batch: items of a :class:`Dataset`, with ``input_ids`` (S,) and at least one token each.
+
+    Returns:
+        ``targets``: (1, N, K), packed where those of the samples are. ``labels`` (1, N): the samples', or their
+        ``input_ids``; -100 for the first token of each document. ``position_ids`` (1, N): the samples', or 0, 1, ...
+        in each document. ``cu_seq_lens_q``, ``cu_seq_lens_k`` (B + 1,) int32, ``max_length_q``, ``max_length_k``: where
+        documents begin and how long the longest is, as flash attention takes them. Other tensors and lists of numbers
+        of S rows: (1, N, ...), but ``attention_mask``, which is left out; what is left as lists.
+
+    Raises:
+        CacheError: targets that do not go together, as of another method.
+        ValueError: samples without ``input_ids``, or with other lengths of them than of their targets.
+    """
+    lengths = [sample["targets"].shape[0] for sample in batch]
+    fields = {name: [_rows(sample[name]) for sample in batch] for name in batch[0] if name != "targets"}
+    ids = fields.get("input_ids", [])
+    there = [0 if x is None or x.dim() == 0 else len(x) for x in ids]
+    if there != lengths or min(lengths) < 1:
+        msg = "collate_flat: every sample must have input_ids (S,) beside targets of as many tokens, at least one"
+        raise ValueError(msg)
+    out: dict[str, Any] = {}
+    for name, rows in fields.items():
+        per_token = all(x is not None and x.dim() > 0 and len(x) == n for x, n in zip(rows, lengths, strict=True))
+        if not per_token:
+            out[name] = [sample[name] for sample in batch]
+        elif name != "attention_mask":
+            out[name] = torch.cat([x for x in rows if x is not None])[None]
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    if "position_ids" not in out:
+        out["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    out["labels"] = out.get("labels", out["input_ids"]).clone()
+    out["labels"][0, starts[:-1].long()] = -100
+    kind: Any = PackedTargets if isinstance(batch[0]["targets"], PackedTargets) else SparseTargets
+    try:
+        joined = kind.cat([sample["targets"] for sample in batch])
+    except (ValueError, RuntimeError) as error:
+        what = f"targets of a batch do not go together: {error}"
+        raise CacheError(what, "mismatch") from error
+    out["targets"] = kind.stack([joined])
+    return (
+        out
+        | dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
+        | dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
+    )
 
 
 def _rows(value: object) -> Tensor | None:

@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from kdfast.cache.error import CacheError
 
+#: What a writer takes by name; the rest is its ``metadata``.
+NAMED = ("teacher", "tokenizer", "revision", "dtype", "teacher_license", "data_license")
+
 
 def metadata_text(values: Mapping[str, Any]) -> str:
     """Metadata as they are stored: equal ones are equal text.

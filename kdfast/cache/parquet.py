@@ -42,6 +42,7 @@ from kdfast.cache.duplicates import OnDuplicate
 from kdfast.cache.error import CacheError, JobError
 from kdfast.cache.grid import Grid
 from kdfast.cache.keys import key_text, token_hash
+from kdfast.cache.metadata import NAMED
 from kdfast.cache.reader import Reader
 from kdfast.cache.writer import Tier, Writer
 from kdfast.spec.sparse import SAMPLED, SparseTargets
@@ -210,7 +211,7 @@ def import_parquet(
         renormalise: divides the masses of each token by their sum, so that the tail is 0, and says so in the cache's
             metadata ("renormalised"); ``lse`` is made anew for it.
         shift: of the cache; None: what the file says, or 1.
-        metadata: teacher, tokenizer and revision, over what the file says.
+        metadata: teacher, tokenizer, revision and licences, over what the file says.
         tier: of the writer.
         grid: of the writer.
         on_duplicate: of the writer.
@@ -237,7 +238,6 @@ def import_parquet(
             raise JobError(msg)
         temperatures = tuple(header.get("temperatures") or sorted({1.0, *_captured(given)}))
         described = {**header.get("metadata", {}), **(metadata or {})} | ({"renormalised": True} if renormalise else {})
-        known = ("teacher", "tokenizer", "revision", "dtype")
         rows = _Rows(names, v, temperatures, renormalise)
         samples = tokens = there = 0
         with (
@@ -247,11 +247,11 @@ def import_parquet(
                 vocab_size=v,
                 temperatures=temperatures,
                 shift=header.get("shift", 1) if shift is None else shift,
-                metadata={k: x for k, x in described.items() if k not in known},
+                metadata={k: x for k, x in described.items() if k not in NAMED},
                 tier=tier,
                 grid=grid,
                 on_duplicate=on_duplicate,
-                **{k: described[k] for k in known if k in described},
+                **{k: described[k] for k in NAMED if k in described},
             ) as writer,
         ):
             for number, row in enumerate(_rows_of(file)):

@@ -48,6 +48,15 @@ class Shard(NamedTuple):
     finished: bool
 
 
+class Sample(NamedTuple):
+    """What the index says of a sample."""
+
+    tokens: int
+    kept: int  # K
+    method: str
+    tier: str  # "fixed", "compact" or "drawn"
+
+
 class Reader:
     """Gives stored soft targets back, by key; a wrong or missing value is always an error.
 
@@ -180,6 +189,15 @@ class Reader:
     def tokens(self, key: Key) -> int:
         """S, the number of tokens of a sample."""
         return self._engine.find(key_text(key)).tokens
+
+    def describe(self, key: Key) -> Sample:
+        """A sample's number of tokens S, its K, method and tier, without reading it.
+
+        Raises:
+            CacheError: a key that is not there, or whose frames differ.
+        """
+        entry = self._engine.find(key_text(key))
+        return Sample(entry.tokens, entry.kept, entry.method, entry.tier)
 
     def __getitem__(self, selector: Selector) -> SparseTargets:
         """``reader[key]``, or ``reader[key, start:stop]`` for some tokens, without the rest of the sample."""

@@ -61,6 +61,9 @@ class Writer:
         tokenizer: its fingerprint; kept in the cache.
         revision: of the teacher; kept in the cache.
         dtype: of the teacher's logits; kept in the cache.
+        teacher_license: of the teacher, whose outputs these are, as an SPDX identifier or in words; kept in the cache,
+            and in its manifest.
+        data_license: the same of the data.
         metadata: more of that kind, JSON.
         temperatures: those that every sample's targets were captured at; None: those of the first sample.
         shift: 1: row i of a sample is the distribution of token i + 1 (language models); 0: of item i itself.
@@ -93,6 +96,8 @@ class Writer:
         tokenizer: str | None = None,
         revision: str | None = None,
         dtype: str | None = None,
+        teacher_license: str | None = None,
+        data_license: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         temperatures: Sequence[float] | None = None,
         shift: int = 1,
@@ -105,7 +110,14 @@ class Writer:
         on_duplicate: OnDuplicate = "error",
     ) -> None:
         self.path = os.fspath(path)
-        named = {"teacher": teacher, "tokenizer": tokenizer, "revision": revision, "dtype": dtype}
+        named = {
+            "teacher": teacher,
+            "tokenizer": tokenizer,
+            "revision": revision,
+            "dtype": dtype,
+            "teacher_license": teacher_license,
+            "data_license": data_license,
+        }
         clash = sorted(set(named) & set(metadata or {}))
         if clash:
             msg = f"metadata may not hold {', '.join(clash)}: pass {clash[0]}= itself"

@@ -134,6 +134,31 @@ def _as_json(statistics: store.Statistics) -> dict[str, Any]:
     return statistics._asdict() | {name: getattr(statistics, name)._asdict() for name in ("entropies", "tails")}
 
 
+@cache.command("list")
+def list_(
+    path: _Path,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a line")] = False,
+    local_cache: _LocalCache = None,
+) -> None:
+    """Print the keys, with tokens, entries a token, method and tier of each, in the order of the disk."""
+    reader = guarded(store.Reader, path, local_cache=local_cache)
+    keys = guarded(reader.keys)
+    faulty = False
+    while (key := guarded(next, keys, None)) is not None:
+        try:
+            sample = reader.describe(key)
+        except store.CacheError as error:  # of this key alone
+            typer.echo(str(error), err=True)
+            faulty = True
+            continue
+        if as_json:
+            typer.echo(json.dumps({"key": key} | sample._asdict(), ensure_ascii=False))
+        else:
+            typer.echo("\t".join([key, *map(str, sample)]))
+    if faulty:
+        raise typer.Exit(EXIT_FAULTY)
+
+
 @cache.command()
 def verify(path: _Path, local_cache: _LocalCache = None) -> None:
     """Check every checksum and every value. Exit code 1 where something is wrong. Of a URL every shard is fetched."""

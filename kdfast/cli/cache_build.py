@@ -47,6 +47,8 @@ def build(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of the teacher of a factory; kept in the cache.")] = None,
+    teacher_license: Annotated[str | None, typer.Option(help="Of the teacher; kept in the cache.")] = None,
+    data_license: Annotated[str | None, typer.Option(help="Of the data; kept in the cache.")] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="JSON file of the tokenizers package; otherwise the model's own.")
     ] = None,
@@ -103,6 +105,8 @@ def build(
                 model=None if model is None else model.absolute(),
                 factory=factory,
                 revision=revision,
+                teacher_license=teacher_license,
+                data_license=data_license,
                 tokenizer=None if tokenizer is None else tokenizer.absolute(),
                 special_tokens=special_tokens,
                 length=length,

@@ -57,6 +57,8 @@ def import_(
     teacher: Annotated[str | None, typer.Option(help="Kept in the cache.")] = None,
     revision: Annotated[str | None, typer.Option(help="Kept in the cache.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Its fingerprint; kept in the cache.")] = None,
+    teacher_license: Annotated[str | None, typer.Option(help="Kept in the cache.")] = None,
+    data_license: Annotated[str | None, typer.Option(help="Kept in the cache.")] = None,
     tier: Annotated[str, typer.Option(help="fixed, fastest, or compact, two thirds of its bytes.")] = "fixed",
     grid: Annotated[
         str, typer.Option(help="Log-probabilities are rounded to 2^-grid nats; auto, or 2 to 10.")
@@ -69,7 +71,13 @@ def import_(
     from kdfast.cache.job import JobError
 
     writable(out, "OUT", folder=True)
-    named = {"teacher": teacher, "revision": revision, "tokenizer": tokenizer}
+    named = {
+        "teacher": teacher,
+        "revision": revision,
+        "tokenizer": tokenizer,
+        "teacher_license": teacher_license,
+        "data_license": data_license,
+    }
     try:
         with needs("kdfast cache import", {"pyarrow": "cache"}):
             from kdfast.cache.parquet import Columns, import_parquet

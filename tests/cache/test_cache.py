@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -12,7 +13,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import SEED
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from kdfast import CacheError, SparseTargets, cache, distill_loss, soft_targets
 
@@ -534,6 +537,32 @@ class TestDataset:
             for i, (key, (_, ids)) in enumerate(samples.items()):
                 assert torch.equal(seen[i][0].ids, reader[key].ids)
                 assert torch.equal(seen[i][1], ids)
+
+    @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # of torch, which torchdata calls
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_loader_that_goes_on_in_an_epoch(self, tmp_path, workers):
+        """torchdata's loader, resumed after some batches, gives those that were left."""
+        samples = some(12)
+        data = cache.Dataset(fill(tmp_path / "c", samples), Samples(samples))
+
+        def loader():
+            return StatefulDataLoader(
+                data, batch_size=2, shuffle=True, num_workers=workers, collate_fn=cache.collate, generator=generator
+            )
+
+        generator = torch.Generator().manual_seed(SEED)
+        first = loader()
+        batches = iter(first)
+        seen = [next(batches)["n"].tolist() for _ in range(2)]
+        state = first.state_dict()
+        rest = [(batch["n"].tolist(), batch["targets"].ids) for batch in batches]
+        generator = torch.Generator()  # of another process
+        second = loader()
+        second.load_state_dict(state)
+        again = [(batch["n"].tolist(), batch["targets"].ids) for batch in second]
+        assert [n for n, _ in again] == [n for n, _ in rest]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(again, rest, strict=True))
+        assert sorted(itertools.chain(*seen, *(n for n, _ in rest))) == list(range(12))
 
     def test_by_index(self, tmp_path):
         targets = [capture(tokens=4) for _ in range(3)]

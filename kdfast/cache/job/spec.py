@@ -40,6 +40,8 @@ class Job:
     model: Path | None = None
     factory: str | None = None
     revision: str | None = None
+    teacher_license: str | None = None
+    data_license: str | None = None
     tokenizer: Path | None = None
     special_tokens: bool = True
     length: int = 2048
@@ -121,6 +123,8 @@ class Job:
                 teacher=teacher.name,
                 revision=teacher.revision,
                 dtype=teacher.dtype,
+                teacher_license=self.teacher_license,
+                data_license=self.data_license,
                 tokenizer=None if encoder is None else encoder.fingerprint,
                 metadata={"build": built},
                 # of a new cache those of its first sample: a job that fails before it leaves no cache behind
