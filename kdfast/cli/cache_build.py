@@ -50,10 +50,23 @@ def build(
     teacher_license: Annotated[str | None, typer.Option(help="Of the teacher; kept in the cache.")] = None,
     data_license: Annotated[str | None, typer.Option(help="Of the data; kept in the cache.")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="JSON file of the tokenizers package; otherwise the model's own.")
+        Path | None,
+        typer.Option(
+            help="JSON file of the tokenizers package, or directory of a Hugging Face tokenizer; otherwise the model's."
+        ),
     ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File of a chat template for conversations; otherwise the tokenizer's own.")
+    ] = None,
+    completions_only: Annotated[
+        bool,
+        typer.Option("--completions-only", help="Of conversations keep the targets of what the assistant says alone."),
+    ] = False,
     special_tokens: Annotated[bool, typer.Option(help="Add the tokenizer's special tokens to every document.")] = True,
-    field: Annotated[str, typer.Option(help="Of a record: its text, or the list of its token ids.")] = "text",
+    field: Annotated[
+        str,
+        typer.Option(help="Of a record: its text, the list of its token ids, or that of a conversation's messages."),
+    ] = "text",
     id_field: Annotated[str | None, typer.Option(help="Of a record: its key; its number if not given.")] = None,
     split: Annotated[str | None, typer.Option(help="Of a saved data set that has some.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a sample; longer texts are cut.", min=1)] = 2048,
@@ -109,6 +122,8 @@ def build(
                 data_license=data_license,
                 tokenizer=None if tokenizer is None else tokenizer.absolute(),
                 special_tokens=special_tokens,
+                chat_template=None if chat_template is None else chat_template.absolute(),
+                completions_only=completions_only,
                 length=length,
                 batch_tokens=batch_tokens,
                 tier=tier,

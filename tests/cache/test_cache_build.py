@@ -256,7 +256,7 @@ WRONG = [
     (["d.jsonl", "--field", "text"], None, "has no field 'text', it has input_ids, n, bad"),
     (["d.jsonl", "--id-field", "id"], None, "pass --id-field"),
     (["d.jsonl", "--id-field", "input_ids"], None, "must be a text or a whole number, got list"),
-    (["d.jsonl", "--field", "n"], None, "must be a text or a list of token ids, got float"),
+    (["d.jsonl", "--field", "n"], None, "must be a text, a list of token ids or one of messages, got float"),
     (["d.jsonl", "--field", "bad"], None, "sample '0' holds token id 300, the teacher takes 0 to 299"),
     (["d.jsonl", "--split", "train"], None, "--split is for a saved data set"),
     (["d.jsonl", "--method", "top"], None, "method"),

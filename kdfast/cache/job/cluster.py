@@ -166,6 +166,7 @@ def _table(samples: list[Sample], error: bytes | None = None) -> pa.Table:
             "key": pa.array([sample.key for sample in samples], pa.string()),
             "token_ids": pa.array([sample.token_ids for sample in samples], pa.large_list(pa.int64())),
             "read": pa.array([sample.read for sample in samples], pa.float64()),
+            "kept": pa.array([sample.kept for sample in samples], pa.list_(pa.bool_())),
             "error": pa.array(
                 [None] * len(samples) if error is None else [None] * (len(samples) - 1) + [error], pa.binary()
             ),
@@ -228,8 +229,8 @@ class _Filler:
 
 
 def _samples_of(table: pa.Table) -> Iterator[Sample]:
-    columns = (table[name].to_pylist() for name in ("key", "read", "error"))
-    for key, read, error, ids in zip(*columns, table["token_ids"], strict=True):
+    columns = (table[name].to_pylist() for name in ("key", "read", "kept", "error"))
+    for key, read, kept, error, ids in zip(*columns, table["token_ids"], strict=True):
         if error is not None:
             raise pickle.loads(error)
-        yield Sample(key, np.array(ids.values, dtype=np.int64), read)
+        yield Sample(key, np.array(ids.values, dtype=np.int64), read, None if kept is None else np.array(kept, bool))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +77,13 @@ class Capture:
 
         They are on the CPU, where a batch comes in one copy of each field; a writer would copy each sample's.
         """
+        made = self._made(logits, samples)
+        return [
+            one if sample.kept is None else _only(one, torch.from_numpy(sample.kept))
+            for one, sample in zip(made, samples, strict=True)
+        ]
+
+    def _made(self, logits: Logits, samples: Sequence[Sample]) -> list[SparseTargets]:
         lengths = [len(sample.token_ids) for sample in samples]
         if self.drawn:
             return [
@@ -266,6 +274,23 @@ def _store(call: Callable[..., object], *arguments: object, **options: object) -
         raise
     except ValueError as error:
         raise JobError(str(error)) from error
+
+
+def _only(targets: SparseTargets, kept: Tensor) -> SparseTargets:
+    """The same targets (S, K), whose rows that are not kept have no entries."""
+
+    def blank(value: Tensor, fill: float) -> Tensor:
+        return value.masked_fill(~kept.view(-1, *[1] * (value.dim() - 1)), fill)
+
+    k_eff = targets.valid.sum(-1, dtype=torch.int32) if targets.k_eff is None else targets.k_eff
+    values: dict[str, Any] = {"ids": blank(targets.ids, -1), "k_eff": blank(k_eff, 0)}
+    for name, fill in (("logprobs", -math.inf), ("mass", 0.0), ("neg_entropy", 0.0)):
+        value = getattr(targets, name)
+        if value is not None:
+            values[name] = blank(value, fill)
+    if targets.lse is not None:
+        values["lse"] = {t: blank(value, 0.0) for t, value in targets.lse.items()}
+    return replace(targets, **values)
 
 
 def _rows(logits: Logits, row: int, n: int) -> Logits:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdfast.cache.error import JobError
-from kdfast.cache.job.samples import Document
+from kdfast.cache.job.samples import Document, Messages
 from kdfast.cache.job.turns import Turns
 from kdfast.cache.keys import require_unicode
 
@@ -31,7 +31,7 @@ class Source:
     Args:
         paths: files .txt, .jsonl or .npy, directories of .txt files, or directories of ``Dataset.save_to_disk``; all of
             one of these kinds.
-        field: of a record: its text, or a list of its token ids.
+        field: of a record: its text, a list of its token ids, or a conversation, a list of messages.
         id_field: of a record: its key; None: its number.
         split: of a saved ``DatasetDict``.
 
@@ -142,7 +142,7 @@ class Source:
                 msg = f"{where}: field {self.id_field!r} must be a text or a whole number, got {type(key).__name__}"
                 raise JobError(msg)
             content = _of(record, self.field, where, "--field")
-            held = content if isinstance(content, str) else _token_ids(content, where)
+            held = content if isinstance(content, str) else _messages(content, where) or _token_ids(content, where)
             for text, field in ((key, self.id_field), (held, self.field)):
                 if isinstance(text, str) and not text.isascii():
                     _require_unicode(text, f"field {field!r}", where)
@@ -213,10 +213,26 @@ def _of(record: Mapping[str, Any], field: str, where: str, option: str) -> Any:
     return record[field]
 
 
+def _messages(content: object, where: str) -> Messages | None:
+    """A conversation; None where it is something else."""
+    if not isinstance(content, list) or not content or not all(isinstance(one, Mapping) for one in content):
+        return None
+    for number, message in enumerate(content):
+        if not isinstance(message.get("role"), str):
+            msg = f"{where}: message {number} must have a role, it has {', '.join(map(str, message)) or 'nothing'}"
+            raise JobError(msg)
+    try:
+        require_unicode(json.dumps(content, ensure_ascii=False, default=str), "a message")
+    except ValueError as error:
+        msg = f"{where}: {error}"
+        raise JobError(msg) from error
+    return content
+
+
 def _token_ids(content: object, where: str) -> npt.NDArray[np.int64]:
     whole = isinstance(content, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in content)
     if not whole:
-        msg = f"{where}: the field must be a text or a list of token ids, got {type(content).__name__}"
+        msg = f"{where}: the field must be a text, a list of token ids or one of messages, got {type(content).__name__}"
         raise JobError(msg)
     try:
         return np.array(content, dtype=np.int64)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
+import numpy as np
 import torch
 
 from kdfast.cache.error import CacheError, JobError
@@ -44,6 +45,8 @@ class Job:
     data_license: str | None = None
     tokenizer: Path | None = None
     special_tokens: bool = True
+    chat_template: Path | None = None
+    completions_only: bool = False
     length: int = 2048
     batch_tokens: int = 16384
     tier: str = "fixed"
@@ -82,19 +85,33 @@ class Job:
         if not first:
             msg = "the data hold no record"
             raise JobError(msg)
-        if self.tokenizer is not None:
+        content = first[0].content
+        if self.completions_only and isinstance(content, (str, np.ndarray)):
+            msg = "--completions-only is for conversations, lists of messages: pass their field as --field"
+            raise JobError(msg)
+        if self.chat_template is not None and not self.chat_template.is_file():
+            msg = f"--chat-template must be a file, got {self.chat_template}"
+            raise JobError(msg)
+        if self.tokenizer is not None and not self.tokenizer.is_dir():
             return tokens.from_file(self.tokenizer, special_tokens=self.special_tokens)
-        if not isinstance(first[0].content, str):
+        if isinstance(content, np.ndarray) and self.tokenizer is None:
             return None
-        if self.model is None:
+        directory = self.model if self.tokenizer is None else self.tokenizer
+        if directory is None:
             msg = "the data are text, and the factory brings no tokenizer: pass --tokenizer tokenizer.json"
             raise JobError(msg)
-        return tokens.from_model(self.model, special_tokens=self.special_tokens)
+        return tokens.from_model(
+            directory,
+            special_tokens=self.special_tokens,
+            conversations=not isinstance(content, (str, np.ndarray)),
+            template=self.chat_template,
+            completions_only=self.completions_only,
+        )
 
     def samples(self, encoder: Tokenizer | None, rank: int, world: int) -> Iterator[Sample]:
         """Those of process ``rank`` of ``world``."""
-        encode = None if encoder is None else encoder.encode
-        return samples_of(self.source.documents(self.length, rank, world), encode, self.length, rank, world)
+        encode, chat = (None, None) if encoder is None else (encoder.encode, encoder.chat)
+        return samples_of(self.source.documents(self.length, rank, world), encode, self.length, rank, world, chat=chat)
 
     def teacher(self) -> Teacher:
         """The teacher, on the device of this process."""
@@ -115,6 +132,10 @@ class Job:
         built = self.capture.metadata() | {"length": self.length}
         if encoder is not None:
             built["special_tokens"] = self.special_tokens
+        if self.completions_only:
+            built["completions_only"] = True
+        if encoder is not None and encoder.template is not None:
+            built["chat_template"] = encoder.template
         try:
             return Writer(
                 self.out,

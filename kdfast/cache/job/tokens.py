@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdfast.cache.error import JobError
-from kdfast.cache.job.samples import Encoder
+from kdfast.cache.job.samples import ChatEncoder, Encoder, Messages
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Tokenizer:
 
     encode: Encoder
     fingerprint: str  # BLAKE2b of 16 bytes, of its JSON, or of its vocabulary where it has none
+    chat: ChatEncoder | None = None
+    template: str | None = None  # BLAKE2b of 16 bytes of the chat template
 
 
 def from_file(path: Path, *, special_tokens: bool) -> Tokenizer:
@@ -50,8 +52,22 @@ def from_file(path: Path, *, special_tokens: bool) -> Tokenizer:
     return Tokenizer(encode, _digest(tokenizer.to_str()))
 
 
-def from_model(directory: Path, *, special_tokens: bool) -> Tokenizer:
+def from_model(
+    directory: Path,
+    *,
+    special_tokens: bool,
+    conversations: bool,
+    template: Path | None = None,
+    completions_only: bool = False,
+) -> Tokenizer:
     """The tokenizer of a Hugging Face model's directory.
+
+    Args:
+        directory: of the model, or of its tokenizer.
+        special_tokens: of texts; those of conversations are its template's.
+        conversations: the data are conversations, which go through the tokenizer's chat template.
+        template: file of a chat template, in place of the tokenizer's own.
+        completions_only: of conversations, tell which tokens the assistant has said.
 
     Raises:
         JobError: there is none that can be loaded.
@@ -75,10 +91,41 @@ def from_model(directory: Path, *, special_tokens: bool) -> Tokenizer:
         )
         return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 
-    if tokenizer.is_fast:
-        return Tokenizer(encode, _digest(tokenizer.backend_tokenizer.to_str()))
+    if template is not None:
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    has = conversations and isinstance(tokenizer.chat_template, str)
+    chat = _chat(tokenizer, completions_only=completions_only) if has else None
     described = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
-    return Tokenizer(encode, _digest(json.dumps(described, sort_keys=True)))
+    text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(described, sort_keys=True)
+    return Tokenizer(encode, _digest(text), chat, _digest(tokenizer.chat_template) if has else None)
+
+
+def _chat(tokenizer: Any, *, completions_only: bool) -> ChatEncoder:
+    """Conversations by the tokenizer's chat template, without a generation prompt."""
+    from jinja2 import TemplateError
+
+    def encode(messages: Messages, key: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_] | None]:
+        try:
+            encoded = tokenizer.apply_chat_template(
+                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=completions_only
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            msg = f"document {key!r}: the chat template does not take this conversation: {error}"
+            raise JobError(msg) from error
+        ids = np.array(encoded["input_ids"], dtype=np.int64)
+        if not completions_only:
+            return ids, None
+        said = np.array(encoded["assistant_masks"], dtype=bool)
+        if not said.any() and any(message.get("role") == "assistant" for message in messages):
+            msg = (
+                f"document {key!r}: the chat template does not say which tokens are the assistant's: pass "
+                "--chat-template with one that has {% generation %} and {% endgeneration %} around what the assistant "
+                "says, or leave --completions-only out"
+            )
+            raise JobError(msg)
+        return ids, said
+
+    return encode
 
 
 def _digest(text: str) -> str:
