@@ -148,18 +148,25 @@ def collate_flat(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Raises:
         CacheError: targets that do not go together, as of another method.
-        ValueError: samples without ``input_ids``, or with other lengths of them than of their targets.
+        ValueError: samples without ``input_ids``, with other fields than the first, or with other lengths of
+            ``input_ids``, ``labels`` or ``position_ids`` than of their targets.
     """
+    if not batch or any(sample.keys() != batch[0].keys() for sample in batch):
+        msg = "collate_flat: needs at least one sample, and the same fields of all of them"
+        raise ValueError(msg)
     lengths = [sample["targets"].shape[0] for sample in batch]
     fields = {name: [_rows(sample[name]) for sample in batch] for name in batch[0] if name != "targets"}
-    ids = fields.get("input_ids", [])
-    there = [0 if x is None or x.dim() == 0 else len(x) for x in ids]
-    if there != lengths or min(lengths) < 1:
-        msg = "collate_flat: every sample must have input_ids (S,) beside targets of as many tokens, at least one"
+    if "input_ids" not in fields or min(lengths) < 1:
+        msg = "collate_flat: every sample must have input_ids, and at least one token"
         raise ValueError(msg)
     out: dict[str, Any] = {}
     for name, rows in fields.items():
         per_token = all(x is not None and x.dim() > 0 and len(x) == n for x, n in zip(rows, lengths, strict=True))
+        if name in ("input_ids", "labels", "position_ids"):
+            if not per_token or any(x is None or x.dim() != 1 or x.is_floating_point() for x in rows):
+                msg = f"collate_flat: {name} must be (S,) whole numbers beside targets of S tokens"
+                raise ValueError(msg)
+            rows = [x.long() for x in rows if x is not None]  # noqa: PLW2901  # -100 is none of a byte
         if not per_token:
             out[name] = [sample[name] for sample in batch]
         elif name != "attention_mask":
@@ -169,8 +176,11 @@ def collate_flat(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         out["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
     out["labels"] = out.get("labels", out["input_ids"]).clone()
     out["labels"][0, starts[:-1].long()] = -100
-    kind: Any = PackedTargets if isinstance(batch[0]["targets"], PackedTargets) else SparseTargets
+    kind: Any = type(batch[0]["targets"])
     try:
+        if any(type(sample["targets"]) is not kind for sample in batch):
+            msg = "some are packed"
+            raise ValueError(msg)
         joined = kind.cat([sample["targets"] for sample in batch])
     except (ValueError, RuntimeError) as error:
         what = f"targets of a batch do not go together: {error}"

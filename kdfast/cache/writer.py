@@ -118,6 +118,10 @@ class Writer:
             "teacher_license": teacher_license,
             "data_license": data_license,
         }
+        for name in ("teacher_license", "data_license"):
+            if not isinstance(named[name], (str, type(None))):
+                msg = f"{name} must be text, got {type(named[name]).__name__}"
+                raise TypeError(msg)
         clash = sorted(set(named) & set(metadata or {}))
         if clash:
             msg = f"metadata may not hold {', '.join(clash)}: pass {clash[0]}= itself"

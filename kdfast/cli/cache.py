@@ -110,7 +110,7 @@ def _print_info(
         ("samples", f"{len(reader):,}"),
         ("tokens", f"{tokens:,}"),
         ("shards", f"{len(shards)} ({sum(not s.finished for s in shards)} unfinished)"),
-        ("index", f"has the samples of {reader.indexed_shards} of {len(shards)} shards"),
+        ("index", _index_of(path, reader, len(shards))),
         ("size", f"{size / 2**20:,.1f} MiB" + (f", {size / tokens:.1f} bytes a token" if tokens else "")),
     ]
     for tier, one in tiers.items():
@@ -128,6 +128,14 @@ def _print_info(
         )
         for name, histogram in (("entropy, nats", statistics.entropies), ("log10 of tail mass", statistics.tails)):
             _print_histogram(terminal, name, histogram)
+
+
+def _index_of(path: str, reader: store.Reader, shards: int) -> str:
+    """How far the index of the directory goes, and what it takes; the bytes of shards do not hold it."""
+    if is_url(path):
+        return "not there: the indices of the shards are read"
+    size = sum(file.stat().st_size for file in Path(path).glob("*.index"))
+    return f"has the samples of {reader.indexed_shards} of {shards} shards, {size / 2**20:,.1f} MiB"
 
 
 def _as_json(statistics: store.Statistics) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,7 +15,7 @@ from torch import Tensor
 Candidates: TypeAlias = "tuple[Sequence[tuple[int, float]], float | None]"
 
 _MOST_MASS = 1 + 1e-5
-_UNLIKELY = -9999.0  # that OpenAI gives a token beyond those that it lists
+_UNLIKELY = -9999.0  # of servers whose JSON has no infinity: as good as none, or not known
 _TOKEN_ID = "token_id:"
 
 
@@ -32,20 +34,21 @@ def rows(tokens: Sequence[Candidates | None], vocab_size: int, k: int | None, so
     Raises:
         ValueError: an id twice or out of range, a log-probability that is none, or a mass above 1.
     """
-    if k is not None and k < 1:
-        msg = f"{source}: k must be at least 1, got {k}"
+    if k is not None and (not isinstance(k, int) or k < 1):
+        msg = f"{source}: k must be a whole number, at least 1, got {k!r}"
         raise ValueError(msg)
     kept = []
     for i, token in enumerate(tokens):
         entries = [] if token is None else list(token[0])
-        _check(entries, vocab_size, f"{source}: token {i}")
-        entries = [(token_id, value) for token_id, value in entries if value > -math.inf]
+        _check(entries, None if token is None else token[1], vocab_size, f"{source}: token {i}")
+        entries = [(token_id, value) for token_id, value in entries if value > _UNLIKELY]
         kept.append(sorted(entries, key=lambda entry: -entry[1])[:k])
     most = max(map(len, kept), default=0)
     if most == 0:
         msg = f"{source}: there is no token with log-probabilities"
         raise ValueError(msg)
-    gold = [-math.inf if token is None or token[1] is None else token[1] for token in tokens]
+    told = [None if token is None else token[1] for token in tokens]
+    gold = [-math.inf if value is None or value <= _UNLIKELY else value for value in told]
     k_eff = torch.tensor([len(entries) for entries in kept], dtype=torch.int32)
     used = torch.arange(most) < k_eff.unsqueeze(-1)
     ids = torch.full((len(kept), most), -1, dtype=torch.int32)
@@ -55,7 +58,11 @@ def rows(tokens: Sequence[Candidates | None], vocab_size: int, k: int | None, so
     return Rows(ids, logprobs.clamp_(max=0.0), k_eff, torch.tensor(gold, dtype=torch.float32).clamp_(max=0.0))
 
 
-def _check(entries: Sequence[tuple[int, float]], vocab_size: int, where: str) -> None:
+def _check(entries: Sequence[tuple[int, float]], gold: float | None, vocab_size: int, where: str) -> None:
+    most = max((value for _, value in entries), default=0.0)
+    if gold is not None and not gold <= most + 1e-4:
+        msg = f"{where}: {gold} is no log-probability of the token that is there, of which the largest is {most}"
+        raise ValueError(msg)
     seen = set()
     for token_id, value in entries:
         if not 0 <= token_id < vocab_size:
@@ -91,31 +98,49 @@ def vllm_tokens(
     prompt_logprobs: Sequence[Mapping[Any, Any] | None], token_ids: Sequence[int] | None, source: str
 ) -> list[Candidates | None]:
     """Of each token of a prompt what vLLM tells of it; the given token counts where it is among the most probable."""
+    if prompt_logprobs is None:
+        msg = f"{source}: prompt_logprobs is None: ask with SamplingParams(prompt_logprobs=K)"
+        raise ValueError(msg)
     if token_ids is not None and len(token_ids) != len(prompt_logprobs):
         msg = f"{source}: {len(prompt_logprobs)} entries for {len(token_ids)} token_ids"
         raise ValueError(msg)
+    every = [
+        [(_id(token_id, source), *_logprob_and_rank(value)) for token_id, value in (entry or {}).items()]
+        for entry in prompt_logprobs
+    ]
+    # The most probable were asked for; where the given token is another it is there, too, and its rank is beyond.
+    asked = min((len(told) - any((r or 0) > len(told) for *_, r in told) for told in every if told), default=1)
+    if asked == 0:
+        msg = f"{source}: there is nothing beside the tokens of the prompt: ask with prompt_logprobs=K, at least 1"
+        raise ValueError(msg)
     out: list[Candidates | None] = []
-    for i, entry in enumerate(prompt_logprobs):
-        if entry is None:
+    for i, told in enumerate(every):
+        if not told:
             out.append(None)
             continue
-        told = [(int(token_id), *_logprob_and_rank(value)) for token_id, value in entry.items()]
         gold = None
         if token_ids is not None:
-            given = int(token_ids[i])
+            given = _id(token_ids[i], source)
             gold = next((value for token_id, value, _ in told if token_id == given), None)
             if gold is None:
                 msg = f"{source}: entry {i} tells nothing of token id {given}: these are of another prompt"
                 raise ValueError(msg)
-        # Of n that are told the given token is beyond the most probable n where its rank says so.
-        out.append(([(a, value) for a, value, rank in told if rank is None or rank <= len(told)], gold))
+        out.append(([(a, value) for a, value, rank in told if rank is None or rank <= asked], gold))
     return out
+
+
+def _id(token_id: Any, source: str) -> int:
+    try:
+        return int(token_id) if isinstance(token_id, str) else operator.index(token_id)
+    except (TypeError, ValueError) as error:
+        msg = f"{source}: {token_id!r} is no token id"
+        raise ValueError(msg) from error
 
 
 def _logprob_and_rank(value: Any) -> tuple[float, int | None]:
     if isinstance(value, Mapping):  # JSON of a server
         return float(value["logprob"]), value.get("rank")
-    if isinstance(value, (int, float)):
+    if isinstance(value, numbers.Real):
         return float(value), None
     return float(value.logprob), value.rank
 
@@ -130,11 +155,11 @@ def sglang_tokens(
             msg += "top_logprobs_num=K"
             raise ValueError(msg)
     given, top = meta_info["input_token_logprobs"], meta_info["input_top_logprobs"]
-    ids = [int(token_id) for _, token_id, *_ in given]
+    ids = [_id(token_id, source) for _, token_id, *_ in given]
     if len(top) != len(ids):
         msg = f"{source}: input_top_logprobs has {len(top)} entries, input_token_logprobs {len(ids)}"
         raise ValueError(msg)
-    if token_ids is not None and ids != [int(token_id) for token_id in token_ids]:
+    if token_ids is not None and ids != [_id(token_id, source) for token_id in token_ids]:
         msg = f"{source}: token_ids are not those that the server was given: {len(ids)} from {ids[:4]} on"
         raise ValueError(msg)
     out: list[Candidates | None] = []
@@ -142,7 +167,9 @@ def sglang_tokens(
         if not entries:
             out.append(None)
             continue
-        out.append(([(int(a), float(value)) for value, a, *_ in entries], None if gold is None else float(gold)))
+        out.append(
+            ([(_id(a, source), float(value)) for value, a, *_ in entries], None if gold is None else float(gold))
+        )
     return out
 
 
@@ -170,6 +197,9 @@ def openai_tokens(
         value = float(_field(told, "logprob"))
         entries: Iterable[Any] = _field(told, "top_logprobs") or ()
         candidates = [(id_of(one), float(_field(one, "logprob"))) for one in entries]
+        # They fall; vLLM puts the token itself before them, where it may be none of the most probable.
+        if len(candidates) > 1 and candidates[0][1] < candidates[1][1]:
+            del candidates[0]
         out.append((candidates, None if value <= _UNLIKELY else value))
     return out
 

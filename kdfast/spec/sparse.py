@@ -136,7 +136,7 @@ class SparseTargets:
 
         Row i is the distribution of token i + 1, as a language model's logits of position i are, from entry i + 1: the
         first entry is None, and the last row has no entries. vLLM gives the K most probable tokens and the one that is
-        there, which is left out where its rank is beyond them, so that every row holds its most probable tokens; with
+        there, which is left out where its rank is beyond K, so that every row holds its most probable tokens; with
         ``token_ids`` its log-probability is ``gold_logprob``. All are at temperature 1 over the whole vocabulary
         (``logprobs_mode="raw_logprobs"``, vLLM's default); a loss at another temperature refuses them.
 

@@ -184,15 +184,44 @@ def test_texts_have_no_completions(build, tmp_path):
     lines(tmp_path / "d.jsonl", [{"text": "w5 w6"}])
     code, _, errors = build("c", "d.jsonl", "--tokenizer", "tokenizer", "--completions-only")
     assert code == 2
-    assert "--completions-only is for conversations" in errors
+    assert "'0' is no conversation, and --completions-only is for them" in errors
     assert build("c", "d.jsonl", "--tokenizer", "tokenizer", "--k", 8)[0] == 0
     assert_holds("c", {"0": torch.tensor([5, 6])})
     assert "chat_template" not in cache.Reader("c").metadata["build"]
 
 
-def test_a_template_that_raises(build, conversations):
-    save_tokenizer("{{ raise_exception('roles must alternate') }}")
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{{ 1 / 0 }}", "zero")],
+)
+def test_a_template_that_raises(build, conversations, template, why):
+    save_tokenizer(template)
     code, _, errors = build("c", "d.jsonl", *OPTIONS)
     assert code == 2
     assert "'talk 0'" in errors
-    assert "roles must alternate" in errors
+    assert why in errors
+
+
+def test_a_template_that_is_no_text(build, conversations, tmp_path):
+    save_tokenizer()
+    (tmp_path / "t.jinja").write_bytes(b"\xff")
+    code, _, errors = build("c", "d.jsonl", *OPTIONS, "--chat-template", "t.jinja")
+    assert code == 2
+    assert "t.jinja: 'utf-8' codec" in errors
+
+
+def test_what_is_not_said_and_what_is_no_conversation(build, tmp_path):
+    """An assistant that says nothing has no completion; a text among conversations has none either, and is refused."""
+    save_tokenizer(MARKED.replace("w3 ", ""))
+    talks = [{"id": "a", "messages": [turn("user", [5]), turn("assistant", [])]}]
+    lines(tmp_path / "d.jsonl", talks)
+    assert build("c", "d.jsonl", *OPTIONS, "--completions-only")[0] == 0
+    assert not cache.Reader("c")["a"].valid.any()
+    lines(tmp_path / "d.jsonl", [*talks, {"id": "b", "messages": "w5 w6"}])
+    code, _, errors = build("d", "d.jsonl", *OPTIONS, "--completions-only")
+    assert code == 2
+    assert "'b' is no conversation" in errors
+    lines(tmp_path / "d.jsonl", [{"id": "b", "messages": "w5 w6"}, *talks])
+    code, _, errors = build("e", "d.jsonl", *OPTIONS)
+    assert code == 2
+    assert "the first document says whether all are" in errors

@@ -109,6 +109,18 @@ def test_what_the_samples_bring(documents):
     assert batch["labels"][0, :6].tolist() == [-100, -100, -100, -100, 7, -100]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_few_bits(documents, dtype):
+    """-100 is none of a byte."""
+    reader, samples = documents
+    items = [cache.Dataset(reader, samples)[i] for i in range(len(samples))]
+    for item in items:
+        item["input_ids"] = item["input_ids"].to(dtype)
+    batch = cache.collate_flat(items)
+    assert batch["labels"].dtype == torch.int64
+    assert (batch["labels"] == -100).sum() == len(samples)
+
+
 def test_what_does_not_go_together(documents):
     reader, samples = documents
     items = [cache.Dataset(reader, samples)[i] for i in range(2)]
@@ -116,12 +128,24 @@ def test_what_does_not_go_together(documents):
         lambda item: item.pop("input_ids"),
         lambda item: item.update(input_ids=item["input_ids"][:-1]),
         lambda item: item.update(input_ids=7),
+        lambda item: item.update(input_ids=item["input_ids"].float()),
     ):
         wrong = [dict(item) for item in items]
         for item in wrong:
             change(item)
         with pytest.raises(ValueError, match="input_ids"):
             cache.collate_flat(wrong)
+    for name in ("labels", "position_ids"):
+        for value in ([1], 3, "x"):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                cache.collate_flat([{**item, name: value} for item in items])
+        with pytest.raises(ValueError, match="the same fields"):
+            cache.collate_flat([items[0], {**items[1], name: items[1]["input_ids"]}])
+    with pytest.raises(ValueError, match="at least one sample"):
+        cache.collate_flat([])
+    packed = cache.Dataset(reader, samples, packed=True)
+    with pytest.raises(CacheError, match="some are packed"):
+        cache.collate_flat([items[0], packed[1]])
     drawn = soft_targets(torch.randn(1, V), k=K, method="sample")
     with pytest.raises(CacheError, match="do not go together") as raised:
         cache.collate_flat([items[0], {**items[1], "targets": drawn}])

@@ -129,6 +129,25 @@ def test_one_writer_after_the_other(tmp_path):
     assert cache.verify(path).faults == []
 
 
+def test_the_keys_of_a_reader_after_a_repair(tmp_path):
+    """A reader that was there before says what it said, by the copies."""
+    path = fill(tmp_path / "c", range(40), shard_bytes=2000)
+    reader = cache.Reader(path)
+    keys = list(reader)
+    shard = sorted(path.glob("*.shard"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1  # in its tail: nothing is lost
+    shard.write_bytes(data)
+    assert cache.repair(path).lost == []
+    assert not shard.exists()
+    assert sorted(reader) == sorted(keys)
+    assert all(key in reader and is_right(reader, int(key)) for key in reader)
+    assert cache.Reader(path).indexed_shards == len(cache.Reader(path).shards())
+    next(path.glob("*.shard")).unlink()  # which no repair has done
+    with pytest.raises(cache.CacheError, match="No such file"):
+        list(cache.Reader(path))
+
+
 def test_a_key_that_two_writers_had(tmp_path):
     path = tmp_path / "c"
     one, two = (cache.Writer(path, vocab_size=V, temperatures=[1.0]) for _ in range(2))
@@ -226,3 +245,5 @@ def test_info_says_how_far_it_goes(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.path.dirname(path))
     held = json.loads(done.stdout)
     assert (held["indexed_shards"], len(held["shards"])) == (10, 10)
+    done = subprocess.run(command[:-1], capture_output=True, text=True, check=True, cwd=os.path.dirname(path))
+    assert "has the samples of 10 of 10 shards, 0.0 MiB" in done.stdout

@@ -80,6 +80,8 @@ def test_licences_travel(command, tmp_path):
     with pytest.raises(CacheError, match="metadata") as raised:
         cache.Writer(path, vocab_size=V, teacher_license="MIT", data_license="ODC-By-1.0")
     assert raised.value.code == "mismatch"
+    with pytest.raises(TypeError, match="data_license must be text, got int"):
+        cache.Writer(tmp_path / "d", vocab_size=V, data_license=3)
     with pytest.raises(ValueError, match="metadata may not hold data_license"):
         cache.Writer(tmp_path / "d", vocab_size=V, metadata=licences)
     assert command("export", path, tmp_path / "c.parquet")[0] == 0

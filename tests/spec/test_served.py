@@ -168,6 +168,61 @@ def test_into_a_cache(teacher, tmp_path):
     torch.testing.assert_close(stored.gold_logprob, targets.gold_logprob)
 
 
+def of(**entries):
+    """By rank, ids (as ``t3``) and their log-probabilities."""
+    return {int(a[1:]): Logprob(value, rank) for a, (value, rank) in entries.items()}
+
+
+def test_the_most_probable_are_those_that_were_asked_for():
+    """The given token of rank K + 1 is beyond them too, where another row tells what K is."""
+    told = [None, of(t0=(-0.5, 1), t1=(-1.5, 2)), of(t2=(-2.0, 3), t0=(-0.6, 1), t1=(-1.6, 2))]
+    assert SparseTargets.from_vllm(told, vocab_size=V).k_eff.tolist() == [2, 2, 0]
+    told = [None, of(t2=(-2.0, 3), t0=(-0.6, 1), t1=(-1.6, 2)), of(t9=(-7.0, 8), t0=(-0.6, 1), t1=(-1.6, 2))]
+    assert SparseTargets.from_vllm(told, vocab_size=V).k_eff.tolist() == [2, 2, 0]
+    assert SparseTargets.from_vllm([None, {5: -0.2}, {6: -0.3, 7: -2.0}], vocab_size=V).k_eff.tolist() == [1, 2, 0]
+    with pytest.raises(ValueError, match="ask with prompt_logprobs=K, at least 1"):
+        SparseTargets.from_vllm([None, of(t0=(-0.5, 1)), of(t1=(-3.0, 4))], vocab_size=V)
+    with pytest.raises(ValueError, match="prompt_logprobs is None"):
+        SparseTargets.from_vllm(None, vocab_size=V)
+    empty_first = [{}, of(t0=(-0.5, 1))]
+    assert SparseTargets.from_vllm(empty_first, vocab_size=V).ids.tolist() == [[0], [-1]]
+
+
+def test_what_is_as_good_as_no_probability(teacher):
+    """-9999 stands for it where JSON has no infinity."""
+    told = teacher.openai()
+    told["content"][2]["top_logprobs"][4]["logprob"] = -9999.0
+    assert SparseTargets.from_openai(told, vocab_size=V).k_eff.tolist() == [K, K, K - 1] + [K] * (S - 4)
+    prompt = teacher.vllm()
+    prompt[4][teacher.token_ids[4]] = Logprob(-9999.0, V)  # the least likely one
+    targets = SparseTargets.from_vllm(prompt, vocab_size=V, token_ids=teacher.token_ids)
+    check_top(targets, teacher, S)
+    assert targets.gold_logprob[3] == -math.inf
+
+
+def test_the_token_itself_before_the_most_probable(teacher):
+    """As vLLM's chat completions have it."""
+    told = teacher.openai()
+    entry = told["content"][1]
+    unlikely = next(a for a in range(V) if a not in [i for i, _ in teacher.top(1, 10)])
+    itself = {"token": f"token_id:{unlikely}", "logprob": float(teacher.logprobs[1, unlikely]), "bytes": None}
+    entry |= itself | {"top_logprobs": [itself, *entry["top_logprobs"][:-1]]}
+    targets = SparseTargets.from_openai(told, vocab_size=V)
+    assert targets.ids[1].tolist() == [a for a, _ in teacher.top(1, K - 1)] + [-1]
+    assert targets.gold_logprob[1] == pytest.approx(itself["logprob"])
+
+
+def test_what_is_told_of_the_token_itself(teacher):
+    for wrong in (math.nan, 3.0):
+        told = teacher.sglang()
+        told["input_token_logprobs"][4][0] = wrong
+        with pytest.raises(ValueError, match=r"token 3: .* is no log-probability of the token that is there"):
+            SparseTargets.from_sglang(told, vocab_size=V)
+    for wrong in (1.5, "x", None):
+        with pytest.raises(ValueError, match="is no token id"):
+            SparseTargets.from_vllm([None, {wrong: -0.5}], vocab_size=V)
+
+
 def test_entries_of_no_probability_are_left_out(teacher):
     told = teacher.vllm()
     told[2][(max(told[2]) + 1) % V] = Logprob(-math.inf, 2)
@@ -219,5 +274,6 @@ def test_of_another_prompt(teacher):
     for nothing in ({}, {"content": []}, {"content": None}):
         with pytest.raises(ValueError, match="there is no content"):
             SparseTargets.from_openai(nothing, vocab_size=V)
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
-        SparseTargets.from_vllm(teacher.vllm(), vocab_size=V, k=0)
+    for k in (0, 1.5):
+        with pytest.raises(ValueError, match="k must be a whole number, at least 1"):
+            SparseTargets.from_vllm(teacher.vllm(), vocab_size=V, k=k)

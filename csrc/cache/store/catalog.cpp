@@ -145,6 +145,11 @@ bool Catalog::counts(std::string_view key, std::uint32_t shard, const IndexEntry
 std::optional<std::string> Catalog::Keys::next() {
     const Listing& listing = catalog_.listing();
     for (;;) {
+        if (!moved_.empty()) {
+            std::string key = std::move(moved_.back());
+            moved_.pop_back();
+            return key;
+        }
         while (in_index_ && at_ < index_.entries.size()) {
             const IndexEntry& entry = index_.entries[at_++];
             std::string key = index_.keys.substr(key_at_, entry.key_bytes);
@@ -162,6 +167,21 @@ std::optional<std::string> Catalog::Keys::next() {
     }
 }
 
+// The keys of a shard that is gone, and that a repair has copied to others since; throws what was met where none has.
+std::vector<std::string> Catalog::moved(std::uint32_t shard, const Fault& gone) const {
+    std::vector<Fault> damage;
+    const Catalog now(directory(), &damage);
+    if (!now.is_dropped(shards()[shard].shard_id)) throw Fault(gone);
+    std::vector<std::string> keys;
+    Keys all(now);
+    while (std::optional<std::string> key = all.next()) {
+        const std::optional<Place> place = first(*key);
+        if (place && place->shard == shard) keys.push_back(*std::move(key));
+    }
+    std::ranges::reverse(keys);
+    return keys;
+}
+
 // The next shard, of whose keys the listing has those that it has.
 bool Catalog::Keys::open_next() {
     if (next_shard_ == catalog_.shards().size()) return false;
@@ -171,7 +191,10 @@ bool Catalog::Keys::open_next() {
     try {
         index_ = catalog_.directory_.read(shard, nullptr);
     } catch (Fault& fault) {
-        throw fault.in(catalog_.path(shard));
+        fault.in(catalog_.path(shard));
+        if (fault.code != Code::missing) throw;
+        moved_ = catalog_.moved(shard_, fault);
+        return true;
     }
     at_ = key_at_ = 0;
     in_index_ = true;

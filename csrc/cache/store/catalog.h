@@ -71,12 +71,14 @@ class Catalog {
         std::size_t key_at_ = 0;
         std::size_t listed_ = 0;  // of the listing, so far
         bool in_index_ = false;
+        std::vector<std::string> moved_;  // of a shard that a repair has given up, from the last one on
     };
 
   private:
     std::optional<Place> look_up(std::string_view key, std::optional<Fault>* conflict) const;
     bool counts(std::string_view key, std::uint32_t shard, const IndexEntry& entry) const;
     const Listing& whole() const;
+    std::vector<std::string> moved(std::uint32_t shard, const Fault& gone) const;
 
     Directory directory_;
     IndexChain index_;

@@ -104,7 +104,7 @@ def _conversation(
     if chat is None:
         msg = (
             f"document {key!r} is a conversation, and there is no chat template: pass --tokenizer DIR, of a Hugging "
-            "Face tokenizer that has one, or --chat-template FILE beside it"
+            "Face tokenizer that has one, or --chat-template FILE beside it (the first document says whether all are)"
         )
         raise JobError(msg)
     ids, said = chat(messages, key)

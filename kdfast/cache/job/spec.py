@@ -86,9 +86,6 @@ class Job:
             msg = "the data hold no record"
             raise JobError(msg)
         content = first[0].content
-        if self.completions_only and isinstance(content, (str, np.ndarray)):
-            msg = "--completions-only is for conversations, lists of messages: pass their field as --field"
-            raise JobError(msg)
         if self.chat_template is not None and not self.chat_template.is_file():
             msg = f"--chat-template must be a file, got {self.chat_template}"
             raise JobError(msg)
@@ -111,7 +108,10 @@ class Job:
     def samples(self, encoder: Tokenizer | None, rank: int, world: int) -> Iterator[Sample]:
         """Those of process ``rank`` of ``world``."""
         encode, chat = (None, None) if encoder is None else (encoder.encode, encoder.chat)
-        return samples_of(self.source.documents(self.length, rank, world), encode, self.length, rank, world, chat=chat)
+        documents = self.source.documents(self.length, rank, world)
+        if self.completions_only:
+            documents = map(_conversation, documents)
+        return samples_of(documents, encode, self.length, rank, world, chat=chat)
 
     def teacher(self) -> Teacher:
         """The teacher, on the device of this process."""
@@ -180,6 +180,13 @@ class Job:
             )
         filled.committed_bytes = writer.bytes_written()  # an index more than at the last commit
         return filled
+
+
+def _conversation(document: Document) -> Document:
+    if isinstance(document.content, str) or (isinstance(document.content, np.ndarray) and len(document.content)):
+        msg = f"document {document.key!r} is no conversation, and --completions-only is for them"
+        raise JobError(msg)
+    return document
 
 
 def _device(name: str | None) -> torch.device:

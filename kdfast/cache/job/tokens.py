@@ -92,7 +92,11 @@ def from_model(
         return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 
     if template is not None:
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            msg = f"--chat-template {template}: {error}"
+            raise JobError(msg) from error
     has = conversations and isinstance(tokenizer.chat_template, str)
     chat = _chat(tokenizer, completions_only=completions_only) if has else None
     described = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
@@ -102,21 +106,21 @@ def from_model(
 
 def _chat(tokenizer: Any, *, completions_only: bool) -> ChatEncoder:
     """Conversations by the tokenizer's chat template, without a generation prompt."""
-    from jinja2 import TemplateError
 
     def encode(messages: Messages, key: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_] | None]:
         try:
             encoded = tokenizer.apply_chat_template(
                 list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=completions_only
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a template does
             msg = f"document {key!r}: the chat template does not take this conversation: {error}"
             raise JobError(msg) from error
         ids = np.array(encoded["input_ids"], dtype=np.int64)
         if not completions_only:
             return ids, None
         said = np.array(encoded["assistant_masks"], dtype=bool)
-        if not said.any() and any(message.get("role") == "assistant" for message in messages):
+        spoke = any(m.get("role") == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages)
+        if spoke and not said.any():
             msg = (
                 f"document {key!r}: the chat template does not say which tokens are the assistant's: pass "
                 "--chat-template with one that has {% generation %} and {% endgeneration %} around what the assistant "
