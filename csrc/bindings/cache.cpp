@@ -114,6 +114,7 @@ class Memory {
     Memory& operator=(const Memory&) = delete;
     ~Memory() { pool().give(std::move(block_)); }
 
+    std::byte* data() const { return block_.data.get(); }
     py::buffer_info view() const { return {block_.data.get(), 1, "B", static_cast<py::ssize_t>(bytes_)}; }
 
   private:
@@ -123,14 +124,22 @@ class Memory {
 
 // The bytes of a sample's packed tokens.
 struct PackedData {
-    std::vector<std::byte> bytes;
+    std::unique_ptr<Memory> memory;  // null where malloc serves
+    cache::PackedBytes bytes;
     std::uint8_t grid = 0;
 
-    void copy_to(const View& view) const {
-        auto* to = view.values<std::byte>("data", "uint8", static_cast<std::int64_t>(bytes.size()));
-        const py::gil_scoped_release release;
-        std::copy(bytes.begin(), bytes.end(), to);
+    // Of so many tokens of a sample, which most likely take no more than their share of it.
+    PackedData(const cache::IndexEntry& entry, std::int64_t tokens) {
+        constexpr std::uint64_t pooled = std::uint64_t{256} << 10, slack = 4096;
+        const auto count = static_cast<std::uint64_t>(std::max<std::int64_t>(0, tokens));
+        const std::uint64_t share = entry.tokens > 0 ? entry.frame_bytes / entry.tokens * count : 0;
+        if (share < pooled) return;
+        const auto room = static_cast<std::size_t>(share + 4 * count + slack);
+        memory = std::make_unique<Memory>(room);
+        bytes = cache::PackedBytes(memory->data(), room);
     }
+
+    py::buffer_info view() { return {bytes.data(), 1, "B", static_cast<py::ssize_t>(bytes.size())}; }
 };
 
 struct CacheReader {
@@ -146,7 +155,8 @@ struct CacheReader {
     std::vector<PackedData> pack(const std::vector<PackItem>& items, int threads, const Elsewhere::Paths& paths) const {
         const Elsewhere elsewhere(paths);
         const auto temperatures = static_cast<std::int64_t>(reader->catalog().header().stored_temperatures().size());
-        std::vector<PackedData> data(items.size());
+        std::vector<PackedData> data;
+        data.reserve(items.size());
         std::vector<cache::PackRequest> requests;
         requests.reserve(items.size());
         for (const auto& [entry, first, count, offset, top, lse, k_eff, gold] : items) {
@@ -154,9 +164,10 @@ struct CacheReader {
             require(lse, temperatures > 0, "lse");
             require(k_eff, (e.flags & cache::flag::ragged) != 0, "k_eff");
             require(gold, (e.flags & cache::flag::gold) != 0, "gold");
+            PackedData& to = data.emplace_back(e, count);
             cache::Packed out;
-            out.data = &data[requests.size()].bytes;
-            out.grid = &data[requests.size()].grid;
+            out.data = &to.bytes;
+            out.grid = &to.grid;
             out.offset = offset.values<std::int32_t>("offset", "int32", count);
             out.top = top.values<float>("top", "float32", count);
             out.rest.tokens = count;
@@ -394,10 +405,10 @@ void add_cache(py::module_& m) {
         .def(py::init<std::size_t>(), py::arg("bytes"))
         .def_buffer([](const Memory& memory) { return memory.view(); });
 
-    py::class_<PackedData>(m, "CachePackedData", "The bytes of a sample's packed tokens.")
+    py::class_<PackedData>(m, "CachePackedData", py::buffer_protocol(), "The bytes of a sample's packed tokens.")
         .def("__len__", [](const PackedData& p) { return p.bytes.size(); })
         .def_readonly("grid", &PackedData::grid)
-        .def("copy_to", &PackedData::copy_to, py::arg("view"));
+        .def_buffer([](PackedData& p) { return p.view(); });
 
     py::class_<cache::Writer>(m, "CacheWriter", "Samples into a cache, behind a bounded queue.")
         .def(py::init(&make_writer), py::kw_only(), py::arg("path"), py::arg("vocab_size"), py::arg("temperatures"),

@@ -60,8 +60,8 @@ void encode(const Layout& layout, const Source& targets, std::vector<std::byte>&
     out.resize(before + (out.size() - before + 7) / 8 * 8);
 }
 
-void decode(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens, std::int64_t first,
-            const Destination& out) {
+void decode(const Layout& layout, const DecodeRequest& request) {
+    const auto& [block, tokens, first, out] = request;
     check_limits(layout, tokens);
     if (first < 0 || out.tokens < 0 || out.tokens > tokens - first)
         throw ArgumentError("tokens " + std::to_string(first) + " to " + std::to_string(first + out.tokens) +

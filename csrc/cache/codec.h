@@ -77,6 +77,15 @@ inline Source source_of(const Destination& d) {
 
 inline constexpr std::size_t padding_after_block = 64;  // bytes behind a block that a decoder may load, never use
 
+// The tokens [first, first + out.tokens) of a block of `tokens`, which is followed by padding_after_block bytes that
+// may be loaded.
+struct DecodeRequest {
+    std::span<const std::byte> block;
+    std::int64_t tokens = 0;
+    std::int64_t first = 0;
+    Destination out;
+};
+
 // Throws ArgumentError for values that the format cannot hold, naming the token: ids out of range or twice,
 // log-probabilities that are not finite or above 0 and so on; and for a layout outside the limits. Any number of
 // tokens.
@@ -85,13 +94,11 @@ void check(const Layout& layout, const Source& targets);
 // Appends one block of targets that have been checked. The entries of a row may come in any order.
 void encode(const Layout& layout, const Source& targets, std::vector<std::byte>& out);
 
-// The tokens [first, first + out.tokens) of a block of `tokens`; `block` is followed by padding_after_block bytes that
-// may be loaded. Its checksum has been verified by the caller, which does not make its contents legal: throws Fault
+// The checksum of the block has been verified by the caller, which does not make its contents legal: throws Fault
 // (corrupt) for what FORMAT.md forbids, in any of its tokens' lengths or in the tokens asked for, whose `out` then
 // holds anything; what entries are to each other rows/prove.h looks at. A layout outside the limits, which whoever read
 // it has checked, and tokens that are not there are ArgumentErrors. Of a fixed block without `out.ids` only the fields
 // of one number a token are read.
-void decode(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens, std::int64_t first,
-            const Destination& out);
+void decode(const Layout& layout, const DecodeRequest& request);
 
 }  // namespace kdfast::cache

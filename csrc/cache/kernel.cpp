@@ -9,6 +9,7 @@
 // clang-format off: the order matters
 #if defined(KDFAST_ISA_AVX512_BF16)
 #define KDFAST_ISA avx512_bf16
+#include "cache/compact/wide.h"
 #include "cache/rows/vbmi.h"
 #include "cache/crc/vpclmul.h"
 #elif defined(KDFAST_ISA_AVX512)
@@ -211,11 +212,17 @@ void hash_keys(const cache::KeyBytes* keys, std::int64_t count, std::uint64_t (*
 }  // namespace
 }  // namespace kdfast::cpu::KDFAST_ISA
 
+#if defined(KDFAST_ISA_AVX512_BF16)
+#define KDFAST_DECODE_COMPACT cpu::KDFAST_ISA::decode_compact
+#else  // where a register's lanes are gathered by microcode, or are too few, it would take longer than one by one
+#define KDFAST_DECODE_COMPACT decode_entries
+#endif
 #define KDFAST_CONCAT(a, b) a##b
 #define KDFAST_KERNELS(isa) KDFAST_CONCAT(isa, _kernels)
 
 namespace kdfast::cache {
-const Kernels KDFAST_KERNELS(KDFAST_ISA) = {cpu::KDFAST_ISA::crc32c,        cpu::KDFAST_ISA::decode_fixed,
-                                            cpu::KDFAST_ISA::count_escapes, cpu::KDFAST_ISA::exponential_sums,
-                                            cpu::KDFAST_ISA::mass,          cpu::KDFAST_ISA::hash_keys};
+const Kernels KDFAST_KERNELS(KDFAST_ISA) = {
+    cpu::KDFAST_ISA::crc32c,        cpu::KDFAST_ISA::decode_fixed,     KDFAST_DECODE_COMPACT,
+    cpu::KDFAST_ISA::count_escapes, cpu::KDFAST_ISA::exponential_sums, cpu::KDFAST_ISA::mass,
+    cpu::KDFAST_ISA::hash_keys};
 }  // namespace kdfast::cache

@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cache/broken.h"
+#include "cache/compact/entries.h"
+
 namespace kdfast::cache {
 
 // Rows of a fixed block (FORMAT.md, section 6.1), end to end. Up to 64 bytes behind any of them may be loaded, and one
@@ -37,8 +40,6 @@ inline constexpr unsigned delta_escaped = 15;    // a nibble that says that the 
 inline constexpr unsigned escape_escaped = 255;  // an escape that says that a u32 follows
 inline constexpr std::uint32_t least_long_delta = delta_escaped + escape_escaped;
 
-enum class Broken : std::uint8_t { none, id, escapes, steps };
-
 // A key of at most 128 bytes.
 struct KeyBytes {
     const std::byte* data = nullptr;
@@ -49,6 +50,8 @@ struct Kernels {
     // The checksum's register, without the final exclusive-or.
     std::uint32_t (*crc32c)(const std::byte* bytes, std::size_t count, std::uint32_t state);
     Broken (*decode_fixed)(FixedRows&);
+    // Moves states and words on. Broken::words: a lane ends too early.
+    Broken (*decode_compact)(CompactEntries&);
     // How many nibbles of `count` bytes ask for an escape.
     std::int64_t (*count_escapes)(const std::byte* deltas, std::int64_t count);
     // sums[0] = sum of e^(a[i] scale), sums[1] the same of b, sums[2] and sums[3] those of the squares of the same

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cache/codec.h"
-#include "cache/compact/block.h"
+#include "cache/compact/compact.h"
 #include "cache/fault.h"
 #include "cache/format.h"
 #include "cache/index/parts.h"
@@ -64,10 +64,11 @@ void fuzz_block(Bytes bytes, const Model* model = nullptr) {
                              .gold = gold.data(),
                              .neg_entropy = neg_entropy.data()};
     const Bytes block = Bytes(padded).first(content.size());
+    const DecodeRequest request{block, tokens, 0, out};
     if (model)
-        decode_compact(CompactDecoder(*model), layout, block, tokens, 0, out);
+        CompactDecoder(*model).decode(layout, {&request, 1});
     else
-        decode(layout, block, tokens, 0, out);
+        decode(layout, request);
     for (std::size_t i = 0; i < n; ++i) {
         if (k_eff[i] < 0 || static_cast<std::uint32_t>(k_eff[i]) > layout.kept) __builtin_trap();
         for (std::int32_t j = 0; j < k_eff[i]; ++j)

@@ -184,7 +184,7 @@ struct Stored {
             const std::int64_t n = std::min(block_tokens - within, first + count - at);
             const auto bytes_of = block(static_cast<std::size_t>(b));
             if (crc32c(bytes_of) != checksums[static_cast<std::size_t>(b)]) std::abort();
-            decode(rows.layout, bytes_of, block_tokens, within, rows.at<Destination>(at - first, n));
+            decode(rows.layout, {bytes_of, block_tokens, within, rows.at<Destination>(at - first, n)});
             at += n;
         }
     }

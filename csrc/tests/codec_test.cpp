@@ -178,7 +178,7 @@ Decoded decoded(const Layout& layout, std::span<const std::byte> block, std::siz
     out.lse_stride = out.tokens;
     out.k_eff = room(got.k_eff, count, -9);
     if (layout.gold) out.gold = room(got.gold, count, NAN);
-    decode(layout, {memory.get(), block.size()}, static_cast<std::int64_t>(n), static_cast<std::int64_t>(first), out);
+    decode(layout, {{memory.get(), block.size()}, static_cast<std::int64_t>(n), static_cast<std::int64_t>(first), out});
     return got;
 }
 

@@ -71,13 +71,18 @@ struct Sample {
         to.tokens = tokens;
         to.ids = out.ids.data();
         to.logprobs = out.logprobs.data();
-        decode(layout, bytes(), tokens, 0, to);
+        decode(layout, {bytes(), tokens, 0, to});
         return out;
     }
     // Tokens [first, first + count) at their own rows.
     void pack(std::int64_t first, std::int64_t count) {
+        // Behind what is there already, and with what was there before as it was.
+        std::vector<std::byte> lent(1000);
+        PackedBytes bytes_of(lent.data(), lent.size());
+        std::copy(data.begin(), data.end(), bytes_of.room(data.size()));
+        bytes_of.grow(data.size());
         Packed out;
-        out.data = &data;
+        out.data = &bytes_of;
         out.offset = offset.data();
         out.top = top.data();
         out.rest.tokens = tokens;
@@ -85,6 +90,7 @@ struct Sample {
         out.rest.lse_stride = tokens;
         out.rest.k_eff = k_eff.data();
         cache::pack(layout, bytes(), tokens, first, count, out, first);
+        data.assign(bytes_of.data(), bytes_of.data() + bytes_of.size());
     }
     Rows unpacked() const {
         // Exactly as long as it says, so that a sanitizer sees what is read behind it.

@@ -51,12 +51,10 @@ def packed(
     for i, (entry, fields) in enumerate(zip(entries, made, strict=True)):
         data = packs[i]
         offset, top, lse, k_eff, gold = fields
-        copy = torch.empty(len(data), dtype=torch.uint8, device="cpu")
-        data.copy_to(view(copy))
         of_stored = {} if lse is None else dict(zip(stored, lse, strict=True))
         out.append(
             PackedTargets(
-                copy,
+                _bytes(data),
                 offset,
                 top,
                 kept=entry.kept,
@@ -69,6 +67,13 @@ def packed(
             )
         )
     return out
+
+
+def _bytes(data: _core.CachePackedData) -> Tensor:
+    """(n,) uint8, which lie where they were packed."""
+    if len(data) == 0:  # which torch makes no tensor of
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 class _Fields(NamedTuple):

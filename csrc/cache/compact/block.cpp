@@ -29,17 +29,6 @@ QuantisedSource QuantisedRows::source() const {
             .k_eff = k_eff_.data()};
 }
 
-QuantisedDestination QuantisedRows::destination() {
-    return {.tokens = tokens_,
-            .ids = ids_.data(),
-            .steps = steps_.data(),
-            .top = top_.data(),
-            .lse = lse_.data(),
-            .lse_stride = tokens_,
-            .gold = gold_.data(),
-            .k_eff = k_eff_.data()};
-}
-
 QuantisedRows QuantisedRows::of_fixed(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens) {
     QuantisedRows rows(layout, tokens);
     Sections sections(block);
@@ -86,31 +75,6 @@ QuantisedRows QuantisedRows::of_fixed(const Layout& layout, std::span<const std:
         deltas += delta_bytes(width(i));
     }
     return rows;
-}
-
-void QuantisedRows::to_targets(const Layout& layout, const Destination& out) const {
-    const float step = std::ldexp(1.0f, -static_cast<int>(layout.grid));
-    for (std::size_t i = 0; i < top_.size(); ++i) {
-        const std::size_t k = layout.ragged ? k_eff_[i] : layout.kept, row = i * layout.kept;
-        for (std::size_t j = row; j < row + k; ++j) {
-            out.ids[j] = static_cast<std::int32_t>(ids_[j]);
-            out.logprobs[j] = top_[i] - static_cast<float>(steps_[j]) * step;
-        }
-        std::fill(out.ids + row + k, out.ids + row + layout.kept, -1);
-        std::fill(out.logprobs + row + k, out.logprobs + row + layout.kept, -std::numeric_limits<float>::infinity());
-        if (out.k_eff) out.k_eff[i] = static_cast<std::int32_t>(k);
-    }
-    for (std::size_t t = 0; out.lse && t < layout.temperatures.size(); ++t)
-        std::copy_n(lse_.data() + t * top_.size(), top_.size(),
-                    out.lse + static_cast<std::int64_t>(t) * out.lse_stride);
-    if (layout.gold && out.gold) std::ranges::copy(gold_, out.gold);
-}
-
-void decode_compact(const CompactDecoder& decoder, const Layout& layout, std::span<const std::byte> block,
-                    std::int64_t tokens, std::int64_t first, const Destination& out) {
-    QuantisedRows rows(layout, out.tokens);
-    decoder.decode(layout, block, tokens, first, rows.destination());
-    rows.to_targets(layout, out);
 }
 
 }  // namespace kdfast::cache

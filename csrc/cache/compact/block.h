@@ -1,4 +1,4 @@
-// Compact blocks out of fixed ones, and into targets: both hold the same numbers (FORMAT.md, section 6.2).
+// Compact blocks out of fixed ones: both hold the same numbers (FORMAT.md, section 6.2).
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,6 @@ class QuantisedRows {
     QuantisedRows(const Layout& layout, std::int64_t tokens);
 
     QuantisedSource source() const;
-    QuantisedDestination destination();
-    // As decode() of codec.h gives them.
-    void to_targets(const Layout& layout, const Destination& out) const;
 
     // Of a fixed block that encode() of codec.h made; `layout` may be that of either codec.
     static QuantisedRows of_fixed(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens);
@@ -28,9 +25,5 @@ class QuantisedRows {
     std::vector<float> top_, lse_, gold_;
     std::vector<std::uint16_t> k_eff_;
 };
-
-// As decode() of codec.h, of a compact block.
-void decode_compact(const CompactDecoder& decoder, const Layout& layout, std::span<const std::byte> block,
-                    std::int64_t tokens, std::int64_t first, const Destination& out);
 
 }  // namespace kdfast::cache

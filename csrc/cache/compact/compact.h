@@ -1,5 +1,4 @@
-// Compact blocks: what the fixed tier stores, entropy coded with a model (FORMAT.md, section 6.2). Integers in, the
-// same integers out: quantisation is the fixed tier's.
+// Compact blocks: what the fixed tier stores, entropy coded with a model (FORMAT.md, section 6.2).
 #pragma once
 
 #include <cstddef>
@@ -8,66 +7,66 @@
 #include <vector>
 
 #include "cache/codec.h"
+#include "cache/compact/entries.h"
 #include "cache/compact/model.h"
 
 namespace kdfast::cache {
 
-// Quantised targets of some tokens, one row of K entries a token. Entries of a row from k_eff on are 0 when decoded,
-// and are not looked at when encoded.
-template <class Number, class Float, class Count>
-struct QuantisedTargets {
+// Quantised targets of some tokens, one row of K entries a token, of which those from k_eff on are not looked at.
+struct QuantisedSource {
     std::int64_t tokens = 0;
-    Number* ids = nullptr;        // (tokens, K), by falling probability
-    Number* steps = nullptr;      // (tokens, K): 0 for entry 0, never falling, below 2^24
-    Float* top = nullptr;         // (tokens)
-    Float* lse = nullptr;         // (temperatures other than 1, lse_stride)
-    std::int64_t lse_stride = 0;  // of one temperature to the next, >= tokens
-    Float* gold = nullptr;        // (tokens); not looked at where the layout has none
-    Count* k_eff = nullptr;       // (tokens); not looked at where the layout is not ragged
-};
-using QuantisedSource = QuantisedTargets<const std::uint32_t, const float, const std::uint16_t>;
-using QuantisedDestination = QuantisedTargets<std::uint32_t, float, std::uint16_t>;
-
-// A symbol as a decoder needs it: its first slot, and base << 6 | raw.
-struct DecodedSymbol {
-    std::uint32_t base_raw = 0;
-    std::uint16_t frequency = 0;
-    std::uint16_t start = 0;
+    const std::uint32_t* ids = nullptr;    // (tokens, K), by falling probability
+    const std::uint32_t* steps = nullptr;  // (tokens, K): 0 for entry 0, never falling, below 2^24
+    const float* top = nullptr;            // (tokens)
+    const float* lse = nullptr;            // (temperatures other than 1, lse_stride)
+    std::int64_t lse_stride = 0;           // of one temperature to the next, >= tokens
+    const float* gold = nullptr;           // (tokens); not looked at where the layout has none
+    const std::uint16_t* k_eff = nullptr;  // (tokens); not looked at where the layout is not ragged
 };
 
-template <class Index>
 struct DecodingTable {
-    std::vector<Index> slots;  // slot to symbol
+    std::vector<std::uint16_t> slots;  // slot to symbol
     std::vector<DecodedSymbol> symbols;
 };
+
+// Of each slot what CompactEntries says.
+struct EntryTable {
+    std::vector<std::uint32_t> transitions, values;
+};
+
+inline constexpr std::size_t most_together = CompactEntries::most / lanes;
 
 class CompactDecoder {
   public:
     explicit CompactDecoder(const Model& model);
 
-    // The tokens [first, first + out.tokens) of a block of `tokens`, under the terms of decode() of codec.h. What comes
-    // after the last token asked for is not looked at. May be called from several threads.
-    void decode(const Layout& layout, std::span<const std::byte> block, std::int64_t tokens, std::int64_t first,
-                const QuantisedDestination& out) const;
+    // Of each of up to most_together blocks what decode() of codec.h would give; they are read at the same time, which
+    // is faster than one after the other. What comes after the last token asked for is not looked at. A Fault says
+    // nothing of which block it is about. May be called from several threads.
+    void decode(const Layout& layout, std::span<const DecodeRequest> blocks) const;
 
   private:
     friend class CompactReading;
 
     std::uint32_t vocab_size_;
-    std::vector<std::uint32_t> listed_;
-    DecodingTable<std::uint16_t> classes_, kept_, top_, gold_;
-    std::vector<DecodingTable<std::uint16_t>> lse_, ids_;
-    // Of context c from c << precision and from c most_delta_symbols on.
-    std::vector<std::uint8_t> delta_slots_;
-    std::vector<DecodedSymbol> delta_symbols_;
+    std::vector<std::uint32_t> listed_;  // and one more
+    DecodingTable classes_, kept_, top_, gold_;
+    std::vector<DecodingTable> lse_;
+    EntryTable deltas_;            // of all contexts, end to end, and no_delta
+    std::vector<EntryTable> ids_;  // of each class
 };
 
-// A symbol as an encoder needs it.
+// A symbol as an encoder of precision P needs it. A state x that is at most `most`, frequency 2^(64-P) - 1, becomes
+// x + start + q (2^P - frequency), with q the upper half of x times reciprocal, shifted, which is floor(x / frequency).
+// Of frequency 1 it is one less, and start is as much more.
 struct EncodedSymbol {
+    std::uint64_t reciprocal = 0;
+    std::uint64_t most = 0;
     std::uint32_t base = 0;
-    std::uint16_t frequency = 0;
     std::uint16_t start = 0;
-    std::uint32_t raw = 0;
+    std::uint16_t others = 0;  // 2^P - frequency
+    std::uint8_t shift = 0;
+    std::uint8_t raw = 0;
 };
 
 struct EncodingTable {

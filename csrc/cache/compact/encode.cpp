@@ -3,7 +3,9 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "cache/compact/compact.h"
 #include "cache/compact/lanes.h"
@@ -19,11 +21,39 @@ double bits_of(const Symbol& symbol, unsigned total) {
     return total - std::log2(static_cast<double>(symbol.frequency)) + symbol.raw;
 }
 
-std::vector<EncodedSymbol> encoded(const Alphabet& alphabet) {
+__extension__ using Wide = unsigned __int128;
+
+constexpr std::uint8_t no_shift = 64;  // of a symbol that has no reciprocal, and is divided by
+
+EncodedSymbol encoded(const Symbol& symbol, std::uint32_t start, unsigned bits) {
+    const std::uint64_t f = symbol.frequency;
+    EncodedSymbol made;
+    made.most = (f << (64 - bits)) - 1;  // of 2^bits, all
+    made.base = symbol.base;
+    made.start = static_cast<std::uint16_t>(start);
+    made.others = static_cast<std::uint16_t>((1u << bits) - f);
+    made.raw = symbol.raw;
+    if (f == 1) {
+        made.reciprocal = ~std::uint64_t{0};
+        made.start = static_cast<std::uint16_t>(made.start + made.others);
+        return made;
+    }
+    const unsigned shift = static_cast<unsigned>(std::bit_width(f - 1)) - 1;  // 2^shift < f <= 2^(shift + 1)
+    const Wide power = Wide{1} << (64 + shift);
+    const Wide reciprocal = (power + f - 1) / f;
+    // The quotient is too large by x excess / (f power), which must not reach 1 / f.
+    const Wide excess = reciprocal * f - power;
+    const bool exact = excess * f < Wide{1} << (shift + bits);
+    made.reciprocal = exact ? static_cast<std::uint64_t>(reciprocal) : 0;
+    made.shift = exact ? static_cast<std::uint8_t>(shift) : no_shift;
+    return made;
+}
+
+std::vector<EncodedSymbol> encoded(const Alphabet& alphabet, unsigned bits) {
     std::vector<EncodedSymbol> symbols;
     std::uint32_t start = 0;
     for (const Symbol& symbol : alphabet) {
-        symbols.push_back({symbol.base, symbol.frequency, static_cast<std::uint16_t>(start), symbol.raw});
+        symbols.push_back(encoded(symbol, start, bits));
         start += symbol.frequency;
     }
     return symbols;
@@ -43,7 +73,7 @@ std::uint16_t escape_of(const Alphabet& alphabet, std::uint32_t base, unsigned b
 // `bits` for all values, `unit` of them below the units of bases.
 EncodingTable encoding_table(const Alphabet& alphabet, unsigned bits, unsigned unit = 0) {
     EncodingTable table;
-    table.symbols = encoded(alphabet);
+    table.symbols = encoded(alphabet, precision);
     table.escape = escape_of(alphabet, 0, bits);
     std::vector<double> best;
     for (std::size_t j = 0; j < alphabet.size(); ++j) {
@@ -66,21 +96,25 @@ EncodingTable encoding_table(const Alphabet& alphabet, unsigned bits, unsigned u
 // Writes backwards what a decoder reads forwards.
 struct Lane {
     std::uint64_t state = lane_start;
-    std::vector<std::uint32_t> words;  // the last first
+    std::uint32_t* at = nullptr;  // of the word written last; one before it may be written over
 
-    void emit() {
-        words.push_back(static_cast<std::uint32_t>(state));
-        state >>= 32;
+    // As arithmetic, here and below: which of the two ways it is no processor guesses.
+    void emit(bool needed) {
+        at[-1] = static_cast<std::uint32_t>(state);
+        at -= needed;
+        state = needed ? state >> 32 : state;
     }
     template <unsigned bits>
     void symbol(const EncodedSymbol& symbol) {
-        if (state >> (64 - bits) >= symbol.frequency) emit();
-        const std::uint64_t quotient = state / symbol.frequency;
-        state = (quotient << bits) + (state - quotient * symbol.frequency) + symbol.start;
+        emit(state > symbol.most);
+        std::uint64_t quotient =
+            static_cast<std::uint64_t>(Wide{state} * symbol.reciprocal >> 64) >> (symbol.shift & 63);
+        if (symbol.shift == no_shift) [[unlikely]]
+            quotient = state / ((1u << bits) - symbol.others);
+        state += symbol.start + quotient * symbol.others;
     }
-    void raw(std::uint32_t value, std::uint32_t bits) {
-        if (bits == 0) return;
-        if (state >> (64 - bits) != 0) emit();
+    void raw(std::uint32_t value, unsigned bits) {
+        emit(state >> 1 >> (63 - bits) != 0);
         state = state << bits | value;
     }
     void value(const EncodingTable& table, std::uint32_t number, unsigned unit = 0) {
@@ -88,6 +122,28 @@ struct Lane {
         raw(number - (found.base << unit), found.raw);
         symbol<precision>(found);
     }
+};
+
+// The words of a lane, from the end of their room on.
+class LaneWords {
+  public:
+    // Room for so many more, of a lane that has written to `at`.
+    std::uint32_t* room(std::uint32_t* at, std::size_t words) {
+        const std::size_t used = at ? size(at) : 0;
+        if (at && static_cast<std::size_t>(at - words_.get()) > words) return at;
+        const std::size_t capacity = 2 * used + words + 1;
+        auto more = std::make_unique_for_overwrite<std::uint32_t[]>(capacity);
+        std::uint32_t* const to = more.get() + capacity - used;
+        if (used > 0) std::memcpy(to, at, used * sizeof(std::uint32_t));
+        words_ = std::move(more);
+        capacity_ = capacity;
+        return to;
+    }
+    std::size_t size(const std::uint32_t* at) const { return static_cast<std::size_t>(words_.get() + capacity_ - at); }
+
+  private:
+    std::unique_ptr<std::uint32_t[]> words_;
+    std::size_t capacity_ = 0;
 };
 
 }  // namespace
@@ -106,7 +162,7 @@ CompactEncoder::CompactEncoder(const Model& model)
     for (std::uint32_t rank = 0; rank < listed_; ++rank) ranks_[model.listed[rank]] = static_cast<std::uint16_t>(rank);
     for (const Alphabet& alphabet : model.lse) lse_.push_back(encoding_table(alphabet, 32, float_raw));
     for (const Alphabet& alphabet : model.deltas) deltas_.push_back(encoding_table(alphabet, 24));
-    class_.symbols = encoded(model.classes);
+    class_.symbols = encoded(model.classes, precision);
     class_.of.resize(model.ids.size());
     for (std::size_t j = 0; j < model.classes.size(); ++j)
         if (const Symbol& symbol = model.classes[j]; symbol.raw == 0) {
@@ -119,7 +175,7 @@ CompactEncoder::CompactEncoder(const Model& model)
     std::vector<double> best(listed_ + 1);
     for (std::size_t c = 0; c < model.ids.size(); ++c) {
         const Alphabet& alphabet = model.ids[c];
-        ids_.push_back(encoded(alphabet));
+        ids_.push_back(encoded(alphabet, id_precision));
         const std::uint16_t escape = escape_of(alphabet, listed_, model.id_bits());
         // A listed id, too, may be written as itself.
         for (std::uint32_t rank = 0; rank <= listed_; ++rank) {
@@ -145,35 +201,126 @@ CompactEncoder::CompactEncoder(const Model& model)
 class CompactWriting {
   public:
     CompactWriting(const CompactEncoder& model, const Layout& layout, const QuantisedSource& rows)
-        : model_(model), layout_(layout), rows_(rows), ranks_(layout.kept), costs_(model.classes_) {}
+        : model_(model), layout_(layout), rows_(rows), ranks_(layout.kept), costs_(model.classes_) {
+        for (Row& row : row_) row.entries.resize(layout.kept);
+    }
 
-    void token(Lane& lane, std::int64_t token) {
+    // The last tokens first.
+    void run(std::vector<std::byte>& out) {
+        const std::int64_t together = lanes;
+        for (std::int64_t first = (rows_.tokens - 1) / together * together; first >= 0; first -= together)
+            turn(first, static_cast<std::size_t>(std::min(together, rows_.tokens - first)));
+        put(out);
+    }
+
+  private:
+    // An entry of a row: what its id and the delta before it are written as.
+    struct Entry {
+        const EncodedSymbol *id, *delta;
+        std::uint32_t id_raw, delta_raw;
+    };
+    struct Row {
+        std::size_t chosen = 0;
+        std::uint32_t count = 0;
+        std::vector<Entry> entries;
+    };
+
+    // Tokens [first, first + count), one of each lane: entry by entry, so that none waits for its own state alone.
+    void turn(std::int64_t first, std::size_t count) {
+        std::uint32_t together = count == lanes ? layout_.kept : 0;
+        for (std::size_t l = 0; l < count; ++l) {
+            plan(row_[l], first + static_cast<std::int64_t>(l));
+            together = std::min(together, row_[l].count);
+            lane_[l].at = words_[l].room(lane_[l].at, most_words(row_[l].count));
+        }
+        for (std::size_t l = 0; l < count; ++l)
+            write(std::make_index_sequence<1>(), lane_.data() + l, row_.data() + l, together, row_[l].count);
+        write(std::make_index_sequence<lanes>(), lane_.data(), row_.data(), 0, together);
+        for (std::size_t l = 0; l < count; ++l) begin(lane_[l], row_[l], first + static_cast<std::int64_t>(l));
+    }
+
+    // Of a token: two for each value, and one that is written over.
+    std::size_t most_words(std::uint32_t count) const {
+        return 4 * std::size_t{count} + 2 * (4 + model_.lse_.size()) + 1;
+    }
+
+    void plan(Row& row, std::int64_t token) {
         const std::uint32_t count = layout_.ragged ? rows_.k_eff[token] : layout_.kept;
         const std::uint32_t* ids = rows_.ids + token * layout_.kept;
         const std::uint32_t* steps = rows_.steps + token * layout_.kept;
         check(token, count, ids, steps);
-        const std::size_t chosen = choose(ids, count);
-        const std::vector<EncodedSymbol>& alphabet = model_.ids_[chosen];
-        for (std::uint32_t i = count; i-- > 0;) {
+        row.count = count;
+        row.chosen = choose(ids, count);
+        const EncodedSymbol* const alphabet = model_.ids_[row.chosen].data();
+        const std::uint16_t* const symbols = model_.symbols_of_.data() + row.chosen;
+        std::uint32_t history = 0;
+        for (std::uint32_t i = 0; i < count; ++i) {
+            Entry& entry = row.entries[i];
             const std::uint32_t rank = ranks_[i];
-            const EncodedSymbol& symbol = alphabet[model_.symbols_of_[rank * model_.classes_ + chosen]];
-            const std::uint32_t value = symbol.base >= model_.listed_ ? ids[i] + model_.listed_ : rank;
-            lane.raw(value - symbol.base, symbol.raw);
-            lane.symbol<id_precision>(symbol);
-            if (i == 0) break;
-            const std::uint32_t before = i > 1 ? steps[i - 1] - steps[i - 2] : 0;
-            lane.value(model_.deltas_[delta_place(i) * delta_histories + delta_history(before)],
-                       steps[i] - steps[i - 1]);
+            entry.id = alphabet + symbols[rank * model_.classes_];
+            const std::uint32_t value = entry.id->base >= model_.listed_ ? ids[i] + model_.listed_ : rank;
+            entry.id_raw = value - entry.id->base;
+            if (i == 0) continue;
+            const std::uint32_t delta = steps[i] - steps[i - 1];
+            entry.delta = &model_.deltas_[delta_place(i) * delta_histories + history][delta];
+            entry.delta_raw = delta - entry.delta->base;
+            history = delta_history(delta);
         }
+    }
+
+    template <std::size_t... l>
+    static void write(std::index_sequence<l...>, Lane* lanes_of, const Row* rows, std::uint32_t from,
+                      std::uint32_t to) {
+        // Copies, which the stores of words cannot alias, so that they stay in registers.
+        Lane lane[] = {lanes_of[l]...};
+        const Entry* const entries[] = {rows[l].entries.data()...};
+        const auto id = [](Lane& in, const Entry& entry) {
+            in.raw(entry.id_raw, entry.id->raw);
+            in.symbol<id_precision>(*entry.id);
+        };
+        const auto delta = [](Lane& in, const Entry& entry) {
+            if (entry.delta->raw > 0) [[unlikely]]
+                in.raw(entry.delta_raw, entry.delta->raw);
+            in.symbol<precision>(*entry.delta);
+        };
+        for (std::uint32_t i = to; i-- > from;) {
+            (id(lane[l], entries[l][i]), ...);
+            if (i > 0) (delta(lane[l], entries[l][i]), ...);
+        }
+        ((lanes_of[l] = lane[l]), ...);
+    }
+
+    // What a token has before its entries.
+    void begin(Lane& lane, const Row& row, std::int64_t token) const {
         if (layout_.gold) lane.value(model_.gold_, std::bit_cast<std::uint32_t>(rows_.gold[token]), float_raw);
         for (std::size_t j = model_.lse_.size(); j-- > 0;)
             lane.value(model_.lse_[j], std::bit_cast<std::uint32_t>(lse(j, token)), float_raw);
         lane.value(model_.top_, std::bit_cast<std::uint32_t>(rows_.top[token]), float_raw);
-        if (layout_.ragged) lane.value(model_.kept_, count);
-        lane.symbol<precision>(model_.class_.symbols[model_.class_.of[chosen]]);
+        if (layout_.ragged) lane.value(model_.kept_, row.count);
+        lane.symbol<precision>(model_.class_.symbols[model_.class_.of[row.chosen]]);
     }
 
-  private:
+    void put(std::vector<std::byte>& out) const {
+        std::array<std::uint32_t, lanes> words{};
+        std::size_t size = lanes * sizeof(std::uint32_t);
+        for (std::size_t l = 0; l < lanes; ++l) {
+            if (lane_[l].at) words[l] = static_cast<std::uint32_t>(words_[l].size(lane_[l].at));
+            size += sizeof(Lane::state) + sizeof(std::uint32_t) * words[l];
+        }
+        const std::size_t before = out.size();
+        out.resize(before + (size + 7) / 8 * 8);
+        std::byte* at = out.data() + before;
+        const auto copy = [&at](const void* from, std::size_t bytes) {
+            if (bytes > 0) std::memcpy(at, from, bytes);
+            at += bytes;
+        };
+        copy(words.data(), sizeof words);
+        for (std::size_t l = 0; l < lanes; ++l) {
+            copy(&lane_[l].state, sizeof(Lane::state));
+            copy(lane_[l].at, sizeof(std::uint32_t) * words[l]);
+        }
+    }
+
     float lse(std::size_t j, std::int64_t token) const {
         return rows_.lse[static_cast<std::int64_t>(j) * rows_.lse_stride + token];
     }
@@ -219,32 +366,15 @@ class CompactWriting {
     const QuantisedSource& rows_;
     std::vector<std::uint32_t> ranks_;
     std::vector<std::uint32_t> costs_;
+    std::array<Row, lanes> row_;
+    std::array<Lane, lanes> lane_;
+    std::array<LaneWords, lanes> words_;
 };
 
 void CompactEncoder::encode(const Layout& layout, const QuantisedSource& rows, std::vector<std::byte>& out) const {
     if (layout.vocab_size != vocab_size_ || layout.temperatures.size() != lse_.size())
         throw ArgumentError("a model of another vocabulary or of other temperatures");
-    CompactWriting writing(*this, layout, rows);
-    std::array<Lane, lanes> lane;
-    const std::size_t each = static_cast<std::size_t>(rows.tokens) / lanes + 1;
-    for (Lane& l : lane) l.words.reserve(each * (std::size_t{layout.kept} / 2 + 4));
-    for (std::int64_t token = rows.tokens; token-- > 0;)
-        writing.token(lane[static_cast<std::size_t>(token) % lanes], token);
-
-    std::size_t size = lanes * 4;
-    for (const Lane& l : lane) size += sizeof(l.state) + 4 * l.words.size();
-    const std::size_t before = out.size();
-    out.resize(before + (size + 7) / 8 * 8);
-    std::byte* at = out.data() + before;
-    const auto put = [&at](auto value) {
-        std::memcpy(at, &value, sizeof(value));
-        at += sizeof(value);
-    };
-    for (const Lane& l : lane) put(static_cast<std::uint32_t>(l.words.size()));
-    for (const Lane& l : lane) {
-        put(l.state);
-        for (std::size_t j = l.words.size(); j-- > 0;) put(l.words[j]);
-    }
+    CompactWriting(*this, layout, rows).run(out);
 }
 
 }  // namespace kdfast::cache

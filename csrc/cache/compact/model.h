@@ -30,13 +30,13 @@ inline constexpr std::uint32_t delta_contexts = delta_places * delta_histories;
 inline constexpr std::size_t most_delta_symbols = 256;
 
 // Of entry i >= 1: where in the row it stands.
-constexpr std::uint32_t delta_place(std::uint32_t i) {
+[[gnu::always_inline]] constexpr std::uint32_t delta_place(std::uint32_t i) {
     constexpr std::array<std::uint8_t, 33> first = {0, 0, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5,
                                                     6, 6, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7};
     return i <= 32 ? first[i] : i <= 64 ? 8 : 9;
 }
 // Of the delta before it, 0 for entry 1.
-constexpr std::uint32_t delta_history(std::uint32_t before) {
+[[gnu::always_inline]] constexpr std::uint32_t delta_history(std::uint32_t before) {
     return static_cast<std::uint32_t>(before > 0) + static_cast<std::uint32_t>(before > 1) +
            static_cast<std::uint32_t>(before > 3);
 }

@@ -233,6 +233,12 @@ void check_tops(const std::byte* tops, const Widths& widths, std::int64_t first,
 const std::byte* skip_escapes(const std::byte* at, const std::byte* end, std::int64_t count) {
     while (count > 0) {
         if (end - at < count) corrupt("a block ends within its escapes");
+        if (count <= 8) {  // those of a token, most of which are short: a call would take longer
+            const std::byte* const last = at + count;
+            while (at < last && *at != std::byte{escape_escaped}) ++at;
+            if (at == last) return at;
+            count = last - at;
+        }
         const void* found = std::memchr(at, escape_escaped, static_cast<std::size_t>(count));
         if (!found) return at + count;
         const auto* escape = static_cast<const std::byte*>(found);
@@ -294,6 +300,7 @@ void decode_fixed(const Layout& layout, std::span<const std::byte> block, std::i
         case Broken::id:
             corrupt("token " + std::to_string(first + rows.row) + " of a block has an id that is not below " +
                     std::to_string(layout.vocab_size));
+        case Broken::words:
         case Broken::escapes:
             corrupt("token " + std::to_string(first + rows.row) + " of a block has escapes that are missing or wrong");
         case Broken::steps:

@@ -2,9 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <new>
 #include <string>
+#include <utility>
 
+#include "cache/bytes.h"
 #include "cache/kernels.h"
 #include "cache/rows/fields.h"
 #include "cache/rows/fixed.h"
@@ -13,10 +17,23 @@
 #include "cpu/dispatch.h"
 
 namespace kdfast::cache {
+void PackedBytes::reserve(std::size_t bytes) {
+    std::unique_ptr<std::byte, Free> more(static_cast<std::byte*>(std::malloc(bytes)));
+    if (!more) throw std::bad_alloc();
+    if (size_ > 0) std::memcpy(more.get(), data_, size_);
+    own_ = std::move(more);
+    data_ = own_.get();
+    capacity_ = bytes;
+}
+
 namespace {
 
-void take(std::vector<std::byte>& out, const std::byte* from, std::int64_t bytes) {
-    out.insert(out.end(), from, from + bytes);
+constexpr std::int64_t at_once = 32;
+static_assert(at_once <= padding_after_block);
+
+// Copies whole chunks: up to at_once - 1 bytes more than asked for are loaded, and stored.
+void copy_chunks(std::byte* to, const std::byte* from, std::int64_t bytes) {
+    for (std::int64_t i = 0; i < bytes; i += at_once) std::memcpy(to + i, from + i, at_once);
 }
 
 }  // namespace
@@ -43,25 +60,39 @@ void pack(const Layout& layout, std::span<const std::byte> block, std::int64_t t
     const std::span<const std::byte> rest = sections.rest();
     const std::byte *escapes = rest.data(), *const end = escapes + rest.size();
     const Kernels& kernels = *cpu::kernels().cache;
-    for (std::int64_t i = 0; i < first + count; ++i) {
+    std::int64_t ids_before = 0, deltas_before = 0;
+    for (std::int64_t i = 0; i < first; ++i) {
+        ids_before += id_bytes(widths[i], bits);
+        deltas_before += delta_bytes(widths[i]);
+    }
+    escapes = skip_escapes(escapes, end, kernels.count_escapes(deltas, deltas_before));
+    ids += ids_before;
+    deltas += deltas_before;
+
+    PackedBytes& data = *out.data;
+    // Of each token, and what is stored beyond it, up to 3 bytes to the next multiple of 4.
+    const std::int64_t most = ids_bytes - ids_before + deltas_bytes - deltas_before + (end - escapes) + 3 * count;
+    std::byte* const begin = data.room(static_cast<std::size_t>(most + at_once));
+    std::byte* at = begin;
+    for (std::int64_t i = first; i < first + count; ++i) {
         const std::int64_t k = widths[i], of_ids = id_bytes(k, bits), of_deltas = delta_bytes(k);
         const std::byte* behind = skip_escapes(escapes, end, kernels.count_escapes(deltas, of_deltas));
-        if (i >= first) {
-            const std::int64_t at = row + i - first;
-            std::vector<std::byte>& data = *out.data;
-            if (data.size() / 4 > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()))
-                throw ArgumentError("a sample of more than 2^33 bytes");
-            out.offset[at] = static_cast<std::int32_t>(data.size() / 4);
-            out.top[at] = load<float>(tops + 4 * i);
-            take(data, ids, of_ids);
-            take(data, deltas, of_deltas);
-            take(data, escapes, behind - escapes);
-            data.resize((data.size() + 3) / 4 * 4);
-        }
+        const std::int64_t offset = static_cast<std::int64_t>(data.size()) + (at - begin), to = row + i - first;
+        if (offset / 4 > std::numeric_limits<std::int32_t>::max())
+            throw ArgumentError("a sample of more than 2^33 bytes");
+        out.offset[to] = static_cast<std::int32_t>(offset / 4);
+        out.top[to] = load<float>(tops + 4 * i);
+        copy_chunks(at, ids, of_ids);
+        copy_chunks(at + of_ids, deltas, of_deltas);
+        copy_chunks(at + of_ids + of_deltas, escapes, behind - escapes);
+        const std::int64_t bytes = of_ids + of_deltas + (behind - escapes);
+        store(at + bytes, std::uint32_t{0});
+        at += (bytes + 3) / 4 * 4;
         ids += of_ids;
         deltas += of_deltas;
         escapes = behind;
     }
+    data.grow(static_cast<std::size_t>(at - begin));
 }
 
 namespace {
@@ -113,6 +144,7 @@ void unpack_token(const Layout& layout, const PackedSource& packed, std::int64_t
             return;
         case Broken::id:
             return wrong("has an id that is not below " + std::to_string(layout.vocab_size));
+        case Broken::words:
         case Broken::escapes:
             return wrong("has escapes that are missing or wrong");
         case Broken::steps:

@@ -6,19 +6,48 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <cstdlib>
+#include <memory>
 
 #include "cache/codec.h"
 
 namespace kdfast::cache {
 
+// Bytes that are appended to, without being cleared before; in room that somebody lends as long as that is enough.
+class PackedBytes {
+  public:
+    PackedBytes() = default;
+    PackedBytes(std::byte* room, std::size_t bytes) : data_(room), capacity_(bytes) {}
+
+    const std::byte* data() const { return data_; }
+    std::byte* data() { return data_; }
+    std::size_t size() const { return size_; }
+
+    // Where the next bytes belong, with room for so many.
+    std::byte* room(std::size_t bytes) {
+        if (bytes > capacity_ - size_) reserve(size_ + bytes + size_ / 2);
+        return data_ + size_;
+    }
+    void grow(std::size_t bytes) { size_ += bytes; }
+
+  private:
+    void reserve(std::size_t bytes);
+
+    struct Free {
+        void operator()(std::byte* data) const { std::free(data); }
+    };
+    std::unique_ptr<std::byte, Free> own_;
+    std::byte* data_ = nullptr;
+    std::size_t size_ = 0, capacity_ = 0;
+};
+
 // Where the tokens of a sample go; a pointer is null where nobody asks, or the layout has no such field.
 struct Packed {
-    std::vector<std::byte>* data = nullptr;  // appended to
-    std::int32_t* offset = nullptr;          // (tokens), in units of 4 bytes
-    float* top = nullptr;                    // (tokens)
-    std::uint8_t* grid = nullptr;            // of the frame
-    Destination rest;                        // lse, k_eff and gold, of all tokens; its ids and logprobs are null
+    PackedBytes* data = nullptr;     // appended to
+    std::int32_t* offset = nullptr;  // (tokens), in units of 4 bytes
+    float* top = nullptr;            // (tokens)
+    std::uint8_t* grid = nullptr;    // of the frame
+    Destination rest;                // lse, k_eff and gold, of all tokens; its ids and logprobs are null
 };
 
 // Appends the tokens [first, first + count) of a block of `tokens`, which are rows [row, row + count) of `out`. The

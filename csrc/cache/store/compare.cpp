@@ -92,7 +92,7 @@ class Given {
         const std::size_t size = block_.size();
         block_.resize(size + padding_after_block);
         const Destination out = scratch_.rows(layout_, count);
-        decode(layout_, std::span(block_).first(size), count, 0, out);
+        decode(layout_, {std::span(block_).first(size), count, 0, out});
         return out;
     }
 

@@ -8,7 +8,7 @@
 #include <span>
 #include <unordered_map>
 
-#include "cache/compact/block.h"
+#include "cache/compact/compact.h"
 #include "cache/crc/crc32c.h"
 #include "cache/index/check.h"
 #include "cache/index/parts.h"
@@ -96,10 +96,11 @@ class ShardFrames {
             const Bytes block = Bytes(frame.blocks).subspan(at, header.blocks[b].bytes);
             const std::int64_t tokens = header.tokens_of(b);
             const Destination rows = scratch_.rows(layout, tokens);
+            const DecodeRequest request{block, tokens, 0, rows};
             if (model)
-                decode_compact(model->decoder, layout, block, tokens, 0, rows);
+                model->decoder.decode(layout, {&request, 1});
             else
-                decode(layout, block, tokens, 0, rows);
+                decode(layout, request);
             prove(layout, source_of(rows));
             at += block.size();
         }

@@ -1,10 +1,10 @@
 #include "cache/store/reader.h"
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 
-#include "cache/compact/block.h"
 #include "cache/crc/crc32c.h"
 #include "cache/fault.h"
 #include "cache/rows/prove.h"
@@ -20,8 +20,12 @@ struct Reader::Part {
     Bytes block;  // followed by padding_after_block bytes
     std::int64_t tokens;
     std::int64_t first, count;
-    std::int64_t row;    // of the first, among all that are asked for
-    std::uint64_t name;  // for Proven
+    std::int64_t row;     // of the first, among all that are asked for
+    std::uint64_t place;  // in the shard
+    std::uint64_t name;   // for Proven
+
+    DecodeRequest whole(const Destination& out) const { return {block, tokens, 0, out}; }
+    bool is_whole() const { return count == tokens; }
 };
 
 Reader::Reader(const std::string& directory, std::vector<Fault>* damage, std::size_t open_files, UseIndex use)
@@ -120,23 +124,41 @@ void Reader::blocks(const File& shard, const FrameHeader& h, std::int64_t first,
     constexpr std::size_t kept_bytes = std::size_t{8} << 20;
     thread_local std::vector<std::byte> buffer;
     if (buffer.size() < length + padding_after_block) buffer.resize(length + padding_after_block);
-    std::uint64_t at = 0;
+    std::uint64_t place = begin;
     try {
         shard.read_at(begin, std::span(buffer).first(length));
         const Layout layout = h.layout(catalog_.header());
+        // The rows of wide ones would take too much memory.
+        const std::size_t together = h.codec == Codec::compact && h.kept <= 1024 ? most_together : 1;
+        std::vector<Part> parts;
+        std::uint64_t at = 0;
         for (std::size_t b = first_block; b < end_block; ++b) {
+            place = begin + at;
             const Bytes block = Bytes(buffer).subspan(at, h.blocks[b].bytes);
             if (!has_crc(block, h.blocks[b].crc))
                 throw Fault(Code::checksum, "the checksum of block " + std::to_string(b) + " does not match");
             const std::int64_t block_first = static_cast<std::int64_t>(b) * h.block_tokens;
             const std::int64_t tokens = h.tokens_of(b);
             const std::int64_t from = std::max(first, block_first), to = std::min(last, block_first + tokens);
-            use(Part{layout, block, tokens, from - block_first, to - from, from - first,
-                     Proven::name(h, begin + at, h.blocks[b])});
+            parts.push_back({layout, block, tokens, from - block_first, to - from, from - first, place,
+                             Proven::name(h, place, h.blocks[b])});
             at += block.size();
+            if (parts.size() < together && b + 1 < end_block) continue;
+            try {
+                place = parts.front().place;
+                use(Parts(parts));
+            } catch (const Fault&) {
+                if (parts.size() == 1) throw;
+                // Which of them it is about.
+                for (const Part& part : parts) {
+                    place = part.place;
+                    use(Parts(&part, 1));
+                }
+            }
+            parts.clear();
         }
     } catch (Fault& fault) {
-        throw fault.in(shard.path()).of(h.key).at(begin + at);
+        throw fault.in(shard.path()).of(h.key).at(place);
     }
     if (buffer.size() > kept_bytes) {
         buffer.clear();
@@ -144,33 +166,62 @@ void Reader::blocks(const File& shard, const FrameHeader& h, std::int64_t first,
     }
 }
 
-void Reader::decode(const Place& place, const File& shard, const FrameHeader& h, const Part& part, std::int64_t first,
-                    const Destination& out) const {
-    if (part.layout.codec != Codec::compact) return cache::decode(part.layout, part.block, part.tokens, first, out);
-    decode_compact(models_.get(place.shard, h.model, shard, h.shard_id, h.offset), part.layout, part.block, part.tokens,
-                   first, out);
+void Reader::decode(const Place& place, const File& shard, const FrameHeader& h, const Layout& layout,
+                    std::span<const DecodeRequest> requests) const {
+    if (layout.codec == Codec::compact)
+        return models_.get(place.shard, h.model, shard, h.shard_id, h.offset).decode(layout, requests);
+    for (const DecodeRequest& request : requests) cache::decode(layout, request);
 }
 
-void Reader::prove(const Place& place, const File& shard, const FrameHeader& h, const Part& part) const {
-    if (proven_.has(part.name)) return;
+void Reader::prove(const Place& place, const File& shard, const FrameHeader& h, Parts parts) const {
+    read_parts(place, shard, h, parts, [](const Part&) { return Destination{}; });
+}
+
+// The parts' tokens to what `out` says of each, or to nobody where that is none. A block that nobody has proven yet is
+// decoded as a whole for it, in room of its own where not all of that was asked for.
+template <class Out>
+void Reader::read_parts(const Place& place, const File& shard, const FrameHeader& h, Parts parts, Out out) const {
     thread_local Scratch scratch;
-    const Destination all = scratch.rows(part.layout, part.tokens);
-    decode(place, shard, h, part, 0, all);
-    cache::prove(part.layout, source_of(all));
-    proven_.add(part.name);
+    const Layout& layout = parts.front().layout;
+    const auto has_all = [&](const Part& part, const Destination& to) {
+        return part.is_whole() && to.ids && (to.lse || layout.temperatures.empty());
+    };
+    std::int64_t aside = 0;
+    for (const Part& part : parts)
+        if (!proven_.has(part.name) && !has_all(part, out(part))) aside += part.tokens;
+    const Destination room = aside > 0 ? scratch.rows(layout, aside) : Destination{};
+    aside = 0;
+    std::array<DecodeRequest, most_together> requests;
+    std::array<const Part*, most_together> unproven{};
+    std::size_t count = 0;
+    for (const Part& part : parts) {
+        const Destination to = out(part);
+        if (proven_.has(part.name)) {
+            if (to.ids) requests[count++] = {part.block, part.tokens, part.first, to};
+            continue;
+        }
+        unproven[count] = &part;
+        requests[count++] = part.whole(has_all(part, to) ? to : room.rows(aside, part.tokens, layout.kept));
+        if (!has_all(part, to)) aside += part.tokens;
+    }
+    decode(place, shard, h, layout, std::span(requests).first(count));
+    for (std::size_t i = 0; i < count; ++i) {
+        if (!unproven[i]) continue;
+        const Part& part = *unproven[i];
+        cache::prove(layout, source_of(requests[i].out));
+        proven_.add(part.name);
+        if (const Destination to = out(part); to.ids && to.ids != requests[i].out.ids)
+            copy(layout, requests[i].out.rows(part.first, part.count, layout.kept), to);
+    }
 }
 
 void Reader::read(const ReadRequest& request) const {
     const auto read_from = [&](const Reader& reader, const File& shard, const Place& place) {
         const FrameHeader h = reader.header(shard, place);
-        reader.blocks(shard, h, request.first, request.out.tokens, [&](const Part& part) {
-            const Destination out = request.out.rows(part.row, part.count, part.layout.kept);
-            const bool all = part.count == part.tokens && (out.lse || part.layout.temperatures.empty());
-            if (!all) reader.prove(place, shard, h, part);
-            reader.decode(place, shard, h, part, part.first, out);
-            if (!all || reader.proven_.has(part.name)) return;
-            cache::prove(part.layout, source_of(out));
-            reader.proven_.add(part.name);
+        reader.blocks(shard, h, request.first, request.out.tokens, [&](Parts parts) {
+            reader.read_parts(place, shard, h, parts, [&](const Part& part) {
+                return request.out.rows(part.row, part.count, part.layout.kept);
+            });
         });
     };
     if (request.file) return read_from(*this, *request.file, *request.place);
@@ -181,9 +232,10 @@ void Reader::pack(const PackRequest& request) const {
     const auto pack_from = [&](const Reader& reader, const File& shard, const Place& place) {
         const FrameHeader h = reader.header(shard, place);
         *request.out.grid = h.grid;
-        reader.blocks(shard, h, request.first, request.tokens, [&](const Part& part) {
-            reader.prove(place, shard, h, part);
-            cache::pack(part.layout, part.block, part.tokens, part.first, part.count, request.out, part.row);
+        reader.blocks(shard, h, request.first, request.tokens, [&](Parts parts) {
+            reader.prove(place, shard, h, parts);
+            for (const Part& part : parts)
+                cache::pack(part.layout, part.block, part.tokens, part.first, part.count, request.out, part.row);
         });
     };
     if (request.file) return pack_from(*this, *request.file, *request.place);
@@ -193,7 +245,7 @@ void Reader::pack(const PackRequest& request) const {
 void Reader::verify(const Place& place, const File* elsewhere) const {
     const auto verify_in = [](const Reader& reader, const File& shard, const Place& at) {
         const FrameHeader h = reader.header(shard, at);
-        reader.blocks(shard, h, 0, h.tokens, [&](const Part& part) { reader.prove(at, shard, h, part); });
+        reader.blocks(shard, h, 0, h.tokens, [&](Parts parts) { reader.prove(at, shard, h, parts); });
     };
     if (elsewhere) return verify_in(*this, *elsewhere, place);
     with_file(place, verify_in);

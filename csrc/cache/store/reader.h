@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -62,15 +63,20 @@ class Reader {
 
   private:
     struct Part;
-    // use(part) for each block of a frame that holds some of the tokens, once its checksum has been verified.
+    using Parts = std::span<const Part>;
+    // use(parts) for the blocks of a frame that hold some of the tokens, once their checksums have been verified: as
+    // many at a time as are decoded together.
     template <class Use>
     void blocks(const File& shard, const FrameHeader& h, std::int64_t first, std::int64_t count, Use use) const;
     // use(reader, file, place), with the file of the place's shard or, where a repair has copied it, of another's.
     template <class Use>
     void with_file(const Place& place, Use use) const;
-    void decode(const Place& place, const File& shard, const FrameHeader& h, const Part& part, std::int64_t first,
-                const Destination& out) const;
-    void prove(const Place& place, const File& shard, const FrameHeader& h, const Part& part) const;
+    // Requests of one frame's blocks.
+    void decode(const Place& place, const File& shard, const FrameHeader& h, const Layout& layout,
+                std::span<const DecodeRequest> requests) const;
+    template <class Out>
+    void read_parts(const Place& place, const File& shard, const FrameHeader& h, Parts parts, Out out) const;
+    void prove(const Place& place, const File& shard, const FrameHeader& h, Parts parts) const;
     const Reader& successor() const;
     Place place_of(const Catalog& earlier, const Place& place, Fault& fault) const;
 

@@ -1,6 +1,7 @@
 // Room for decoded tokens that nobody asked for.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -11,7 +12,7 @@ namespace kdfast::cache {
 
 class Scratch {
   public:
-    // Of a block's tokens, with all fields that the layout has.
+    // Of some tokens, with all fields that the layout has.
     Destination rows(const Layout& layout, std::int64_t tokens) {
         const auto n = static_cast<std::size_t>(tokens), entries = n * layout.kept;
         fit(ids_, entries);
@@ -44,5 +45,23 @@ class Scratch {
     std::vector<std::int32_t> ids_, k_eff_;
     std::vector<float> values_, lse_, gold_, neg_entropy_;
 };
+
+// What of these rows somebody asks for.
+inline void copy(const Layout& layout, const Destination& rows, const Destination& to) {
+    const auto some = [](const auto* from, auto* into, std::int64_t count) {
+        if (from && into) std::copy_n(from, count, into);
+    };
+    const std::int64_t entries = rows.tokens * layout.kept;
+    some(rows.ids, to.ids, entries);
+    some(rows.logprobs, to.logprobs, entries);
+    some(rows.mass, to.mass, entries);
+    for (std::size_t t = 0; to.lse && t < layout.temperatures.size(); ++t)
+        some(rows.lse + static_cast<std::int64_t>(t) * rows.lse_stride,
+             to.lse + static_cast<std::int64_t>(t) * to.lse_stride, rows.tokens);
+    some(rows.k_eff, to.k_eff, rows.tokens);
+    if (to.k_eff && !rows.k_eff) std::fill_n(to.k_eff, rows.tokens, static_cast<std::int32_t>(layout.kept));
+    some(rows.gold, to.gold, rows.tokens);
+    some(rows.neg_entropy, to.neg_entropy, rows.tokens);
+}
 
 }  // namespace kdfast::cache
