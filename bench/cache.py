@@ -3,8 +3,9 @@
 Sections: ``read`` (every sample once), ``ranges`` (random ranges of 256 tokens, a batch in a call and one by one),
 ``cold`` (as read, from a file that the system was asked to forget), ``write``, ``pipeline`` (logits to disk). One
 thread unless --threads says more; warm but for ``cold``. kdfast verifies its checksums in all of them and gives back
-int32 ids and fp32 log-probabilities; the other stores give back bytes as they are stored, ``raw`` (u32 and fp16, 384
-bytes a token at k = 64) and ``packed`` (kdfast's own payload without its framing).
+int32 ids and fp32 log-probabilities, but for ``packed``, its :meth:`kdfast.cache.Reader.packed`; the other stores give
+back bytes as they are stored, ``raw`` (u32 and fp16, 384 bytes a token at k = 64), ``packed`` (kdfast's own payload
+without its framing) and, of the memmap, ``widened`` (int32 and fp32, as kdfast gives them back).
 """
 
 from __future__ import annotations
@@ -67,7 +68,15 @@ def _payloads(given: argparse.Namespace) -> dict[str, list[np.ndarray]]:
     packed_bytes = -(-_size(_cache(given.samples, given.tokens, given.k, "fixed")) // (given.samples * given.tokens))
     rng = np.random.default_rng(0)  # as incompressible as what is packed
     packed = [rng.integers(0, 256, (given.tokens, packed_bytes), np.uint8) for _ in targets]
-    return {"raw": raw, "packed": packed}
+    widened = [
+        np.concatenate([t.ids.numpy().view(np.uint8), t.logprobs.numpy().view(np.uint8)], axis=1) for t in targets
+    ]
+    return {"raw": raw, "packed": packed, "widened": widened}
+
+
+def _stores(payload: str) -> dict[str, cache_peers.Store]:
+    """Those that hold a payload: all of them, but only a memmap would be kept widened."""
+    return cache_peers.STORES if payload != "widened" else {"memmap": cache_peers.STORES["memmap"]}
 
 
 def _size(path: Path) -> int:
@@ -81,8 +90,10 @@ def _opened(given: argparse.Namespace) -> dict[str, tuple[Callable[[list[tuple[i
     for tier in TIERS:
         path = _cache(given.samples, given.tokens, given.k, tier)
         stores[f"kdfast {tier}"] = (partial(_read, cache.Reader(path)), path)
+    fixed = _cache(given.samples, given.tokens, given.k, "fixed")
+    stores["kdfast fixed, packed"] = (partial(_read_packed, cache.Reader(fixed)), fixed)
     for payload, samples in _payloads(given).items():
-        for name, store in cache_peers.STORES.items():
+        for name, store in _stores(payload).items():
             path = _folder() / f"{name}-{payload}"
             try:
                 cache_peers.write(store, path, samples)
@@ -99,6 +110,10 @@ TIERS = ("fixed", "compact")
 
 def _read(reader: cache.Reader, ranges: list[tuple[int, int, int]]) -> object:
     return reader.read([(i, slice(start, stop)) for i, start, stop in ranges])
+
+
+def _read_packed(reader: cache.Reader, ranges: list[tuple[int, int, int]]) -> object:
+    return reader.packed([(i, slice(start, stop)) for i, start, stop in ranges])
 
 
 def _read_one(reader: cache.Reader, i: int, start: int, stop: int) -> object:
@@ -148,7 +163,7 @@ def write_section(given: argparse.Namespace) -> turns.Competitors:
         for tier in TIERS
     }
     for payload, samples in _payloads(given).items():
-        for name, store in cache_peers.STORES.items():
+        for name, store in _stores(payload).items():
             calls[f"{name} {payload}"] = partial(cache_peers.write, store, _folder() / "written-peer", samples)
     return calls
 

@@ -100,87 +100,12 @@ std::shared_ptr<cache::Reader> open_reader(const std::string& path, bool damaged
     return std::make_shared<cache::Reader>(path, damaged ? &damage : nullptr, open_files);
 }
 
-// Of all readers; the interpreter's lock guards it, and there is no end at which it would be gone before a tensor.
-Pool& pool() {
-    static Pool& of_all = *new Pool(std::size_t{64} << 20);
-    return of_all;
-}
-
-// What a tensor of a reader lies in. It goes back to the pool with the tensor.
-class Memory {
-  public:
-    explicit Memory(std::size_t bytes) : bytes_(bytes), block_(pool().take(bytes)) {}
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    ~Memory() { pool().give(std::move(block_)); }
-
-    std::byte* data() const { return block_.data.get(); }
-    py::buffer_info view() const { return {block_.data.get(), 1, "B", static_cast<py::ssize_t>(bytes_)}; }
-
-  private:
-    std::size_t bytes_;
-    Pool::Block block_;
-};
-
-// The bytes of a sample's packed tokens.
-struct PackedData {
-    std::unique_ptr<Memory> memory;  // null where malloc serves
-    cache::PackedBytes bytes;
-    std::uint8_t grid = 0;
-
-    // Of so many tokens of a sample, which most likely take no more than their share of it.
-    PackedData(const cache::IndexEntry& entry, std::int64_t tokens) {
-        constexpr std::uint64_t pooled = std::uint64_t{256} << 10, slack = 4096;
-        const auto count = static_cast<std::uint64_t>(std::max<std::int64_t>(0, tokens));
-        const std::uint64_t share = entry.tokens > 0 ? entry.frame_bytes / entry.tokens * count : 0;
-        if (share < pooled) return;
-        const auto room = static_cast<std::size_t>(share + 4 * count + slack);
-        memory = std::make_unique<Memory>(room);
-        bytes = cache::PackedBytes(memory->data(), room);
-    }
-
-    py::buffer_info view() { return {bytes.data(), 1, "B", static_cast<py::ssize_t>(bytes.size())}; }
-};
-
 struct CacheReader {
     std::vector<Fault> damage;
     std::shared_ptr<cache::Reader> reader;
 
     CacheReader(const std::string& path, bool damaged, std::size_t open_files)
         : reader(open_reader(path, damaged, open_files, damage)) {}
-
-    // For each sample: its entry, the first token and how many; offset, top, lse, k_eff and gold.
-    using PackItem = std::tuple<SampleEntry, std::int64_t, std::int64_t, View, View, Optional, Optional, Optional>;
-    // Where paths are given, all lie in their shards.
-    std::vector<PackedData> pack(const std::vector<PackItem>& items, int threads, const Elsewhere::Paths& paths) const {
-        const Elsewhere elsewhere(paths);
-        const auto temperatures = static_cast<std::int64_t>(reader->catalog().header().stored_temperatures().size());
-        std::vector<PackedData> data;
-        data.reserve(items.size());
-        std::vector<cache::PackRequest> requests;
-        requests.reserve(items.size());
-        for (const auto& [entry, first, count, offset, top, lse, k_eff, gold] : items) {
-            const cache::IndexEntry& e = entry.place.entry;
-            require(lse, temperatures > 0, "lse");
-            require(k_eff, (e.flags & cache::flag::ragged) != 0, "k_eff");
-            require(gold, (e.flags & cache::flag::gold) != 0, "gold");
-            PackedData& to = data.emplace_back(e, count);
-            cache::Packed out;
-            out.data = &to.bytes;
-            out.grid = &to.grid;
-            out.offset = offset.values<std::int32_t>("offset", "int32", count);
-            out.top = top.values<float>("top", "float32", count);
-            out.rest.tokens = count;
-            out.rest.lse = optional_values<float>(lse, "lse", "float32", count * temperatures);
-            out.rest.lse_stride = count;
-            out.rest.k_eff = optional_values<std::int32_t>(k_eff, "k_eff", "int32", count);
-            out.rest.gold = optional_values<float>(gold, "gold", "float32", count);
-            requests.push_back({&entry.place, first, count, out, elsewhere.file(entry.place)});
-        }
-        const py::gil_scoped_release release;
-        reader->pack(std::move(requests), std::max(1, threads));
-        return data;
-    }
 };
 
 // Keys of a reader, which lives as long as these.
@@ -379,8 +304,7 @@ void add_cache(py::module_& m) {
             [](const CacheReader& r, const py::iterable& selectors, const py::function& key_text) {
                 return Selection(r.reader, selectors, key_text);
             },
-            py::arg("selectors"), py::arg("key_text"))
-        .def("pack", &CacheReader::pack, py::arg("items"), py::arg("threads"), py::arg("files") = Elsewhere::Paths{});
+            py::arg("selectors"), py::arg("key_text"));
 
     py::class_<Keys>(m, "CacheKeys", "The keys of a cache, in the order of the disk.")
         .def("next", &Keys::next, py::arg("most"), "As many more as there are, up to `most`.");
@@ -398,6 +322,11 @@ void add_cache(py::module_& m) {
             "read",
             [](const Selection& s, const std::vector<Selection::Addresses>& tensors, int threads,
                const Elsewhere::Paths& paths) { s.read(tensors, std::max(1, threads), paths); },
+            py::arg("tensors"), py::arg("threads"), py::arg("files") = Elsewhere::Paths{})
+        .def(
+            "pack",
+            [](const Selection& s, const std::vector<Selection::Addresses>& tensors, int threads,
+               const Elsewhere::Paths& paths) { return s.pack(tensors, std::max(1, threads), paths); },
             py::arg("tensors"), py::arg("threads"), py::arg("files") = Elsewhere::Paths{});
 
     py::class_<Memory>(m, "CacheMemory", py::buffer_protocol(),

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/memory.h"
 #include "cache/store/reader.h"
 #include "core/error.h"
 
@@ -115,10 +116,11 @@ class Selection {
         return out;
     }
 
-    // For each group the addresses of its tensors, 0 where it has none: ids (n, K), logprobs or mass (n, K), lse
-    // (temperatures, n), k_eff, gold and neg_entropy (n), with n the tokens of the group, one range behind the other.
-    // Where paths are given, only what lies in their shards is read.
+    // For each group the addresses of its tensors, 0 where it has none, with n the tokens of the group, one range
+    // behind the other. Where paths are given, only what lies in their shards is read.
     using Addresses = std::array<std::uintptr_t, 6>;
+
+    // ids (n, K), logprobs or mass (n, K), lse (temperatures, n), k_eff, gold and neg_entropy (n).
     void read(const std::vector<Addresses>& tensors, int threads, const Elsewhere::Paths& paths) const {
         if (tensors.size() != groups_.size()) throw ArgumentError("tensors for each group must be given");
         const Elsewhere elsewhere(paths);
@@ -149,6 +151,40 @@ class Selection {
         }
         const pybind11::gil_scoped_release release;
         reader_->read(std::move(requests), threads);
+    }
+
+    // offset and top (n), lse (temperatures, n), k_eff and gold (n), and the bytes of each place; of the fixed codec.
+    std::vector<std::pair<std::size_t, PackedData>> pack(const std::vector<Addresses>& tensors, int threads,
+                                                         const Elsewhere::Paths& paths) const {
+        if (tensors.size() != groups_.size()) throw ArgumentError("tensors for each group must be given");
+        const Elsewhere elsewhere(paths);
+        std::vector<std::pair<std::size_t, PackedData>> data;
+        std::vector<cache::PackRequest> requests;
+        data.reserve(ranges_.size());  // whose parts requests point to
+        for (std::size_t g = 0; g < groups_.size(); ++g) {
+            const auto [offset, top, lse, k_eff, gold, none] = tensors[g];
+            const cache::Destination all{.tokens = groups_[g].tokens,
+                                         .lse = reinterpret_cast<float*>(lse),
+                                         .lse_stride = groups_[g].tokens,
+                                         .k_eff = reinterpret_cast<std::int32_t*>(k_eff),
+                                         .gold = reinterpret_cast<float*>(gold)};
+            std::int64_t row = 0;
+            for (const std::size_t i : groups_[g].places) {
+                const Range& r = ranges_[i];
+                if (elsewhere.has(r.place)) {
+                    PackedData& to = data.emplace_back(i, PackedData(r.place.entry, r.count)).second;
+                    requests.push_back({&r.place, r.first, r.count,
+                                        cache::Packed{&to.bytes, reinterpret_cast<std::int32_t*>(offset) + row,
+                                                      reinterpret_cast<float*>(top) + row, &to.grid,
+                                                      all.rows(row, r.count, r.place.entry.kept)},
+                                        elsewhere.file(r.place)});
+                }
+                row += r.count;
+            }
+        }
+        const pybind11::gil_scoped_release release;
+        reader_->pack(std::move(requests), threads);
+        return data;
     }
 
   private:

@@ -265,7 +265,7 @@ class Reader:
             IndexError: as :meth:`read`.
             ValueError: a sample that is not of the fixed tier.
         """
-        return packed(self._engine, self._select(keys, token_ids), self._serve, self.vocab_size, self.temperatures)
+        return packed(self._select(keys, token_ids), self._serve, self.vocab_size, self.temperatures)
 
     def prefetch(self, keys: Iterable[Selector]) -> None:
         """Says what will be read, the soonest first, so that it is on its way before it is asked for.
