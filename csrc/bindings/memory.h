@@ -45,13 +45,16 @@ struct PackedData {
 
     // Of so many tokens of a sample, which most likely take no more than their share of it.
     PackedData(const cache::IndexEntry& entry, std::int64_t tokens) {
-        constexpr std::uint64_t pooled = std::uint64_t{256} << 10, slack = 4096;
+        constexpr std::uint64_t pooled = std::uint64_t{256} << 10, slack = 256;
         const auto count = static_cast<std::uint64_t>(std::max<std::int64_t>(0, tokens));
         const std::uint64_t share = entry.tokens > 0 ? entry.frame_bytes / entry.tokens * count : 0;
-        if (share < pooled) return;
-        const auto room = static_cast<std::size_t>(share + 4 * count + slack);
-        memory = std::make_unique<Memory>(room);
-        bytes = cache::PackedBytes(memory->data(), room);
+        const auto room = static_cast<std::size_t>(share + share / 16 + 4 * count + slack);
+        if (share < pooled) {
+            bytes.reserve(room);
+        } else {
+            memory = std::make_unique<Memory>(room);
+            bytes = cache::PackedBytes(memory->data(), room);
+        }
     }
 
     pybind11::buffer_info view() { return {bytes.data(), 1, "B", static_cast<pybind11::ssize_t>(bytes.size())}; }

@@ -29,10 +29,10 @@ class PackedBytes {
         return data_ + size_;
     }
     void grow(std::size_t bytes) { size_ += bytes; }
-
-  private:
+    // Room of its own for so many in all, more than there is.
     void reserve(std::size_t bytes);
 
+  private:
     struct Free {
         void operator()(std::byte* data) const { std::free(data); }
     };
