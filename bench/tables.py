@@ -159,7 +159,8 @@ def _cache(file: Path) -> str:
             measured = name in section.rounds_ms
             row.append(f"{cache.SPEEDS[title].of(section.sizes, section.ms(name)):.3g}" if measured else "")
         rows.append([name, *row])
-    missing = {f"\nNot measured: {name}: {why}\n": None for s in found.values() for name, why in s.missing.items()}
+    why = {name: reason for section in reversed(found.values()) for name, reason in section.missing.items()}
+    missing = [f"\nNot measured: {name}: {reason}\n" for name, reason in why.items()]
     header = ["", *(f"{name}, {cache.SPEEDS[name].unit}" for name in found)]
     return _on(found.values()) + table(header, rows) + "".join(missing)
 

@@ -186,17 +186,22 @@ void Reader::read_parts(const Place& place, const File& shard, const FrameHeader
     const auto has_all = [&](const Part& part, const Destination& to) {
         return part.is_whole() && to.ids && (to.lse || layout.temperatures.empty());
     };
+    // Asked once: what other threads prove may take its place in between.
+    std::array<bool, most_together> proven{};
     std::int64_t aside = 0;
-    for (const Part& part : parts)
-        if (!proven_.has(part.name) && !has_all(part, out(part))) aside += part.tokens;
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+        proven[i] = proven_.has(parts[i].name);
+        if (!proven[i] && !has_all(parts[i], out(parts[i]))) aside += parts[i].tokens;
+    }
     const Destination room = aside > 0 ? scratch.rows(layout, aside) : Destination{};
     aside = 0;
     std::array<DecodeRequest, most_together> requests;
     std::array<const Part*, most_together> unproven{};
     std::size_t count = 0;
-    for (const Part& part : parts) {
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+        const Part& part = parts[i];
         const Destination to = out(part);
-        if (proven_.has(part.name)) {
+        if (proven[i]) {
             if (to.ids) requests[count++] = {part.block, part.tokens, part.first, to};
             continue;
         }
