@@ -57,13 +57,19 @@ PARTS = {
         25,
         r"Done \d+ runs in \d+ second",
     ),
+    "caches changed behind right checksums, two readers": Part(
+        f"{PYTHON} tests/cache/format_fuzz.py --seconds 1200", 25, r"\d+ caches, of which .*"
+    ),
     "the cache after 200 cuts of power": Part(
         f"KDFAST_TEST_CRASH_STATES=200 {PYTEST} tests/cache/test_cache_reliability.py -k power_cut", 20, TESTS
     ),
     "the cache at ten million samples": Part(
         f"{PYTHON} -m bench.cache_growth --samples 10000000 --rounds 3 --json build/growth.json",
         60,
-        r"^\| 10,000,000 .*",
+        r"\| 10,000,000 .*",
+    ),
+    "the cache for an hour under writers that are killed": Part(
+        f"rm -rf build/soak && mkdir -p build/soak && {PYTHON} tests/cache/soak.py build/soak", 70, r"\d+ rounds in .*"
     ),
     "the cache's job on a Ray cluster": Part(
         "make .venv/.ray && .venv/bin/pytest tests/cache/test_cache_ray.py", 15, TESTS

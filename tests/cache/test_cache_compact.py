@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 
+import format_fuzz
 import pytest
 import torch
 
@@ -47,6 +49,32 @@ def assert_equal(a, b):
 
 def some(n=5, tokens=300):
     return {f"sample {i}": teacher(tokens + i) for i in range(n)}
+
+
+class TestBlocksTogether:
+    """Blocks of a read are decoded at the same time; what is wrong is wrong in one of them."""
+
+    @pytest.mark.parametrize("which", range(9))
+    def test_an_illegal_block_is_named(self, tmp_path, which):
+        fill(tmp_path / "c", {"a": teacher(9 * 64)}, tier="compact", block_tokens=64)
+        shard = next((tmp_path / "c").glob("*.shard"))
+        data = bytearray(shard.read_bytes())
+        parts = list(format_fuzz.parts_of_shard(bytes(data)))
+        frame = max(part.begin for part in parts if data[part.begin : part.begin + 4] == b"KDFR")
+        block = [part for part in parts if part.begin > frame and data[part.begin :][:8] != b"KDFINDEX"][which]
+        words, more = struct.unpack_from("<2I", data, block.begin)
+        struct.pack_into("<2I", data, block.begin, words - 1, more + 1)  # the first lane's last word is the second's
+        for part in parts:
+            struct.pack_into("<I", data, part.crc, format_fuzz.crc32c(bytes(data[part.begin : part.end])))
+        shard.write_bytes(data)
+        reader, others = cache.Reader(tmp_path / "c"), [b for b in range(9) if b != which]
+        for ranges in (slice(None), slice(which * 64, which * 64 + 64), slice(which * 64 + 3, None)):
+            with pytest.raises(CacheError) as caught:
+                reader["a", ranges]
+            assert (caught.value.code, caught.value.key, caught.value.offset) == ("corrupt", "a", block.begin)
+        for b in others:
+            assert reader["a", b * 64 : b * 64 + 64].ids.shape == (64, 32)
+        assert [(f.code, f.offset) for f in cache.verify(tmp_path / "c").faults] == [("corrupt", block.begin)]
 
 
 class TestValues:

@@ -129,6 +129,20 @@ def test_one_writer_after_the_other(tmp_path):
     assert cache.verify(path).faults == []
 
 
+def test_an_index_that_was_given_up_is_told(tmp_path):
+    """A page is damaged under a reader, which then has every key in memory."""
+    reader = cache.Reader(fill(tmp_path / "c", range(200)))
+    assert reader.indexed_shards == len(reader.shards()) > 0
+    for file in (tmp_path / "c").glob("*.index"):
+        data = bytearray(file.read_bytes())
+        for at in range(100, len(data), 64):
+            data[at] ^= 1
+        with file.open("r+b") as same:  # whose file the reader has open
+            same.write(data)
+    assert "150" in reader
+    assert reader.indexed_shards == 0
+
+
 def test_the_keys_of_a_reader_after_a_repair(tmp_path):
     """A reader that was there before says what it said, by the copies."""
     path = fill(tmp_path / "c", range(40), shard_bytes=2000)

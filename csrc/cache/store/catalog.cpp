@@ -132,6 +132,7 @@ std::vector<bool> Catalog::have(std::span<const std::string_view> keys) const {
 }
 
 std::size_t Catalog::indexed_shards() const {
+    if (whole_.load(std::memory_order_acquire)) return 0;  // it was given up
     return static_cast<std::size_t>(std::ranges::count(shards(), true, &CatalogShard::indexed));
 }
 
