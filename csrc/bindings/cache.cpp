@@ -6,7 +6,6 @@
 #include <cstring>
 #include <deque>
 #include <memory>
-#include <tuple>
 
 #include "bindings/selection.h"
 #include "bindings/view.h"
@@ -15,7 +14,6 @@
 #include "cache/store/maintenance.h"
 #include "cache/store/reader.h"
 #include "cache/store/writer.h"
-#include "core/pool.h"
 
 namespace py = pybind11;
 

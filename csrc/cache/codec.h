@@ -1,4 +1,4 @@
-// Blocks: the targets of up to 256 tokens as bytes, and back (FORMAT.md, section 6); compact ones in compact_block.h.
+// Blocks: the targets of up to 256 tokens as bytes, and back (FORMAT.md, section 6); compact ones in compact/compact.h.
 #pragma once
 
 #include <array>
