@@ -148,30 +148,57 @@ KDFAST_INLINE Floats exponential(Floats x) {
     return reinterpret_cast<Floats>(reinterpret_cast<FloatBits>(p) + (reinterpret_cast<FloatBits>(whole) << 23));
 }
 
-float mass(const float* x, std::int64_t count, float scale, float shift) {
+KDFAST_INLINE float sum_of(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(x);
+#else
+    float lanes[floats];
+    std::memcpy(lanes, &x, sizeof lanes);
+    for (std::int64_t half = floats / 2; half > 0; half /= 2)
+        for (std::int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    return lanes[0];
+#endif
+}
+
+// What `add` makes of all x, in `sums` sums: add(lanes, totals) adds to each of totals.
+template <int sums, class Add>
+KDFAST_INLINE void sum_up(const float* x, std::int64_t count, float* to, Add add) {
     constexpr int at_once = 4;
-    Floats total[at_once] = {};
-    const auto term = [&](const float* from) KDFAST_INLINE_LAMBDA {
+    Floats total[at_once][sums] = {};
+    const auto take = [&](const float* from, int part) KDFAST_INLINE_LAMBDA {
         Floats lanes;
         std::memcpy(&lanes, from, sizeof lanes);
-        return exponential(fused(lanes, Floats{} + scale, Floats{} - shift));
+        add(lanes, total[part]);
     };
     std::int64_t i = 0;
     for (; i + at_once * floats <= count; i += at_once * floats)
-        for (int part = 0; part < at_once; ++part) total[part] += term(x + i + part * floats);
-    for (; i + floats <= count; i += floats) total[0] += term(x + i);
+        for (int part = 0; part < at_once; ++part) take(x + i + part * floats, part);
+    for (; i + floats <= count; i += floats) take(x + i, 0);
     if (i < count) {
         float rest[floats];
         for (std::int64_t j = 0; j < floats; ++j)
             rest[j] = i + j < count ? x[i + j] : -std::numeric_limits<float>::max();
-        total[1] += term(rest);
+        take(rest, 1);
     }
-    total[0] = (total[0] + total[1]) + (total[2] + total[3]);
-    float lanes[floats];
-    std::memcpy(lanes, &total[0], sizeof lanes);
-    for (std::int64_t half = floats / 2; half > 0; half /= 2)
-        for (std::int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-    return lanes[0];
+    for (int s = 0; s < sums; ++s) {
+        to[s] = sum_of((total[0][s] + total[1][s]) + (total[2][s] + total[3][s]));
+    }
+}
+
+float mass(const float* x, std::int64_t count, float scale, float shift) {
+    float sum;
+    sum_up<1>(x, count, &sum, [&](Floats lanes, Floats* totals) KDFAST_INLINE_LAMBDA {
+        totals[0] += exponential(fused(lanes, Floats{} + scale, Floats{} - shift));
+    });
+    return sum;
+}
+
+void masses(const float* x, std::int64_t count, float* sums) {
+    sum_up<2>(x, count, sums, [](Floats lanes, Floats* totals) KDFAST_INLINE_LAMBDA {
+        const Floats root = exponential(lanes * 0.5f);
+        totals[0] += root;
+        totals[1] = fused(root, root, totals[1]);
+    });
 }
 
 // As many keys at a time as a register has words; one where they could not be turned in it.
@@ -224,5 +251,5 @@ namespace kdfast::cache {
 const Kernels KDFAST_KERNELS(KDFAST_ISA) = {
     cpu::KDFAST_ISA::crc32c,        cpu::KDFAST_ISA::decode_fixed,     KDFAST_DECODE_COMPACT,
     cpu::KDFAST_ISA::count_escapes, cpu::KDFAST_ISA::exponential_sums, cpu::KDFAST_ISA::mass,
-    cpu::KDFAST_ISA::hash_keys};
+    cpu::KDFAST_ISA::masses,        cpu::KDFAST_ISA::hash_keys};
 }  // namespace kdfast::cache

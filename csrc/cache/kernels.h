@@ -60,6 +60,8 @@ struct Kernels {
     void (*exponential_sums)(const double* a, const double* b, std::int64_t count, double scale, double* sums);
     // sum of e^(x[i] scale - shift) in f32, of up to 512 terms of at most 1 to 3e-6 of it.
     float (*mass)(const float* x, std::int64_t count, float scale, float shift);
+    // sums[0] = sum of e^(x[i] / 2), sums[1] = sum of e^x[i], as mass: the second are the squares of the first.
+    void (*masses)(const float* x, std::int64_t count, float* sums);
     // The two words of each key's hash (index/key_hash.h).
     void (*hash_keys)(const KeyBytes* keys, std::int64_t count, std::uint64_t (*hashes)[2]);
 };

@@ -119,6 +119,24 @@ TEST(masses_are_sums_of_exponentials) {
     });
 }
 
+TEST(masses_of_temperature_two_and_one) {
+    for_each_isa([&] {
+        for (int round = 0; round < 200; ++round) {
+            std::vector<float> x(1 + below(random, round % 4 ? 200 : 512));
+            for (float& value : x) value = static_cast<float>(below(random, 20) == 0 ? -1e30 : -30 * uniform(random));
+            double two = 0, one = 0;
+            for (const float value : x) {
+                two += std::exp(value / 2.0);
+                one += std::exp(double{value});
+            }
+            float got[2];
+            cpu::kernels().cache->masses(x.data(), static_cast<std::int64_t>(x.size()), got);
+            CHECK_NEAR(got[0], two, 3e-6 * two + 1e-30);
+            CHECK_NEAR(got[1], one, 3e-6 * one + 1e-30);
+        }
+    });
+}
+
 TEST(masses_at_temperatures_that_no_f32_holds) {
     Tokens rows(1, 1);
     rows.logprobs[0] = -1e-30f;

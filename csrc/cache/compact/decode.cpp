@@ -135,7 +135,7 @@ class CompactReading {
                 start(lanes_[p][l], parts_[p], token, rows++);
             }
         entries_.rows = rows;
-        switch (cpu::kernels().cache->decode_compact(entries_)) {
+        switch (kernels_.decode_compact(entries_)) {
             case Broken::none:
                 break;
             case Broken::words:
@@ -189,6 +189,7 @@ class CompactReading {
         entries_.logprobs[row] = wanted ? out.logprobs + at * layout_.kept : nullptr;
     }
 
+    const Kernels& kernels_ = *cpu::kernels().cache;
     const CompactDecoder& model_;
     const Layout& layout_;
     std::span<const DecodeRequest> parts_;

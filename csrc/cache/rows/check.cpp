@@ -43,21 +43,6 @@ void check_ids(const Layout& layout, Columns& columns, std::int64_t token, const
         refuse(token, j, "id " + std::to_string(ids[j]) + " is there twice");
 }
 
-// At every captured temperature.
-void check_mass(const Layout& layout, const Source& t, std::int64_t token, std::int64_t k, float top) {
-    const float* logprobs = t.logprobs + token * layout.kept;
-    const auto at = [&](double temperature, float lse) {
-        const double mass =
-            mass_beyond(*cpu::kernels().cache, logprobs, k, top, 1 / temperature, lse, rounding_written);
-        if (mass != 0)
-            refuse(token, "its entries have a mass of " + std::to_string(mass) + " at temperature " +
-                              std::to_string(temperature) + ", more than 1");
-    };
-    at(1, 0);
-    for (std::size_t i = 0; i < layout.temperatures.size(); ++i)
-        at(layout.temperatures[i], t.lse[static_cast<std::int64_t>(i) * t.lse_stride + token]);
-}
-
 // The largest. Without a branch on an entry, which a compiler could not make wide.
 float check_logprobs(std::int64_t token, const float* logprobs, std::int64_t k, std::uint32_t grid) {
     unsigned illegal = 0;
@@ -104,12 +89,16 @@ void check_fixed(const Layout& layout, const Source& t) {
         throw ArgumentError("the fixed codec needs ids, logprobs and an lse for each temperature but 1");
     const Widths widths(layout, t);
     check_lse(layout, t);
+    const Kernels& kernels = *cpu::kernels().cache;
     thread_local Columns columns;
     for (std::int64_t i = 0; i < t.tokens; ++i) {
         const std::int64_t k = widths[i], row = i * layout.kept;
         const float top = check_logprobs(i, t.logprobs + row, k, layout.grid);
         check_ids(layout, columns, i, t.ids + row, k);
-        check_mass(layout, t, i, k, top);
+        check_masses(kernels, layout, t, i, k, top, rounding_written, [&](double temperature, double mass) {
+            refuse(i, "its entries have a mass of " + std::to_string(mass) + " at temperature " +
+                          std::to_string(temperature) + ", more than 1");
+        });
     }
     check_gold(layout, t);
 }

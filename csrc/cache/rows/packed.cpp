@@ -97,8 +97,8 @@ void pack(const Layout& layout, std::span<const std::byte> block, std::int64_t t
 
 namespace {
 
-void unpack_token(const Layout& layout, const PackedSource& packed, std::int64_t token, std::int32_t* ids,
-                  float* logprobs) {
+void unpack_token(const Kernels& kernels, const Layout& layout, const PackedSource& packed, std::int64_t token,
+                  std::int32_t* ids, float* logprobs) {
     const auto wrong = [token](const std::string& what) {
         throw ArgumentError("token " + std::to_string(token) + " of packed targets " + what);
     };
@@ -139,7 +139,7 @@ void unpack_token(const Layout& layout, const PackedSource& packed, std::int64_t
     row.escapes_end = from + bytes.size();
     row.out_ids = ids;
     row.out_logprobs = logprobs;
-    switch (cpu::kernels().cache->decode_fixed(row)) {
+    switch (kernels.decode_fixed(row)) {
         case Broken::none:
             return;
         case Broken::id:
@@ -159,9 +159,10 @@ void unpack(const Layout& layout, const PackedSource& packed, std::int32_t* ids,
         layout.grid < 2 || layout.grid > 10)
         throw ArgumentError("kept must be 1 to 65535, vocab_size 1 to 2^24 and grid 2 to 10");
     constexpr std::int64_t together = 64;
+    const Kernels& kernels = *cpu::kernels().cache;
     parallel_for((packed.tokens + together - 1) / together, threads, [&](std::int64_t part) {
         for (std::int64_t i = part * together; i < std::min(packed.tokens, (part + 1) * together); ++i)
-            unpack_token(layout, packed, i, ids + i * layout.kept, logprobs + i * layout.kept);
+            unpack_token(kernels, layout, packed, i, ids + i * layout.kept, logprobs + i * layout.kept);
     });
 }
 
