@@ -92,10 +92,10 @@ class CompactEncoder {
     friend class CompactWriting;
 
     std::uint32_t vocab_size_, listed_;
-    std::size_t classes_;               // rounded up to whole vectors: the row length of the two tables below
-    std::vector<std::uint16_t> ranks_;  // id to rank, or listed_
-    std::vector<std::uint16_t> costs_;  // (ranks and the escape, classes), in 1/16 bit
-    std::vector<std::uint16_t> symbols_of_;
+    std::size_t classes_;                    // rounded up to whole vectors: the row length of costs_
+    std::vector<std::uint16_t> ranks_;       // id to rank, or listed_
+    std::vector<std::uint16_t> costs_;       // (ranks and the escape, classes), in 1/16 bit
+    std::vector<std::uint16_t> symbols_of_;  // (classes, ranks and the escape)
     std::vector<std::uint16_t> class_costs_;
     EncodingTable class_, kept_, top_, gold_;
     std::vector<EncodingTable> lse_;

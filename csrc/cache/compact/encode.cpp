@@ -154,7 +154,7 @@ CompactEncoder::CompactEncoder(const Model& model)
       classes_((model.ids.size() + classes_per_vector - 1) / classes_per_vector * classes_per_vector),
       ranks_(model.vocab_size, static_cast<std::uint16_t>(listed_)),
       costs_((listed_ + 1) * classes_),
-      symbols_of_((listed_ + 1) * classes_),
+      symbols_of_((listed_ + 1) * model.ids.size()),
       class_costs_(classes_, UINT16_MAX),
       kept_(encoding_table(model.kept, 16)),
       top_(encoding_table(model.top, 32, float_raw)),
@@ -180,7 +180,7 @@ CompactEncoder::CompactEncoder(const Model& model)
         // A listed id, too, may be written as itself.
         for (std::uint32_t rank = 0; rank <= listed_; ++rank) {
             best[rank] = bits_of(alphabet[escape], id_precision);
-            symbols_of_[rank * classes_ + c] = escape;
+            symbols_of_[c * (listed_ + 1) + rank] = escape;
         }
         for (std::size_t j = 0; j < alphabet.size(); ++j) {
             const Symbol& symbol = alphabet[j];
@@ -189,7 +189,7 @@ CompactEncoder::CompactEncoder(const Model& model)
             for (std::uint64_t rank = symbol.base; rank < end; ++rank)
                 if (bits < best[rank]) {
                     best[rank] = bits;
-                    symbols_of_[rank * classes_ + c] = static_cast<std::uint16_t>(j);
+                    symbols_of_[c * (listed_ + 1) + rank] = static_cast<std::uint16_t>(j);
                 }
         }
         for (std::uint32_t rank = 0; rank <= listed_; ++rank)
@@ -252,12 +252,12 @@ class CompactWriting {
         row.count = count;
         row.chosen = choose(ids, count);
         const EncodedSymbol* const alphabet = model_.ids_[row.chosen].data();
-        const std::uint16_t* const symbols = model_.symbols_of_.data() + row.chosen;
+        const std::uint16_t* const symbols = model_.symbols_of_.data() + row.chosen * (model_.listed_ + 1);
         std::uint32_t history = 0;
         for (std::uint32_t i = 0; i < count; ++i) {
             Entry& entry = row.entries[i];
             const std::uint32_t rank = ranks_[i];
-            entry.id = alphabet + symbols[rank * model_.classes_];
+            entry.id = alphabet + symbols[rank];
             const std::uint32_t value = entry.id->base >= model_.listed_ ? ids[i] + model_.listed_ : rank;
             entry.id_raw = value - entry.id->base;
             if (i == 0) continue;
@@ -344,6 +344,7 @@ class CompactWriting {
     // The class in which the row is shortest.
     std::size_t choose(const std::uint32_t* ids, std::uint32_t count) {
         for (std::uint32_t i = 0; i < count; ++i) ranks_[i] = model_.ranks_[ids[i]];
+        if (model_.ids_.size() == 1) return 0;
         const std::size_t classes = model_.classes_;
         for (std::size_t c = 0; c < classes; ++c) costs_[c] = model_.class_costs_[c];
         for (std::size_t c = 0; c < classes; c += classes_per_vector) {

@@ -123,13 +123,14 @@ struct Rows {
 using Labels = std::vector<std::uint8_t>;
 
 // Of each row the class with the smallest costs; `costs` is (listed + 1, classes).
-std::pair<Labels, double> assign(const Rows& rows, const std::vector<float>& costs, const std::vector<float>& own) {
-    const std::size_t classes = own.size();
+template <std::size_t classes>
+std::pair<Labels, double> assign_of(const Rows& rows, const std::vector<float>& costs, const std::vector<float>& own) {
     Labels labels(rows.size());
     double total = 0;
-    std::vector<float> sum(classes);
     for (std::size_t row = 0; row < rows.size(); ++row) {
-        sum = own;
+        // Of a length that a compiler knows, so that they stay in registers.
+        std::array<float, classes> sum;
+        std::copy_n(own.begin(), classes, sum.begin());
         for (const std::uint16_t rank : rows[row]) {
             const float* cost = costs.data() + rank * classes;
             for (std::size_t c = 0; c < classes; ++c) sum[c] += cost[c];
@@ -141,11 +142,31 @@ std::pair<Labels, double> assign(const Rows& rows, const std::vector<float>& cos
     return {std::move(labels), total};
 }
 
+// The numbers of classes that are tried, one after the other.
+constexpr std::array<std::size_t, 4> tried_classes = {1, 4, 16, 32};
+
+std::pair<Labels, double> assign(const Rows& rows, const std::vector<float>& costs, const std::vector<float>& own) {
+    switch (own.size()) {
+        case tried_classes[0]:
+            return assign_of<tried_classes[0]>(rows, costs, own);
+        case tried_classes[1]:
+            return assign_of<tried_classes[1]>(rows, costs, own);
+        case tried_classes[2]:
+            return assign_of<tried_classes[2]>(rows, costs, own);
+        default:
+            return assign_of<tried_classes[3]>(rows, costs, own);
+    }
+}
+
 std::vector<std::vector<double>> count(const Rows& rows, const Labels& labels, std::size_t classes) {
-    std::vector<std::vector<double>> counts(classes, std::vector<double>(rows.listed + 1));
-    for (std::size_t row = 0; row < rows.size(); ++row)
-        for (const std::uint16_t rank : rows[row]) ++counts[labels[row]][rank];
-    return counts;
+    std::vector<std::vector<std::uint32_t>> counts(classes, std::vector<std::uint32_t>(rows.listed + 1));
+    for (std::size_t row = 0; row < rows.size(); ++row) {
+        std::uint32_t* const of_class = counts[labels[row]].data();
+        for (const std::uint16_t rank : rows[row]) ++of_class[rank];
+    }
+    std::vector<std::vector<double>> as_numbers;
+    for (const auto& of_class : counts) as_numbers.emplace_back(of_class.begin(), of_class.end());
+    return as_numbers;
 }
 
 std::vector<float> class_costs(const Labels& labels, std::size_t classes) {
@@ -265,7 +286,7 @@ Model CompactLearner::learn(std::int64_t horizon) const {
 
     std::size_t classes = 1;
     double least = std::numeric_limits<double>::infinity();
-    for (const std::size_t tried : {std::size_t{1}, std::size_t{4}, std::size_t{16}, std::size_t{32}}) {
+    for (const std::size_t tried : tried_classes) {
         const Labels labels = cluster(most, tried);
         Model trial;
         trial.ids = id_alphabets(most, labels, tried, model.id_bits());
